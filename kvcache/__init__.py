@@ -1,0 +1,1 @@
+"""Who owns which page of latents, and how pages travel."""

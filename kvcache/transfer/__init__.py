@@ -1,0 +1,1 @@
+"""Moving pages from a prefill worker to a decode worker."""

@@ -1,0 +1,1 @@
+"""A stranger that loads the server over HTTP."""

@@ -1,0 +1,1 @@
+"""The HTTP front: validates, admits, places, streams."""

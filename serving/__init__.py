@@ -1,0 +1,1 @@
+"""Baton: prefill and decode on separate workers, and everything both of them stand on."""

@@ -1,0 +1,1 @@
+"""One step on one device: plan in, tokens out."""

@@ -1,0 +1,1 @@
+"""Operations on tensors, each a plain function beside its reference."""
