@@ -1,0 +1,248 @@
+"""Configuration: frozen dataclasses, one a table of the TOML file.
+
+Order, strongest first: `--set table.key=value`, environment (BATON_TABLE_KEY), file, default. An unknown table or key is an error that names
+the file, the key and the nearest known one. The environment is passed in; nothing here reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serving.core.errors import ConfigError
+
+
+def _key(default: Any, help_text: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices, "low": low})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTable:
+    dir: str = _key("", "Hugging Face folder of the model; empty: the embedded model")
+    name: str = _key("", "name in the API; empty: the folder's name")
+    dtype: str = _key("auto", "compute type; auto: float32 on a CPU", choices=("auto", "float32", "bfloat16"))
+    device: str = _key("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    mtp: bool = _key(True, "load the multi-token-prediction layer if the model has one, and keep its latents")
+    max_model_len: int = _key(0, "longest prompt + answer in tokens; 0: the model's own limit, or what the pool holds", low=0)
+    chat_format: str = _key("auto", "auto: from the tokenizer's template", choices=("auto", "v3", "r1", "v3.1"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillTable:
+    units: int = _key(1, "prefill units; 0 with decode.units = 0 is refused", low=1)
+    max_num_seqs: int = _key(16, "sequences being prefilled or handed off at once", low=1)
+    max_batched_tokens: int = _key(512, "tokens of one step; a longer prompt is computed in chunks", low=64)
+    threads: int = _key(0, "CPU threads of a worker; 0: the cores shared evenly among the workers", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTable:
+    units: int = _key(1, "decode units", low=1)
+    max_num_seqs: int = _key(64, "sequences decoded together", low=1)
+    threads: int = _key(0, "CPU threads of a worker; 0: the cores shared evenly among the workers", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVTable:
+    prefill_pages: int = _key(0, "pages of 64 tokens in a prefill worker; 0: sized from free memory", low=0)
+    decode_pages: int = _key(0, "pages of 64 tokens in a decode worker; 0: sized from free memory", low=0)
+    memory_fraction: float = _key(0.1, "share of the memory that is free at start which one pool may take", low=0.0)
+    prefix_cache: bool = _key(True, "keep full pages for later requests with the same beginning")
+    expected_new_tokens: int = _key(256, "growth that a decode credit reserves, at most max_tokens", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineTable:
+    mode: str = _key("disaggregated", "both: prefill and decode in one worker", choices=("disaggregated", "both"))
+    run_ahead: bool = _key(True, "launch a step before the tokens of the one before are read back")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferTable:
+    backend: str = _key("nixl", "how pages travel; local: inside one process only", choices=("nixl", "local"))
+    checksum: str = _key("sampled", "which pages are checked on arrival", choices=("sampled", "all", "off"))
+    progress_timeout_s: float = _key(10.0, "a hand-off that moves no byte for so long has failed", low=0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterTable:
+    host: str = _key("127.0.0.1", "address to listen on")
+    port: int = _key(8000, "port to listen on", low=0)
+    processes: int = _key(1, "router processes, on consecutive ports", low=1)
+    api_keys: tuple[str, ...] = _key((), "accepted bearer tokens; empty: no authentication")
+    max_body_bytes: int = _key(8 * 1024 * 1024, "largest request body", low=1024)
+    max_waiting: int = _key(1024, "requests waiting for credits before 429", low=0)
+    queue_timeout_s: float = _key(60.0, "longest wait for credits", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SloTable:
+    ttft_ms: float = _key(2000.0, "time to first token promised by default; a bucket bound of its histogram", low=1.0)
+    tpot_ms: float = _key(100.0, "time per output token promised by default; a bucket bound of its histogram", low=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryTable:
+    log_level: str = _key("info", "what is logged", choices=("debug", "info", "warning", "error"))
+    heartbeat_s: float = _key(0.5, "time between heartbeats; a peer silent for 2 s is dead", low=0.05)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration. Every table has defaults that serve the embedded model on a laptop."""
+
+    model: ModelTable = ModelTable()
+    prefill: PrefillTable = PrefillTable()
+    decode: DecodeTable = DecodeTable()
+    kv: KVTable = KVTable()
+    engine: EngineTable = EngineTable()
+    transfer: TransferTable = TransferTable()
+    router: RouterTable = RouterTable()
+    slo: SloTable = SloTable()
+    telemetry: TelemetryTable = TelemetryTable()
+
+
+def load_config(
+    path: Path | None = None, *, environment: Mapping[str, str] | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Reads `path` (TOML), then `environment` (BATON_TABLE_KEY), then `overrides` ("table.key=value"). Raises ConfigError."""
+    values: dict[str, dict[str, Any]] = {table.name: {} for table in dataclasses.fields(Config)}
+    if path is not None:
+        for table, keys in _read_toml(path).items():
+            for key, value in keys.items():
+                values[_table(table, str(path))][key] = _checked(table, key, value, str(path))
+    for name, text in (environment or {}).items():
+        known = _from_environment(name)
+        if known is not None:
+            values[known[0]][known[1]] = _checked(*known, text, f"environment variable {name}", parse=True)
+    for text in overrides:
+        table, key, value = _split_override(text)
+        values[_table(table, "--set")][key] = _checked(table, key, value, f"--set {text}", parse=True)
+    return Config(**{table.name: table.type(**values[table.name]) for table in _tables()})
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain data, for another process; `from_dict` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
+    tables = {table.name: table.type(**_tuples(values[table.name])) for table in _tables()}
+    return Config(**tables)
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class _Table:
+    name: str
+    type: Any
+
+
+def _tables() -> list[_Table]:
+    hints = typing.get_type_hints(Config)
+    return [_Table(table.name, hints[table.name]) for table in dataclasses.fields(Config)]
+
+
+def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; pass --config with an existing TOML file, or none for the defaults") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
+    for name, table in data.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {name!r} stands outside of a table; write it under one of {_names(_known_tables())}")
+    return data
+
+
+def _known_tables() -> list[str]:
+    return [table.name for table in _tables()]
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(f"[{name}]" for name in names)
+
+
+def _table(name: str, source: str) -> str:
+    known = _known_tables()
+    if name not in known:
+        raise ConfigError(f"{source}: unknown table [{name}]{_nearest(name, known)}; the tables are {_names(known)}")
+    return name
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"; the nearest is {close[0]!r}" if close else ""
+
+
+def _from_environment(name: str) -> tuple[str, str] | None:
+    """BATON_ROUTER_PORT -> ("router", "port"). Other BATON_ variables belong to somebody else."""
+    for table in _tables():
+        prefix = f"BATON_{table.name.upper()}_"
+        if name.startswith(prefix):
+            return table.name, name.removeprefix(prefix).lower()
+    return None
+
+
+def _split_override(text: str) -> tuple[str, str, str]:
+    name, equals, value = text.partition("=")
+    table, dot, key = name.partition(".")
+    if not (equals and dot):
+        raise ConfigError(f"--set {text}: write it as --set table.key=value")
+    return table.strip(), key.strip(), value.strip()
+
+
+def _checked(table: str, key: str, value: Any, source: str, *, parse: bool = False) -> Any:
+    table_type = next(t.type for t in _tables() if t.name == _table(table, source))
+    fields = {f.name: f for f in dataclasses.fields(table_type)}
+    if key not in fields:
+        raise ConfigError(f"{source}: unknown key {key!r} in [{table}]{_nearest(key, list(fields))}")
+    wanted = typing.get_type_hints(table_type)[key]
+    where = f"{source}: {table}.{key}"
+    value = _parsed(value, wanted, where) if parse else _typed(value, wanted, where)
+    choices, low = fields[key].metadata["choices"], fields[key].metadata["low"]
+    if choices and value not in choices:
+        raise ConfigError(f"{where} = {value!r}; choose one of {', '.join(choices)}")
+    if low is not None and value < low:
+        raise ConfigError(f"{where} = {value!r}; it must be at least {low:g}")
+    return value
+
+
+def _typed(value: Any, wanted: Any, where: str) -> Any:
+    if isinstance(wanted, types.GenericAlias):
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise ConfigError(f"{where} = {value!r}; it must be a list of strings")
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not wanted:
+        raise ConfigError(f"{where} = {value!r}; it must be of type {wanted.__name__}")
+    return value
+
+
+def _parsed(text: str, wanted: Any, where: str) -> Any:
+    if wanted is str:
+        return text
+    if isinstance(wanted, types.GenericAlias):
+        return tuple(part for part in text.split(",") if part)
+    if wanted is bool:
+        if text.lower() in ("true", "1", "yes", "on"):
+            return True
+        if text.lower() in ("false", "0", "no", "off"):
+            return False
+        raise ConfigError(f"{where} = {text!r}; write true or false")
+    try:
+        return wanted(text)
+    except ValueError:
+        raise ConfigError(f"{where} = {text!r}; it must be of type {wanted.__name__}") from None

@@ -1,0 +1,246 @@
+"""Every message between router, prefill workers, decode workers and supervisor.
+
+    router -> prefill       Attach, PrefillJob, Abort, Drain, MetricsQuery
+    router -> decode        Attach, DecodeJob, Abort, Drain, MetricsQuery
+    prefill -> decode       KVBind, KVReady, KVClosed          (the prefill worker connects to the decode worker's endpoint)
+    decode -> prefill       KVTicket, KVRefused, KVClose
+    worker -> router        TokenBatch, Preempted, JobFailed, WorkerState, MetricsReply
+    router -> supervisor    Attach;      supervisor -> router    Roster
+    everybody               Heartbeat
+
+A message travels as an `Envelope` (serving.wire), which names its sender and the sender's incarnation. A job id is unique to one life of a
+request, so a message of an earlier life finds no job and is dropped. Time is a remaining budget in seconds, never a wall clock.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from serving.core.request import FinishReason, SamplingParams, TokenLogprobs
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of everything that crosses a process; the tag is the class name."""
+
+
+class PeerAddress(msgspec.Struct, frozen=True):
+    """Where a worker listens. An answer from another incarnation is stale."""
+
+    worker_id: str
+    endpoint: str
+    incarnation: int
+
+
+class Attach(Message):
+    """The sender wants the receiver's state (WorkerState or Roster) until its socket goes quiet."""
+
+
+class Heartbeat(Message):
+    """Sent by the I/O thread, whatever the step loop does. `progress` rises with every step; `step_budget_s` announces the step in flight."""
+
+    progress: int
+    step_budget_s: float = 0.0
+
+
+class PrefillJob(Message):
+    """Compute `token_ids`, sample the next token, hand the latents to `decode`.
+
+    `token_ids[num_prompt_tokens:]` were emitted by earlier lives of the request. `decode` is None when no second token is wanted.
+    """
+
+    job_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    max_new_tokens: int
+    budget_s: float
+    decode: PeerAddress | None
+
+
+class DecodeJob(Message):
+    """Reserve room for `token_ids` and what follows; the latents come from a prefill worker, the tokens go to the sender."""
+
+    job_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    max_new_tokens: int
+    budget_s: float
+
+
+class Abort(Message):
+    """The client is gone, or the job has ended elsewhere. Always allowed, also for a job that is not known (any more)."""
+
+    job_id: str
+
+
+class Drain(Message):
+    """Take no new job, settle what runs, then exit."""
+
+
+class KVBind(Message):
+    """The first chunk starts: turn credits into pages. `identity` is the hash of everything two pools must agree on."""
+
+    job_id: str
+    identity: str
+
+
+class KVTicket(Message):
+    """Pages of the decode pool that the prefill worker may write, each once.
+
+    `page_ids[i]` with `epochs[i]` receives tokens [(first_page + i) * 64, ...); what lies before is in the decode worker's prefix cache.
+    `agent` is the transfer backend's own description of the pool (opaque to everybody else).
+    """
+
+    job_id: str
+    first_page: int
+    page_ids: list[int]
+    epochs: list[int]
+    agent: bytes
+
+
+class KVRefused(Message):
+    """No ticket: identity differs, the job is gone, or it never came."""
+
+    job_id: str
+    reason: str
+
+
+class KVReady(Message):
+    """The manifest: what the writes of this job amount to. Sent when the last one was posted; they complete by notification.
+
+    `num_writes` transfers carry `num_bytes` in all. `checksums` maps an index into the ticket's pages to the CRC-32 of that page's valid rows
+    (layer by layer, MTP last). `first_token` was sampled by the prefill worker and has been sent to the client. `hidden` is the main model's
+    last hidden state, dtype of the model, for the MTP row of the first token; empty without MTP.
+    """
+
+    job_id: str
+    epochs: list[int]
+    num_tokens: int
+    num_writes: int
+    num_bytes: int
+    checksums: dict[int, int]
+    first_token: int
+    hidden: bytes
+
+
+class KVClose(Message):
+    """Decode gives the job up: stop writing, and say when nothing is in flight any more."""
+
+    job_id: str
+
+
+class KVClosed(Message):
+    """Proof that no write of this job is in flight and none will follow."""
+
+    job_id: str
+
+
+class JobTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of one job. The positions follow on from what the job has sent before."""
+
+    job_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish: FinishReason | None = None
+
+
+class TokenBatch(Message):
+    """All tokens of one engine step that go to one router. `stages` holds seconds by job and stage where a stage ended in this step
+    (prefill_queue, prefill; transfer_exposed, decode_join, first_step)."""
+
+    jobs: list[JobTokens]
+    stages: dict[str, dict[str, float]] = {}
+
+
+class Preempted(Message):
+    """Decode ran out of pages; the job is over and the router resumes the request through a prefill worker."""
+
+    job_id: str
+
+
+class JobFailed(Message):
+    """The job is over. `retryable`: another life may succeed (a peer died); otherwise the request cannot be served."""
+
+    job_id: str
+    reason: str
+    retryable: bool
+
+
+class WorkerState(Message):
+    """What placement needs to know, sent to every attached router a few times a second while it changes.
+
+    `credit_pages`: pages of a decode pool not yet promised to a job. `page_states`: the eight counts of kvcache.pages.
+    """
+
+    role: str
+    ready: bool
+    draining: bool
+    num_running: int
+    num_waiting: int
+    waiting_tokens: int
+    num_pages: int
+    credit_pages: int
+    page_states: dict[str, int]
+    step_s: float
+
+
+class MetricsQuery(Message):
+    """Ask for the worker's metrics, so that a scrape of the router is exact at the moment of the scrape."""
+
+    query_id: int
+
+
+class MetricsReply(Message):
+    """Prometheus text exposition of one worker, every sample labelled with the worker."""
+
+    query_id: int
+    exposition: str
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker as the supervisor sees it. role: prefill, decode or both. state: starting, ready, draining, dead."""
+
+    address: PeerAddress
+    role: str
+    state: str
+    detail: str = ""
+
+
+class Roster(Message):
+    """All workers, whenever one of them changes."""
+
+    workers: list[WorkerInfo]
+
+
+AnyMessage = (
+    Attach
+    | Heartbeat
+    | PrefillJob
+    | DecodeJob
+    | Abort
+    | Drain
+    | KVBind
+    | KVTicket
+    | KVRefused
+    | KVReady
+    | KVClose
+    | KVClosed
+    | TokenBatch
+    | Preempted
+    | JobFailed
+    | WorkerState
+    | MetricsQuery
+    | MetricsReply
+    | Roster
+)
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """What lies in a frame: who speaks, in which life, and what is said."""
+
+    sender: str
+    incarnation: int
+    message: AnyMessage

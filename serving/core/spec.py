@@ -1,0 +1,25 @@
+"""What a worker process is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serving.core.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """One rank in one life. `host` is the address that peers reach it under; the worker binds a free port there and says which.
+
+    role: prefill, decode or both. `incarnation` rises with every restart of the same `worker_id`. `secret` authenticates every frame.
+    `num_threads` are torch's; `model_dir` is resolved (the embedded model's folder if the configuration names none).
+    """
+
+    worker_id: str
+    role: str
+    incarnation: int
+    host: str
+    secret: bytes
+    model_dir: str
+    num_threads: int
+    config: Config
