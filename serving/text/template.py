@@ -9,9 +9,9 @@ in by id. So the ids equal those of the published Jinja template, as long as no 
 where one does, ours stays text and the published one is taken over by whoever wrote the message.
 
 Kept from the published templates: all system messages stand at the head; a past answer loses everything up to
-`</think>`; after tool outputs the model goes on without a new `<Assistant>`. Mended: the published V3 template opens the
-tool-calls and tool-outputs blocks only once per conversation and forgets `<｜tool▁outputs▁end｜>` before a second round of
-calls; here every round has its markers, as in V3-0324.
+`</think>`; after tool outputs the model goes on without a new `<Assistant>`. Mended: the published V3 template opens
+the tool-calls and tool-outputs blocks only once per conversation, and forgets `<｜tool▁outputs▁end｜>` before a second
+round of calls; here every round has its markers, as in V3-0324.
 
 Must not know: HTTP schemas, the model, or Jinja: a client's or folder's template text is never run.
 """
@@ -219,7 +219,7 @@ def detect_style(folder: str | Path) -> Style:
     if m.USER not in text or m.ASSISTANT not in text:
         raise ModelFolderError(
             f"{folder}: the chat template is not of the DeepSeek-V3, R1 or V3.1 format; "
-            "serve a model of this family, or set model.chat_style to v3, r1 or v3.1"
+            "serve a model of this family, or set model.chat_format to v3, r1 or v3.1"
         )
     if "thinking" in text and m.END_THINK in text:
         return "v3.1"
@@ -242,6 +242,6 @@ def _template_text(folder: Path) -> str:
     if not isinstance(template, str):
         raise ModelFolderError(
             f"{folder}: no chat template in chat_template.jinja or tokenizer_config.json; "
-            "copy it from the published model, or set model.chat_style to v3, r1 or v3.1"
+            "copy it from the published model, or set model.chat_format to v3, r1 or v3.1"
         )
     return template

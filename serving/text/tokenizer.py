@@ -1,8 +1,8 @@
 """The tokenizer of a model folder: text to ids, ids to bytes.
 
-Two kinds of ids never mix. *Text* ids come from byte-level BPE over a copy of the vocabulary without any added token, so
-no text, whoever wrote it, can become a control token (the library's `encode_special_tokens` is not enough: it leaves
-added tokens that are not flagged special, such as `<think>` and the tool markers, recognisable). *Control* ids are
+Two kinds of ids never mix. *Text* ids come from byte-level BPE over a copy of the vocabulary without any added token,
+so no text, whoever wrote it, can become a control token (the library's `encode_special_tokens` is not enough: added
+tokens that are not flagged special, such as `<think>` and the tool markers, are still recognised). *Control* ids are
 looked up by name.
 
 Must not know: chat formats, requests, HTTP.
@@ -22,8 +22,8 @@ from serving.text import markers
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The 256 characters that byte-level BPE writes bytes as: printable Latin-1 stands for itself, the rest moves up from
-    U+0100 in order (GPT-2's table)."""
+    """The 256 characters that byte-level BPE writes bytes as: printable Latin-1 stands for itself, the rest moves up
+    from U+0100 in order (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
@@ -85,7 +85,7 @@ class Tokenizer:
             return self._control_ids[name]
         except KeyError:
             raise ModelFolderError(
-                f"the tokenizer has no control token {name!r}; use the tokenizer files that were published with the model"
+                f"the tokenizer has no control token {name!r}; use the tokenizer files published with the model"
             ) from None
 
     def has_control(self, name: str) -> bool:
