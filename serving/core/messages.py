@@ -33,18 +33,18 @@ class PeerAddress(msgspec.Struct, frozen=True):
     incarnation: int
 
 
-class Attach(Message):
+class Attach(Message, frozen=True):
     """The sender wants the receiver's state (WorkerState or Roster) until its socket goes quiet."""
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """Sent by the I/O thread, whatever the step loop does. `progress` rises with every step; `step_budget_s` announces the step in flight."""
 
     progress: int
     step_budget_s: float = 0.0
 
 
-class PrefillJob(Message):
+class PrefillJob(Message, frozen=True):
     """Compute `token_ids`, sample the next token, hand the latents to `decode`.
 
     `token_ids[num_prompt_tokens:]` were emitted by earlier lives of the request. `decode` is None when no second token is wanted.
@@ -59,7 +59,7 @@ class PrefillJob(Message):
     decode: PeerAddress | None
 
 
-class DecodeJob(Message):
+class DecodeJob(Message, frozen=True):
     """Reserve room for `token_ids` and what follows; the latents come from a prefill worker, the tokens go to the sender."""
 
     job_id: str
@@ -70,24 +70,24 @@ class DecodeJob(Message):
     budget_s: float
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """The client is gone, or the job has ended elsewhere. Always allowed, also for a job that is not known (any more)."""
 
     job_id: str
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     """Take no new job, settle what runs, then exit."""
 
 
-class KVBind(Message):
+class KVBind(Message, frozen=True):
     """The first chunk starts: turn credits into pages. `identity` is the hash of everything two pools must agree on."""
 
     job_id: str
     identity: str
 
 
-class KVTicket(Message):
+class KVTicket(Message, frozen=True):
     """Pages of the decode pool that the prefill worker may write, each once.
 
     `page_ids[i]` with `epochs[i]` receives tokens [(first_page + i) * 64, ...); what lies before is in the decode worker's prefix cache.
@@ -101,14 +101,14 @@ class KVTicket(Message):
     agent: bytes
 
 
-class KVRefused(Message):
+class KVRefused(Message, frozen=True):
     """No ticket: identity differs, the job is gone, or it never came."""
 
     job_id: str
     reason: str
 
 
-class KVReady(Message):
+class KVReady(Message, frozen=True):
     """The manifest: what the writes of this job amount to. Sent when the last one was posted; they complete by notification.
 
     `num_writes` transfers carry `num_bytes` in all. `checksums` maps an index into the ticket's pages to the CRC-32 of that page's valid rows
@@ -126,13 +126,13 @@ class KVReady(Message):
     hidden: bytes
 
 
-class KVClose(Message):
+class KVClose(Message, frozen=True):
     """Decode gives the job up: stop writing, and say when nothing is in flight any more."""
 
     job_id: str
 
 
-class KVClosed(Message):
+class KVClosed(Message, frozen=True):
     """Proof that no write of this job is in flight and none will follow."""
 
     job_id: str
@@ -147,7 +147,7 @@ class JobTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish: FinishReason | None = None
 
 
-class TokenBatch(Message):
+class TokenBatch(Message, frozen=True):
     """All tokens of one engine step that go to one router. `stages` holds seconds by job and stage where a stage ended in this step
     (prefill_queue, prefill; transfer_exposed, decode_join, first_step)."""
 
@@ -155,13 +155,13 @@ class TokenBatch(Message):
     stages: dict[str, dict[str, float]] = {}
 
 
-class Preempted(Message):
+class Preempted(Message, frozen=True):
     """Decode ran out of pages; the job is over and the router resumes the request through a prefill worker."""
 
     job_id: str
 
 
-class JobFailed(Message):
+class JobFailed(Message, frozen=True):
     """The job is over. `retryable`: another life may succeed (a peer died); otherwise the request cannot be served."""
 
     job_id: str
@@ -169,7 +169,7 @@ class JobFailed(Message):
     retryable: bool
 
 
-class WorkerState(Message):
+class WorkerState(Message, frozen=True):
     """What placement needs to know, sent to every attached router a few times a second while it changes.
 
     `credit_pages`: pages of a decode pool not yet promised to a job. `page_states`: the eight counts of kvcache.pages.
@@ -187,13 +187,13 @@ class WorkerState(Message):
     step_s: float
 
 
-class MetricsQuery(Message):
+class MetricsQuery(Message, frozen=True):
     """Ask for the worker's metrics, so that a scrape of the router is exact at the moment of the scrape."""
 
     query_id: int
 
 
-class MetricsReply(Message):
+class MetricsReply(Message, frozen=True):
     """Prometheus text exposition of one worker, every sample labelled with the worker."""
 
     query_id: int
@@ -209,7 +209,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
-class Roster(Message):
+class Roster(Message, frozen=True):
     """All workers, whenever one of them changes."""
 
     workers: list[WorkerInfo]
