@@ -1,0 +1,153 @@
+"""Attention of MLA: over expanded heads for prefill, over cached latents for decode.
+
+Both return the output and the log-sum-exp of the scores, so that parts of one context can be attended apart and merged.
+Rows that a sequence does not own are never read, whatever an unused page-table entry holds: a free page may be NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serving.kernels.rows import PAGE_TOKENS, layer_rows, slots
+
+# Latents gathered for one group of a decode batch; bounds the copy, not the context.
+_GATHER_BYTES = 128 << 20
+
+
+def attend(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention of T queries over S keys of one sequence: out [T, H, V], lse [T, H] (natural log, scale included).
+
+    `causal` needs T == S: query t sees keys [0, t]. No [T, S] matrix is ever whole in memory.
+    """
+    assert not causal or q_THQ.shape[0] == k_SHQ.shape[0], "the causal part is the chunk itself"
+    if q_THQ.device.type != "cpu":
+        return attend_reference(q_THQ, k_SHQ, v_SHV, scale=scale, causal=causal)
+    width, v_width = max(q_THQ.shape[-1], v_SHV.shape[-1]), v_SHV.shape[-1]
+    # The fused CPU kernel wants one width for q, k and v: zeros change neither scores nor the kept part of the output.
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(0, 1)[None] for x in (q_THQ, k_SHQ, v_SHV))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    # lse arrives as [1, H, T], or [1, T, H] in memory; the op's metadata says the former.
+    return out[0].transpose(0, 1)[..., :v_width], lse[0].transpose(0, 1).to(torch.float32)
+
+
+def attend_reference(
+    q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, *, scale: float, causal: bool, piece: int = 256
+) -> tuple[Tensor, Tensor]:
+    """`attend` in plain products, `piece` queries at a time."""
+    outs, lses = [], []
+    for start in range(0, q_THQ.shape[0], piece):
+        q = q_THQ[start : start + piece]
+        scores_HTS = torch.einsum("thq,shq->hts", q, k_SHQ) * scale
+        if causal:
+            seen = torch.ones(scores_HTS.shape[1:], dtype=torch.bool, device=q.device).tril(start)
+            scores_HTS = scores_HTS.masked_fill(~seen, float("-inf"))
+        outs.append(torch.einsum("hts,shv->thv", scores_HTS.softmax(dim=-1), v_SHV))
+        lses.append(scores_HTS.logsumexp(dim=-1).transpose(0, 1))
+    return torch.cat(outs), torch.cat(lses)
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from the parts; out [..., V], lse [...] (fp32)."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    part_a, part_b = (lse_a - lse).exp()[..., None], (lse_b - lse).exp()[..., None]
+    return (out_a * part_a + out_b * part_b).to(out_a.dtype), lse
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodeGroup:
+    """Sequences of similar length, attended together.
+
+    `members`: int64 [G], rows of the batch, None for all of it in order. `slots_GS`: int64, the slot of each position;
+    positions a sequence has not reached repeat its current slot. `bias_GS`: 0 where attended, -inf elsewhere, None
+    where every position counts.
+    """
+
+    members: Tensor | None
+    slots_GS: Tensor
+    bias_GS: Tensor | None
+
+
+def plan_decode(
+    kv_pool: Tensor, row_ids_B: Tensor, page_table_BP: Tensor, context_lens_B: Tensor, *, first: int = 0
+) -> tuple[DecodeGroup, ...]:
+    """What every layer of a decode step reads; made once a step. Positions `[first, context_len)` are attended.
+
+    Lengths are read on the host to cut the batch: a group's shortest is at least half its longest, its copy bounded.
+    """
+    lens = context_lens_B.tolist()
+    order = sorted(range(len(lens)), key=lens.__getitem__, reverse=True)
+    row_bytes = kv_pool.shape[3] * kv_pool.element_size()
+    cuts: list[list[int]] = []
+    for index in order:
+        longest = lens[cuts[-1][0]] if cuts else 0
+        fits = cuts and 2 * lens[index] >= longest and (len(cuts[-1]) + 1) * longest * row_bytes <= _GATHER_BYTES
+        if fits:
+            cuts[-1].append(index)
+        else:
+            cuts.append([index])
+    if len(cuts) == 1:
+        return (_plan_group(kv_pool, row_ids_B, page_table_BP, context_lens_B, None, first, lens),)
+    groups = []
+    for cut in cuts:
+        members = torch.tensor(sorted(cut), device=row_ids_B.device)
+        parts = row_ids_B[members], page_table_BP[members], context_lens_B[members]
+        groups.append(_plan_group(kv_pool, *parts, members, first, [lens[index] for index in sorted(cut)]))
+    return tuple(groups)
+
+
+def _plan_group(
+    kv_pool: Tensor,
+    row_ids_G: Tensor,
+    page_table_GP: Tensor,
+    context_lens_G: Tensor,
+    members: Tensor | None,
+    first: int,
+    lens: list[int],
+) -> DecodeGroup:
+    longest = max(lens)
+    num_pages = -(-longest // PAGE_TOKENS)
+    positions_S = torch.arange(longest, device=row_ids_G.device)
+    pages_GP = page_table_GP[:, :num_pages].to(torch.int64)
+    in_page = positions_S[: num_pages * PAGE_TOKENS] % PAGE_TOKENS
+    rows_GS = pages_GP.repeat_interleave(PAGE_TOKENS, dim=1)[:, :longest] * PAGE_TOKENS + in_page
+    rows_GS = torch.where(positions_S < context_lens_G[:, None] - 1, rows_GS, row_ids_G[:, None])
+    bias = None
+    if first > 0 or min(lens) < longest:
+        seen = (positions_S >= first) & (positions_S < context_lens_G[:, None])
+        bias = torch.zeros_like(rows_GS, dtype=kv_pool.dtype).masked_fill_(~seen, float("-inf"))
+    return DecodeGroup(members=members, slots_GS=slots(kv_pool, rows_GS), bias_GS=bias)
+
+
+def decode_latent(
+    q_BHW: Tensor, kv_pool: Tensor, layer: int, plan: tuple[DecodeGroup, ...], *, latent: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Absorbed attention of one token a sequence over its cached rows of `layer`: out [B, H, C], lse [B, H].
+
+    `q_BHW` is [W_uk^T q_nope ; q_rope], as wide as a row; the first C = `latent` values of a row are also its value.
+    """
+    rows_NW = layer_rows(kv_pool, layer)
+    if len(plan) == 1 and plan[0].members is None:
+        return _decode_group(q_BHW, rows_NW, plan[0], latent, scale)
+    out_BHC = q_BHW.new_empty(*q_BHW.shape[:2], latent)
+    lse_BH = q_BHW.new_empty(q_BHW.shape[:2])
+    for group in plan:
+        assert group.members is not None
+        out, lse = _decode_group(q_BHW[group.members], rows_NW, group, latent, scale)
+        out_BHC[group.members], lse_BH[group.members] = out, lse
+    return out_BHC, lse_BH
+
+
+def _decode_group(
+    q_GHW: Tensor, rows_NW: Tensor, group: DecodeGroup, latent: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    size, longest = group.slots_GS.shape
+    keys_GSW = rows_NW.index_select(0, group.slots_GS.view(-1)).view(size, longest, -1).to(q_GHW.dtype)
+    scores_GHS = torch.bmm(q_GHW, keys_GSW.transpose(1, 2)).mul_(scale)
+    if group.bias_GS is not None:
+        scores_GHS += group.bias_GS[:, None]
+    lse_GH = scores_GHS.logsumexp(dim=-1)
+    return torch.bmm(scores_GHS.softmax(dim=-1), keys_GSW[:, :, :latent]), lse_GH

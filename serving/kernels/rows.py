@@ -1,0 +1,38 @@
+"""Where a latent row lies in the KV pool, and what is in it.
+
+Pool: `[num_pages + 1, num_layers, 64, row]`, the last page scratch. A row of a bf16, fp32 or fp64 pool is
+`[c_t (C) ; k^R_t (R)]` in the pool's dtype, rope pairs interleaved as in the checkpoint.
+
+`row_ids` (page * 64 + offset) name a token's place in a page, in every layer. `slots` are the same places counted in
+rows of one layer's view of the pool: pages lie `stride(0)` elements apart, so both are int64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PAGE_TOKENS = 64
+
+
+def layer_rows(kv_pool: Tensor, layer: int) -> Tensor:
+    """All rows of one layer as a view `[N, row]` that slots index; pages of other layers lie between them."""
+    width = kv_pool.shape[3]
+    assert kv_pool.stride(3) == 1 and kv_pool.stride(2) == width, "rows of a page and layer must be contiguous"
+    page_stride = kv_pool.stride(0) // width
+    num_rows = (kv_pool.shape[0] - 1) * page_stride + PAGE_TOKENS
+    offset = kv_pool.storage_offset() + layer * kv_pool.stride(1)
+    return torch.as_strided(kv_pool, (num_rows, width), (width, 1), offset)
+
+
+def slots(kv_pool: Tensor, row_ids: Tensor) -> Tensor:
+    """int64 slots of `row_ids`, same shape, for `layer_rows` of any layer."""
+    rows_between_pages = kv_pool.stride(0) // kv_pool.shape[3] - PAGE_TOKENS
+    return row_ids + (row_ids // PAGE_TOKENS) * rows_between_pages
+
+
+def context_slots(kv_pool: Tensor, page_ids: Tensor, start: int, end: int) -> Tensor:
+    """Slots `[end - start]` of positions `[start, end)` of a sequence; pages it does not need are not looked at."""
+    positions = torch.arange(start, end, device=page_ids.device)
+    pages = page_ids[: (end - 1) // PAGE_TOKENS + 1].to(torch.int64)
+    return slots(kv_pool, pages[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS)

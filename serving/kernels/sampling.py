@@ -1,0 +1,89 @@
+"""From logits to tokens: penalties, truncation, and a draw whose random number is a function of (seed, position) alone.
+
+Every operation works row by row, so a row's token does not depend on its neighbours. Drawn rows are computed in float64:
+rounding inside the sampler is then far below one unit of an fp32 logit. Legend: B rows of a batch, N those among them that
+an operation concerns, V vocabulary. `*_reference` of these functions are in the tests: loops over plain Python floats.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Weyl increment and multipliers of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014),
+# as signed 64-bit integers: torch's int64 products wrap, which is the arithmetic modulo 2^64 that the mix needs.
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
+_RANDOM_BITS = 48
+
+
+def uniforms(seeds_N: Tensor, positions_N: Tensor) -> Tensor:
+    """float64 [N] in [0, 1), multiples of 2^-48, from int64 [N] each: word `position` of a SplitMix64 stream begun at mix(seed)."""
+    state_N = _mix(seeds_N + _GAMMA) + (positions_N + 1) * _GAMMA
+    return _shifted(_mix(state_N), 64 - _RANDOM_BITS).to(torch.float64) * 2.0**-_RANDOM_BITS
+
+
+def penalise(
+    logits_NV: Tensor, counts_NV: Tensor, seen_NV: Tensor, repetition_N: Tensor, frequency_N: Tensor, presence_N: Tensor
+) -> Tensor:
+    """New logits [N, V]. `counts_NV`: how often the output holds a token; `seen_NV`: whether prompt or output holds it.
+
+    Repetition divides a seen token's positive logit and multiplies a negative one (CTRL, arXiv 1909.05858, eq. 4.1);
+    frequency is subtracted per occurrence, presence once.
+    """
+    factor_NV = torch.where(seen_NV, repetition_N[:, None], 1.0)
+    logits_NV = torch.where(logits_NV > 0, logits_NV / factor_NV, logits_NV * factor_NV)
+    return logits_NV - frequency_N[:, None] * counts_NV - presence_N[:, None] * (counts_NV > 0)
+
+
+def keep_top(logits_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> Tensor:
+    """New logits [N, V], -inf outside the `top_k` best and then outside the fewest of those that hold probability `top_p`.
+
+    At least the best token stays; a token that ties with the last one kept stays too. `top_k` is in [1, V].
+    """
+    sorted_NV = logits_NV.sort(dim=-1, descending=True).values
+    worst_kept_N1 = sorted_NV.gather(1, top_k_N[:, None] - 1)
+    sorted_NV = sorted_NV.masked_fill(sorted_NV < worst_kept_N1, -torch.inf)
+    probs_NV = sorted_NV.softmax(dim=-1)
+    before_NV = probs_NV.cumsum(dim=-1) - probs_NV
+    # At top_p 1 rounding in the sum must not cut the tail.
+    kept_NV = (before_NV < top_p_N[:, None]) | (top_p_N[:, None] >= 1.0)
+    num_kept_N = (kept_NV & (sorted_NV > -torch.inf)).sum(dim=-1).clamp(min=1)
+    worst_kept_N1 = sorted_NV.gather(1, num_kept_N[:, None] - 1)
+    return logits_NV.masked_fill(logits_NV < worst_kept_N1, -torch.inf)
+
+
+def keep_likely(logits_NV: Tensor, min_p_N: Tensor) -> Tensor:
+    """New logits [N, V], -inf where the probability is below `min_p` times the best token's."""
+    bound_N1 = logits_NV.amax(dim=-1, keepdim=True) + min_p_N[:, None].log()
+    return logits_NV.masked_fill(logits_NV < bound_N1, -torch.inf)
+
+
+def draw(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
+    """int64 [N]: inverse of the cumulative distribution softmax(logits), in the order of token ids, at `uniforms`.
+
+    float64 in. A token of probability 0 is never drawn: the answer is the first one whose cumulative sum exceeds the target.
+    """
+    sums_NV = logits_NV.softmax(dim=-1).cumsum(dim=-1)
+    targets_N1 = uniforms_N[:, None] * sums_NV[:, -1:]
+    return torch.searchsorted(sums_NV, targets_N1, right=True)[:, 0]
+
+
+def token_logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural logarithms of softmax(logits): the chosen token's [N], and ids and values [N, num_top] in falling order."""
+    logprobs_NV = logits_NV.log_softmax(dim=-1)
+    top = logprobs_NV.topk(num_top, dim=-1)
+    return logprobs_NV.gather(1, token_ids_N[:, None])[:, 0], top.indices, top.values
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's output function, a bijection on 64-bit integers."""
+    x = (x ^ _shifted(x, 30)) * _MULTIPLIER_1
+    x = (x ^ _shifted(x, 27)) * _MULTIPLIER_2
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's own is arithmetic."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,50 @@
+"""What one step of the model is given: ids, positions, rows, and where each sequence's cached latents lie.
+
+A token's row is `page_ids[p // 64] * 64 + p % 64` for position p. Rows of the pool's last page are scratch: what must
+not be stored is written there. Plain data; who fills it (the engine) owns the tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SeqChunk:
+    """One sequence's tokens `[offset, offset + num_tokens)` of a prefill batch.
+
+    `context_len` is the position of the first of them: cached rows `[0, context_len)` and the chunk itself are attended.
+    `page_ids`: int64, at least `ceil(context_len / 64)` pages; entries beyond are not read.
+    """
+
+    offset: int
+    num_tokens: int
+    context_len: int
+    page_ids: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrefillBatch:
+    """Chunks of several sequences, one after the other. All tensors int64 [T]."""
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    row_ids_T: Tensor
+    seqs: tuple[SeqChunk, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodeBatch:
+    """One token of each of B sequences. int64 tensors [B]; `page_table_BP` int32 or int64 [B, P].
+
+    `context_lens_B` counts the current token. Entries of the page table past `ceil(context_len / 64)` may hold anything.
+    A padding row points at scratch (`row_ids_B` and its first page) and has context length 1.
+    """
+
+    token_ids_B: Tensor
+    positions_B: Tensor
+    row_ids_B: Tensor
+    page_table_BP: Tensor
+    context_lens_B: Tensor
