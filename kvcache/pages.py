@@ -1,0 +1,126 @@
+"""States and epochs of the pages of one pool; illegal moves stop the worker.
+
+                      +-----------------------------------------------------------------+
+                      |                  (credit given back)                            |
+                      v                                                                 |
+      +----------- free ---------------------> reserved --------------------------------+
+      |             ^ ^ ^                        |   |
+      |             | | |      (credit: growth)  |   | (ticket)
+      |   (evicted) | | |  +---------------------+   v
+      |             | | |  |                      exposed(epoch) ----> draining ----> quarantined
+      |   cached ---+ | |  |    (all bytes here)     |     (given up)     |   (no answer)   |
+      |   ^    |      | |  |                         v                    |                 |
+      |   |    |      | |  |                      filled                  |                 |
+      |   |    | (hit)| |  |        (accepted)       |                    |                 |
+      |   |    v      | |  v                         |                    |                 |
+      +-> owned <-----|-|----------------------------+                    |                 |
+           | (not published)                                              |                 |
+           +----------+ +------------------(the writer closed, or is proven dead)-----------+
+
+An epoch rises each time a page leaves `free`: a message that names an old epoch speaks of an earlier use. Who may still write into an exposed,
+draining or quarantined page is a peer; only its word, or proof of its death, frees it. Time does not.
+
+Knows no jobs, no tokens and no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+
+from serving.core.errors import StaleError
+
+
+class PageState(StrEnum):
+    """Where a page is; the values name the samples of `baton_kv_pages`."""
+
+    FREE = "free"
+    CACHED = "cached"
+    RESERVED = "reserved"
+    EXPOSED = "exposed"
+    FILLED = "filled"
+    OWNED = "owned"
+    DRAINING = "draining"
+    QUARANTINED = "quarantined"
+
+
+LEGAL_MOVES: Mapping[PageState, frozenset[PageState]] = MappingProxyType(
+    {
+        PageState.FREE: frozenset({PageState.RESERVED, PageState.OWNED}),
+        PageState.CACHED: frozenset({PageState.OWNED, PageState.FREE}),
+        PageState.RESERVED: frozenset({PageState.FREE, PageState.EXPOSED, PageState.OWNED}),
+        PageState.EXPOSED: frozenset({PageState.FILLED, PageState.DRAINING}),
+        PageState.FILLED: frozenset({PageState.OWNED}),
+        PageState.OWNED: frozenset({PageState.FREE, PageState.CACHED}),
+        PageState.DRAINING: frozenset({PageState.FREE, PageState.QUARANTINED}),
+        PageState.QUARANTINED: frozenset({PageState.FREE}),
+    }
+)
+
+
+class Pages:
+    """State and epoch of `num_pages` pages, and the free ones among them (lowest ids first, so that a pool touches little memory)."""
+
+    def __init__(self, num_pages: int) -> None:
+        assert num_pages > 0
+        self.num_pages = num_pages
+        self._states = [PageState.FREE] * num_pages
+        self._epochs = [0] * num_pages
+        self._counts = dict.fromkeys(PageState, 0)
+        self._counts[PageState.FREE] = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    def state(self, page_id: int) -> PageState:
+        return self._states[page_id]
+
+    def epoch(self, page_id: int) -> int:
+        return self._epochs[page_id]
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def count(self, state: PageState) -> int:
+        return self._counts[state]
+
+    def take(self, state: PageState) -> int:
+        """A free page enters `state` in a new epoch. There must be one."""
+        page_id = self._free.pop()
+        self._epochs[page_id] += 1
+        self._set(page_id, state)
+        return page_id
+
+    def move(self, page_id: int, state: PageState) -> None:
+        """Out of any state but free, along the diagram."""
+        assert self._states[page_id] is not PageState.FREE, f"page {page_id} is free: it is taken, not moved"
+        self._set(page_id, state)
+        if state is PageState.FREE:
+            self._free.append(page_id)
+
+    def require_exposed(self, page_id: int, epoch: int) -> None:
+        """Raises StaleError unless the page is exposed in just this epoch: what a peer says of it is of an earlier use."""
+        if not 0 <= page_id < self.num_pages:
+            raise StaleError(f"page {page_id} does not exist here; the peer's ticket is not ours, drop the message")
+        if self._states[page_id] is not PageState.EXPOSED or self._epochs[page_id] != epoch:
+            raise StaleError(
+                f"page {page_id} is {self._states[page_id]} in epoch {self._epochs[page_id]}, not exposed in epoch {epoch}; "
+                "the message is of an earlier use and is dropped"
+            )
+
+    def check(self) -> None:
+        """The conservation law, counted from scratch; a violation is a bug that must stop the worker."""
+        counted = dict.fromkeys(PageState, 0)
+        for state in self._states:
+            counted[state] += 1
+        assert counted == self._counts, f"page counts drifted: {self._counts} claimed, {counted} found"
+        assert sum(self._counts.values()) == self.num_pages, f"{sum(self._counts.values())} of {self.num_pages} pages accounted for"
+        free = {page_id for page_id, state in enumerate(self._states) if state is PageState.FREE}
+        assert len(self._free) == len(free) and set(self._free) == free, "the free list is not the set of free pages"
+
+    def _set(self, page_id: int, state: PageState) -> None:
+        before = self._states[page_id]
+        assert state in LEGAL_MOVES[before], f"page {page_id} cannot go from {before} to {state}"
+        self._states[page_id] = state
+        self._counts[before] -= 1
+        self._counts[state] += 1
