@@ -132,7 +132,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
 
 def is_quantised(name: str) -> bool:
     """Stored as FP8 in the published checkpoints: the linear layers inside blocks, but not the gate and not eh_proj."""
-    return name.endswith("_proj.weight") and "eh_proj" not in name or "kv_a_proj_with_mqa" in name
+    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and "eh_proj" not in name
 
 
 def checkpoint_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -15,9 +15,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def grouped_mlp(
-    x_TD: Tensor, gate_up_EID: Tensor, down_EDI: Tensor, experts_TK: Tensor, weights_TK: Tensor
-) -> Tensor:
+def grouped_mlp(x_TD: Tensor, gate_up_EID: Tensor, down_EDI: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Sum over each token's experts of weight * down(silu(gate x) * up x); [T, D] in the dtype of x.
 
     `gate_up_EID` is [E, 2I, D], gate above up; `down_EDI` is [E, D, I]; `experts_TK` int64, `weights_TK` fp32. Token and

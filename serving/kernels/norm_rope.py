@@ -18,27 +18,24 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
 
 
-def inverse_frequencies(
-    rope_dim: int,
-    theta: float,
-    *,
-    factor: float = 1.0,
-    original_max_positions: int = 0,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
+def inverse_frequencies(rope_dim: int, theta: float) -> Tensor:
+    """theta^(-2i / R) of each pair i, fp32 [R / 2] on CPU."""
+    return 1.0 / theta ** (torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim)
+
+
+def yarn_inverse_frequencies(
+    rope_dim: int, theta: float, *, factor: float, original_max_positions: int, beta_fast: float, beta_slow: float
 ) -> Tensor:
-    """fp32 [rope_dim / 2] on CPU. `factor` above 1 is YaRN (arXiv 2309.00071, section 3.2).
+    """`inverse_frequencies` under YaRN (arXiv 2309.00071, section 3.2).
 
     Pairs that turn more than `beta_fast` times over the original context keep their frequency, those under `beta_slow`
-    are slowed by `factor`, a linear ramp lies between.
+    turns are slowed by `factor`, a linear ramp lies between.
     """
-    freqs = 1.0 / theta ** (torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim)
-    if factor <= 1.0:
-        return freqs
 
     def pair_with_turns(turns: float) -> float:
         return rope_dim * math.log(original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
+    freqs = inverse_frequencies(rope_dim, theta)
     low = max(math.floor(pair_with_turns(beta_fast)), 0)
     high = min(math.ceil(pair_with_turns(beta_slow)), rope_dim - 1)
     ramp = (torch.arange(rope_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)

@@ -18,7 +18,7 @@ PAGE_TOKENS = 64
 def layer_rows(kv_pool: Tensor, layer: int) -> Tensor:
     """All rows of one layer as a view `[N, row]` that slots index; pages of other layers lie between them."""
     width = kv_pool.shape[3]
-    assert kv_pool.stride(3) == 1 and kv_pool.stride(2) == width, "rows of a page and layer must be contiguous"
+    assert kv_pool.stride()[2:] == (width, 1), "rows of a page and layer must be contiguous"
     page_stride = kv_pool.stride(0) // width
     num_rows = (kv_pool.shape[0] - 1) * page_stride + PAGE_TOKENS
     offset = kv_pool.storage_offset() + layer * kv_pool.stride(1)

@@ -37,4 +37,5 @@ def _drop_groups(biased_TE: Tensor, num_groups: int, num_groups_kept: int) -> Te
     best_two_TG = grouped_TGS.topk(2, dim=-1, sorted=False).values.sum(dim=-1)
     dropped_TG = best_two_TG.topk(num_groups - num_groups_kept, dim=-1, largest=False, sorted=False).indices
     lost_TG = torch.zeros_like(best_two_TG, dtype=torch.bool).scatter_(1, dropped_TG, True)
-    return grouped_TGS.masked_fill(lost_TG[:, :, None], float("-inf")).flatten(1)
+    kept_TGS: Tensor = grouped_TGS.masked_fill(lost_TG[:, :, None], float("-inf"))
+    return kept_TGS.flatten(1)

@@ -119,7 +119,8 @@ class ShardReader:
         entry = self._entries[name]
         if entry.shard != self._shard or self._bytes_read >= _MAPPED_BYTES:
             self._close()
-            self._file = safe_open(entry.shard, framework="pt", device="cpu").__enter__()
+            mapped: Any = safe_open(entry.shard, framework="pt", device="cpu")
+            self._file = mapped.__enter__()
             self._shard = entry.shard
         self._bytes_read += entry.num_bytes * (end - start) // max(entry.shape[0], 1)
         part: Tensor = self._file.get_slice(name)[start:end]

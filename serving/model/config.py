@@ -84,7 +84,9 @@ class ModelConfig:
         """Read `folder/config.json`. Raises ModelFolderError."""
         path = Path(folder) / "config.json"
         if not Path(folder).is_dir():
-            raise ModelFolderError(f"{folder} is not a folder; give the folder that holds config.json and *.safetensors")
+            raise ModelFolderError(
+                f"{folder} is not a folder; give the folder that holds config.json and *.safetensors"
+            )
         if not path.is_file():
             raise ModelFolderError(f"{path} is missing; give the folder that holds config.json and *.safetensors")
         try:
@@ -128,9 +130,7 @@ class ModelConfig:
             max_position_embeddings=read.count("max_position_embeddings"),
             num_mtp_layers=_num_mtp_layers(read),
             weight_block_size=_weight_block_size(fields.get("quantization_config")),
-            bos_token_id=_token_ids(fields.get("bos_token_id"), "bos_token_id")[0]
-            if fields.get("bos_token_id") is not None
-            else None,
+            bos_token_id=next(iter(_token_ids(fields.get("bos_token_id"), "bos_token_id")), None),
             eos_token_ids=_token_ids(fields.get("eos_token_id"), "eos_token_id"),
         )
         config._check()
@@ -293,10 +293,11 @@ def _weight_block_size(quantization: object) -> tuple[int, int] | None:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         raise ModelFolderError(f"config.json: quantization_config {quantization!r} is not supported; {supported}")
     block = quantization.get("weight_block_size")
-    sizes_ok = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
-    if not sizes_ok or quantization.get("fmt", "e4m3") != "e4m3":
-        raise ModelFolderError(f"config.json: quantization_config {quantization!r} is not supported; {supported}")
-    return block[0], block[1]
+    if quantization.get("fmt", "e4m3") == "e4m3" and isinstance(block, list) and len(block) == 2:
+        rows, columns = block
+        if isinstance(rows, int) and isinstance(columns, int) and min(rows, columns) > 0:
+            return rows, columns
+    raise ModelFolderError(f"config.json: quantization_config {quantization!r} is not supported; {supported}")
 
 
 def _token_ids(value: object, key: str) -> tuple[int, ...]:

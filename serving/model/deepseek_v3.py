@@ -18,7 +18,7 @@ from torch import Tensor
 from serving.kernels import mla
 from serving.kernels.gemm import linear
 from serving.kernels.kv_store import store_rows
-from serving.kernels.norm_rope import inverse_frequencies, rms_norm, rope_, rotations
+from serving.kernels.norm_rope import inverse_frequencies, rms_norm, rope_, rotations, yarn_inverse_frequencies
 from serving.kernels.rows import context_slots, layer_rows, slots
 from serving.model.batch import DecodeBatch, PrefillBatch, SeqChunk
 from serving.model.config import ModelConfig
@@ -37,17 +37,18 @@ class Rope:
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         yarn = config.yarn
         self.magnitude = yarn.attention_factor if yarn else 1.0
-        scaling = (
-            {}
-            if yarn is None
-            else dict(
+        if yarn is None:
+            freqs = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta)
+        else:
+            freqs = yarn_inverse_frequencies(
+                config.qk_rope_head_dim,
+                config.rope_theta,
                 factor=yarn.factor,
                 original_max_positions=yarn.original_max_positions,
                 beta_fast=yarn.beta_fast,
                 beta_slow=yarn.beta_slow,
             )
-        )
-        self.inverse_freqs = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta, **scaling).to(device)
+        self.inverse_freqs = freqs.to(device)
 
     def at(self, positions_T: Tensor) -> Tensor:
         return rotations(positions_T, self.inverse_freqs, self.magnitude)
@@ -105,9 +106,7 @@ class Attention:
         w_uk_HNC, w_uv_HVC = self._per_head()
         q_HBC = torch.bmm(q_BHQ[:, :, :nope].transpose(0, 1), w_uk_HNC)
         q_BHW = torch.cat([q_HBC.transpose(0, 1), q_BHQ[:, :, nope:]], dim=-1)
-        out_BHC, _ = mla.decode_latent(
-            q_BHW, kv_pool, self.layer, plan, latent=latent, scale=self.config.softmax_scale
-        )
+        out_BHC, _ = mla.decode_latent(q_BHW, kv_pool, self.layer, plan, latent=latent, scale=self.config.softmax_scale)
         out_HBV = torch.bmm(out_BHC.transpose(0, 1), w_uv_HVC.transpose(1, 2))
         return linear(out_HBV.transpose(0, 1).flatten(1), self.out)
 

@@ -76,9 +76,7 @@ def _in_file_order(table: dict[str, Target], entries: dict[str, TensorEntry]) ->
     return sorted(present, key=lambda item: (item[1].repeats is not None, str(entries[item[0]].shard)))
 
 
-def _fill(
-    name: str, into: Tensor, entries: dict[str, TensorEntry], reader: ShardReader, config: ModelConfig
-) -> None:
+def _fill(name: str, into: Tensor, entries: dict[str, TensorEntry], reader: ShardReader, config: ModelConfig) -> None:
     quantised = entries[name].dtype == _FP8
     block = config.weight_block_size or (1, 1)
     for start, end in _pieces(into, multiple_of=block[0] if quantised else 1):
@@ -182,6 +180,8 @@ def _grouped(names: list[str]) -> list[str]:
         number, _, rest = tail.partition(".")
         groups[(head + found, rest) if found else (name, "")].append(number)
     return [
-        f"{head}{{{','.join(numbers)}}}.{rest}" if len(numbers) > 1 else f"{head}{numbers[0]}{'.' if rest else ''}{rest}"
+        f"{head}{{{','.join(numbers)}}}.{rest}"
+        if len(numbers) > 1
+        else f"{head}{numbers[0]}{'.' if rest else ''}{rest}"
         for (head, rest), numbers in groups.items()
     ]
