@@ -96,8 +96,8 @@ def first_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-LETTERS = st.text("ab\n深", max_size=30)
-STOPS = st.lists(st.text("ab\n深", min_size=1, max_size=5), max_size=4)
+LETTERS = st.text("ab", max_size=30) | st.text("ab\n深", max_size=30)
+STOPS = st.lists(st.text("ab", min_size=1, max_size=6) | st.text("ab\n深", min_size=1, max_size=5), max_size=4)
 
 
 @given(text=LETTERS, stops=STOPS, cuts=st.lists(st.integers(0, 30), max_size=8))
@@ -125,6 +125,13 @@ def test_include_shows_the_stop_itself(text: str, stops: list[str]) -> None:
     shown = matcher.push(text) + matcher.flush()
     before, hit = first_stop(text, stops)
     assert shown == before + (hit or "")
+
+
+def test_a_stop_that_begins_inside_a_failed_match_is_found() -> None:
+    for stop, text in (("aab", "aaab"), ("abac", "ababac"), ("abcabd", "abcabcabd")):
+        matcher = StopMatcher([stop])
+        assert matcher.push(text) == text.removesuffix(stop)
+        assert matcher.hit == stop
 
 
 def test_a_stop_that_spans_tokens_is_not_shown_in_part() -> None:

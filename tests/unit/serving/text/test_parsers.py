@@ -61,6 +61,14 @@ def test_a_model_that_opens_the_thought_itself_is_understood(tokenizer: Tokenize
     assert whole(parser_of(tokenizer), ids) == AssistantMessage("Yes.", reasoning="hm")
 
 
+def test_line_breaks_at_the_start_go_even_when_they_come_one_by_one(tokenizer: Tokenizer) -> None:
+    (newline,) = tokenizer.encode_text("\n")
+    end, text = tokenizer.control_id(m.END_THINK), tokenizer.encode_text("a\n\nb")
+    ids = [newline, newline, *text, end, newline, newline, newline, *text]
+    answer = whole(parser_of(tokenizer, in_reasoning=True), ids, list(range(len(ids))))
+    assert answer == AssistantMessage("a\n\nb", reasoning="a\n\nb")
+
+
 def test_an_answer_cut_off_while_thinking_has_no_content(tokenizer: Tokenizer) -> None:
     ids = ids_of(tokenizer, m.THINK, "still thinking")
     assert whole(parser_of(tokenizer), ids) == AssistantMessage("", reasoning="still thinking")
@@ -144,6 +152,7 @@ def test_broken_arguments_are_passed_on_as_written(tokenizer: Tokenizer, style: 
             ToolCall("f", 'json{"a": 1}', "call_0"),
         ),
         ([m.CALL_BEGIN, "function", m.SEP, "f", m.CALL_END], ToolCall("f", "", "call_0")),
+        ([m.CALL_BEGIN, "function", m.SEP, " f \n```json\n{}\n```", m.CALL_END], ToolCall("f", "{}", "call_0")),
         ([m.CALL_BEGIN, "f\n```json\n{}\n```", m.CALL_END], ToolCall("f", "{}", "call_0")),
         (
             [m.CALL_BEGIN, "function", m.SEP, 'f\n```json\n{"a": ', m.SEP, "}\n```"],
@@ -184,8 +193,9 @@ def test_without_tools_the_tool_markers_are_text(tokenizer: Tokenizer) -> None:
 # -- stops ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_string_ends_the_content_and_everything_behind_it(tokenizer: Tokenizer) -> None:
-    parser = parser_of(tokenizer, tools=True, stops=["END"])
+@pytest.mark.parametrize("style", ["v3", "v3.1"])
+def test_a_stop_string_ends_the_content_and_everything_behind_it(tokenizer: Tokenizer, style: Style) -> None:
+    parser = parser_of(tokenizer, style, tools=True, stops=["END"])
     ids = ids_of(tokenizer, "One E", "ND two", m.CALLS_BEGIN, *v3_call("clock", "{}"), m.CALLS_END, "three")
     assert whole(parser, ids) == AssistantMessage("One ")
     assert parser.stop_hit == "END"
