@@ -7,13 +7,14 @@ penalties own a row of the count tables. Must not know where logits come from, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from serving.core.request import SamplingParams, TokenLogprobs
+from serving.engine.staging import ids, reals
 from serving.kernels import sampling as ops
 
 
@@ -27,10 +28,8 @@ class Logprobs:
     top_ids_NK: Tensor
     top_NK: Tensor
 
-    def on(self, device: str) -> Logprobs:
-        moved = (tensor.to(device, non_blocking=True) for tensor in (self.chosen_N, self.top_ids_NK, self.top_NK))
-        chosen_N, top_ids_NK, top_NK = moved
-        return Logprobs(rows=self.rows, num_top=self.num_top, chosen_N=chosen_N, top_ids_NK=top_ids_NK, top_NK=top_NK)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Logprobs:
+        return replace(self, chosen_N=move(self.chosen_N), top_ids_NK=move(self.top_ids_NK), top_NK=move(self.top_NK))
 
     def by_row(self) -> dict[int, TokenLogprobs]:
         """Host tensors only."""
@@ -63,22 +62,27 @@ class Sampler:
         self._counts.close(slot)
         self._recipes.clear()
 
-    def sample(self, slots: tuple[int, ...], logits_BV: Tensor, positions_B: Tensor) -> tuple[Tensor, Logprobs | None]:
+    def sample(
+        self, slots: tuple[int, ...], logits_BV: Tensor, positions: Sequence[int]
+    ) -> tuple[Tensor, Logprobs | None]:
         """Token ids int64 [B], and logprobs where asked. fp32 logits [B, >= vocab_size], which may be overwritten.
 
-        `positions_B`: index of the token to be drawn in its sequence; with the seed it decides the random number.
+        `positions`: index of the token to be drawn in its sequence; with the seed it decides the random number.
         """
         recipe = self._recipe(slots)
         logits_BV = logits_BV[:, : self.vocab_size]
         if recipe.plain:
             return logits_BV.argmax(dim=-1), None
         if recipe.bias is not None:
-            logits_BV.index_put_((recipe.bias.rows, recipe.bias.token_ids), recipe.bias.values, accumulate=True)
+            logits_BV.index_put_(
+                (recipe.bias.rows, recipe.bias.token_ids), recipe.bias.values.to(logits_BV.dtype), accumulate=True
+            )
         if recipe.penalties is not None:
             self._penalise(logits_BV, recipe.penalties)
         token_ids_B = logits_BV.argmax(dim=-1)
         if recipe.draws is not None:
-            drawn_N = _draw(logits_BV, positions_B, recipe.draws)
+            drawn_positions = [positions[row] for row in recipe.draws.host_rows]
+            drawn_N = _draw(logits_BV, ids(drawn_positions, self.device), recipe.draws)
             token_ids_B.index_copy_(0, recipe.draws.rows, drawn_N)
         if recipe.penalties is not None:
             self._counts.add(recipe.penalties.table_rows, token_ids_B.index_select(0, recipe.penalties.rows))
@@ -135,6 +139,7 @@ class _Penalties:
 class _Draws:
     """[N] each, float64 where real. `truncated`: which of the N have a top-k or a top-p."""
 
+    host_rows: list[int]
     rows: Tensor
     seeds: Tensor
     temperatures: Tensor
@@ -234,9 +239,7 @@ def _make_bias(params: list[SamplingParams], vocab_size: int, device: torch.devi
     if not entries:
         return None
     rows, token_ids, values = zip(*entries, strict=True)
-    return _Bias(
-        rows=_ids(rows, device), token_ids=_ids(token_ids, device), values=_reals(values, device, torch.float32)
-    )
+    return _Bias(rows=ids(rows, device), token_ids=ids(token_ids, device), values=reals(values, device, torch.float32))
 
 
 def _make_penalties(
@@ -247,11 +250,11 @@ def _make_penalties(
         return None
     chosen = [params[row] for row in rows]
     return _Penalties(
-        rows=_ids(rows, device),
-        table_rows=_ids([table_row for table_row in table_rows if table_row is not None], device),
-        repetition=_reals([param.repetition_penalty for param in chosen], device, torch.float32),
-        frequency=_reals([param.frequency_penalty for param in chosen], device, torch.float32),
-        presence=_reals([param.presence_penalty for param in chosen], device, torch.float32),
+        rows=ids(rows, device),
+        table_rows=ids([table_row for table_row in table_rows if table_row is not None], device),
+        repetition=reals([param.repetition_penalty for param in chosen], device, torch.float32),
+        frequency=reals([param.frequency_penalty for param in chosen], device, torch.float32),
+        presence=reals([param.presence_penalty for param in chosen], device, torch.float32),
     )
 
 
@@ -263,13 +266,14 @@ def _make_draws(params: list[SamplingParams], vocab_size: int, device: torch.dev
     truncated = [i for i, param in enumerate(chosen) if 0 < param.top_k < vocab_size or param.top_p < 1]
     top_k = [min(chosen[i].top_k, vocab_size) or vocab_size for i in truncated]
     return _Draws(
-        rows=_ids(rows, device),
-        seeds=_ids([_wrapped(param.seed) for param in chosen], device),
-        temperatures=_reals([param.temperature for param in chosen], device),
-        truncated=_ids(truncated, device) if truncated else None,
-        top_k=_ids(top_k, device),
-        top_p=_reals([chosen[i].top_p for i in truncated], device),
-        min_p=_reals([param.min_p for param in chosen], device) if any(param.min_p > 0 for param in chosen) else None,
+        host_rows=rows,
+        rows=ids(rows, device),
+        seeds=ids([_wrapped(param.seed) for param in chosen], device),
+        temperatures=reals([param.temperature for param in chosen], device),
+        truncated=ids(truncated, device) if truncated else None,
+        top_k=ids(top_k, device),
+        top_p=reals([chosen[i].top_p for i in truncated], device),
+        min_p=reals([param.min_p for param in chosen], device) if any(param.min_p > 0 for param in chosen) else None,
     )
 
 
@@ -278,17 +282,17 @@ def _make_logprobs(params: list[SamplingParams], vocab_size: int, device: torch.
     if not wanted:
         return None
     rows, num_top = zip(*wanted, strict=True)
-    return _WantedLogprobs(rows=rows, num_top=num_top, rows_N=_ids(rows, device))
+    return _WantedLogprobs(rows=rows, num_top=num_top, rows_N=ids(rows, device))
 
 
-def _draw(logits_BV: Tensor, positions_B: Tensor, draws: _Draws) -> Tensor:
+def _draw(logits_BV: Tensor, positions_N: Tensor, draws: _Draws) -> Tensor:
     logits_NV = logits_BV.index_select(0, draws.rows).to(torch.float64) / draws.temperatures[:, None]
     if draws.truncated is not None:
         kept = ops.keep_top(logits_NV.index_select(0, draws.truncated), draws.top_k, draws.top_p)
         logits_NV.index_copy_(0, draws.truncated, kept)
     if draws.min_p is not None:
         logits_NV = ops.keep_likely(logits_NV, draws.min_p)
-    return ops.draw(logits_NV, ops.uniforms(draws.seeds, positions_B.index_select(0, draws.rows)))
+    return ops.draw(logits_NV, ops.uniforms(draws.seeds, positions_N))
 
 
 def _logprobs(logits_BV: Tensor, token_ids_B: Tensor, wanted: _WantedLogprobs | None) -> Logprobs | None:
@@ -303,11 +307,3 @@ def _logprobs(logits_BV: Tensor, token_ids_B: Tensor, wanted: _WantedLogprobs | 
 def _wrapped(seed: int) -> int:
     """The same 64 bits as a signed integer; clients may send any integer."""
     return (seed + 2**63) % 2**64 - 2**63
-
-
-def _ids(values: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-def _reals(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)

@@ -1,0 +1,160 @@
+"""From a model folder to an engine: weights, page pool and runner, and the identity that two peers compare.
+
+Sizes that the caller leaves open (0, "auto") are settled here and can be read from the `Engine`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from kvcache.layout import PAGE_TOKENS, PageLayout, num_pages_for
+from kvcache.pool import KVPool
+from serving.core.errors import ConfigError, ModelFolderError
+from serving.core.messages import PROTOCOL_VERSION
+from serving.engine.runner import Runner
+from serving.model.checkpoint import read_entries
+from serving.model.config import ModelConfig
+from serving.model.weights import Progress, load_weights
+
+_SAMPLE_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Engine:
+    """What a worker runs on. `max_model_len`: longest prompt + answer, in tokens, that model and pool allow.
+
+    `identity` is equal for two engines whose pages mean the same: same weights, dtype, layout, MTP and protocol.
+    """
+
+    runner: Runner
+    pool: KVPool
+    layout: PageLayout
+    model_config: ModelConfig
+    identity: str
+    max_model_len: int
+    max_num_seqs: int
+
+
+def build_engine(
+    model_dir: str | Path,
+    *,
+    max_num_seqs: int,
+    num_pages: int = 0,
+    memory_fraction: float = 0.1,
+    max_model_len: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    mtp: bool = True,
+    num_threads: int = 0,
+    progress: Progress | None = None,
+) -> Engine:
+    """Load `model_dir` and make everything a step needs. `max_num_seqs` slots; `num_threads` 0 leaves torch's own number.
+
+    Raises ModelFolderError (also for a damaged tokenizer.json, whose size bounds what is sampled) and ConfigError.
+    """
+    if num_threads > 0:
+        torch.set_num_threads(num_threads)
+    folder, torch_device = Path(model_dir), _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    config = ModelConfig.from_folder(folder)
+    if not mtp:
+        config = dataclasses.replace(config, num_mtp_layers=0)
+    layout = PageLayout(
+        num_layers=config.num_layers,
+        num_mtp_layers=config.num_mtp_layers,
+        row_width=config.latent_width,
+        element_bytes=torch_dtype.itemsize,
+    )
+    model = load_weights(folder, config, torch_dtype, torch_device, progress=progress)
+    num_pages = num_pages or _num_pages(layout, memory_fraction, torch_device)
+    longest = min(max_model_len or config.max_position_embeddings, num_pages * PAGE_TOKENS)
+    pool = KVPool(layout, num_pages, torch_dtype, torch_device)
+    runner = Runner(
+        model,
+        pool.tensor,
+        num_slots=max_num_seqs,
+        max_pages=num_pages_for(longest),
+        vocab_size=min(config.vocab_size, tokenizer_size(folder) or config.vocab_size),
+        hidden_size=config.hidden_size,
+    )
+    return Engine(
+        runner=runner,
+        pool=pool,
+        layout=layout,
+        model_config=config,
+        identity=identity(folder, layout, dtype=torch_dtype),
+        max_model_len=longest,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def tokenizer_size(folder: Path) -> int | None:
+    """One more than the largest id in tokenizer.json; None where the folder has none. Read as JSON: no worker encodes text."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        spec = json.loads(path.read_bytes())
+        added = [int(token["id"]) for token in spec.get("added_tokens", ())]
+        return 1 + max(added + [int(token_id) for token_id in spec["model"]["vocab"].values()])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelFolderError(f"{path} is not a tokenizer with a vocabulary; fetch it again") from None
+
+
+def identity(folder: Path, layout: PageLayout, *, dtype: torch.dtype) -> str:
+    """32 hex digits over config.json, tensor names, types and shapes, samples of each shard, page layout, dtype and protocol.
+
+    The samples (beginning, middle, end) are there because fine-tuned models share every name and shape with their base.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update((folder / "config.json").read_bytes())
+    entries = read_entries(folder)
+    for name in sorted(entries):
+        digest.update(f"{name} {entries[name].dtype} {entries[name].shape}\n".encode())
+    for shard in sorted({entry.shard for entry in entries.values()}):
+        _hash_samples(digest, shard)
+    digest.update(f"{layout.identity} dtype={dtype} protocol={PROTOCOL_VERSION}".encode())
+    return digest.hexdigest()
+
+
+def _hash_samples(digest: hashlib.blake2b, shard: Path) -> None:
+    num_bytes = shard.stat().st_size
+    digest.update(f"{shard.name} {num_bytes}\n".encode())
+    with shard.open("rb") as file:
+        for start in (0, num_bytes // 2, max(num_bytes - _SAMPLE_BYTES, 0)):
+            file.seek(start)
+            digest.update(file.read(_SAMPLE_BYTES))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("model.device is cuda but torch finds no GPU; set model.device to cpu or auto")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    if name not in known:
+        raise ConfigError(f"model.dtype is {name!r}; known are auto, {', '.join(known)}")
+    return known[name]
+
+
+def _num_pages(layout: PageLayout, memory_fraction: float, device: torch.device) -> int:
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    num_pages = int(free_bytes * memory_fraction) // layout.page_bytes
+    if num_pages < 1:
+        raise ConfigError(
+            f"kv.memory_fraction {memory_fraction} of {free_bytes >> 20} MiB holds no page of {layout.page_bytes} bytes; raise it"
+        )
+    return num_pages

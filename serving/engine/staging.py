@@ -1,0 +1,30 @@
+"""Small tensors between host and device without waiting: up from pinned memory, down into pinned memory. On a CPU there is nothing to move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def ids(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """int64 on `device`."""
+    return _up(torch.tensor(values, dtype=torch.int64), device)
+
+
+def reals(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    return _up(torch.tensor(values, dtype=dtype), device)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy that is complete once the stream has come so far; on a CPU the tensor itself."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _up(tensor: Tensor, device: torch.device) -> Tensor:
+    # torch keeps the pinned block until the copy has run, so nobody has to hold it here.
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
