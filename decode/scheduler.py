@@ -13,14 +13,14 @@ meanwhile is dropped.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvcache.layout import PAGE_TOKENS, num_pages_for
 from kvcache.manager import KVManager
-from serving.core.errors import PagesExhausted
+from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.request import FinishReason, Sequence, TokenLogprobs
 from serving.engine.ending import finish_reason
-from serving.engine.plan import DecodeRow, StepPlan, StepResult
+from serving.engine.plan import DecodeRow, SampledToken, StepPlan, StepResult
 from serving.engine.slots import Slots
 
 
@@ -58,6 +58,18 @@ class _Step:
     jobs: list[_Job]
 
 
+@dataclass(slots=True)
+class _Turn:
+    """A plan in the making. `num_coming` pages come free when steps in flight settle: who needs one waits for it instead of pre-empting."""
+
+    num_coming: int
+    num_stalled: int = 0
+    rows: list[DecodeRow] = field(default_factory=list)
+    jobs: list[_Job] = field(default_factory=list)
+    opened: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+
 class DecodeScheduler:
     """At most `max_num_seqs` sequences run together; none grows beyond `max_model_len` tokens."""
 
@@ -69,7 +81,11 @@ class DecodeScheduler:
         self._max_model_len = max_model_len
         self._jobs: dict[str, _Job] = {}
         """In order of arrival, which is the order of precedence."""
+        self._leaving: list[_Job] = []
+        """Over, but their slot and pages are used by a step in flight."""
         self._num_running = 0
+        self.num_stalled = 0
+        """Sequences that the last plan left out for want of a page: no moment to promise pages to others."""
         self._in_flight: deque[_Step] = deque()
 
     @property
@@ -86,78 +102,53 @@ class DecodeScheduler:
         return len(self._in_flight)
 
     def add(self, sequence: Sequence) -> None:
-        """Pages are owned and computed up to the last token, which is the next input. Raises PagesExhausted if the sequence could never be finished."""
-        assert sequence.job_id not in self._jobs, f"job {sequence.job_id} is here already"
-        assert finish_reason(sequence, self._max_model_len) is None, f"job {sequence.job_id} has ended already"
-        num_left = sequence.max_new_tokens - sequence.num_new_tokens
-        num_pages = num_pages_for(min(sequence.num_tokens + num_left, self._max_model_len) - 1)
-        if num_pages > self._manager.num_pages:
-            raise PagesExhausted(
-                f"{sequence.num_tokens} tokens and {num_left} more need {num_pages} pages, the decode pool has {self._manager.num_pages}; "
-                "raise kv.decode_pages or lower model.max_model_len"
+        """`page_ids` are owned and hold all tokens but the last, which is the next input; `num_new_tokens` counts it if this job drew it.
+
+        Raises PagesExhausted if the sequence could never be finished, StaleError if the job is here already, PeerError if it has ended already.
+        """
+        if sequence.job_id in self._jobs:
+            raise StaleError(f"job {sequence.job_id} is here already; a job id is used once, drop the message")
+        if finish_reason(sequence, self._max_model_len) is not None:
+            raise PeerError(
+                f"job {sequence.job_id} ended with the token that it comes with; there is nothing to decode"
             )
+        self._require_room(sequence)
         sequence.num_computed = sequence.num_tokens - 1
+        assert num_pages_for(sequence.num_computed) <= len(sequence.page_ids), (
+            f"job {sequence.job_id} comes with too few pages"
+        )
         self._manager.publish(sequence.token_ids, sequence.page_ids, sequence.num_computed)
         self._jobs[sequence.job_id] = _Job(sequence)
-        if sequence.slot is not None:
-            self._num_running += 1
+        self._num_running += sequence.slot is not None
 
     def schedule(self, now_s: float) -> DecodePlan | None:
         """The next step, or None if there is nothing to run and nothing to report now."""
-        del now_s
-        opened: list[Sequence] = []
-        preempted: list[Sequence] = []
-        rows: list[DecodeRow] = []
-        jobs: list[_Job] = []
+        del now_s  # every admitted sequence is as urgent as the other: each draws a token in each step
+        turn = _Turn(num_coming=sum(self._manager.num_released(job.sequence.page_ids) for job in self._leaving))
         for job in list(self._jobs.values()):
-            sequence = job.sequence
-            if job.gone or self._ends_in_flight(job):
-                continue
-            if sequence.slot is None and (self._num_running >= self._max_num_seqs or self._slots.num_free == 0):
-                continue
-            position = sequence.num_tokens - 1 + job.num_in_flight
-            new_page_id = None
-            if position >= len(sequence.page_ids) * PAGE_TOKENS:
-                new_page_id = self._page(job, preempted)
-                if new_page_id is None:
-                    continue
-            if sequence.slot is None:
-                sequence.slot = self._slots.take()
-                self._num_running += 1
-                opened.append(sequence)
-                # The slot is opened with the page.
-                new_page_id = None
-            assert sequence.slot is not None
-            rows.append(DecodeRow(slot=sequence.slot, position=position, new_page_id=new_page_id))
-            jobs.append(job)
-            job.num_in_flight += 1
-        if not rows and not preempted:
+            if not job.gone and not self._ends_in_flight(job):
+                self._plan(job, turn)
+        self.num_stalled = turn.num_stalled
+        if not turn.rows and not turn.preempted:
             return None
-        step = StepPlan(rows=tuple(rows))
-        if rows:
-            self._in_flight.append(_Step(step, jobs))
-        return DecodePlan(step=step, opened=tuple(opened), preempted=tuple(preempted))
+        step = StepPlan(rows=tuple(turn.rows))
+        if turn.rows:
+            self._in_flight.append(_Step(step, turn.jobs))
+        return DecodePlan(step=step, opened=tuple(turn.opened), preempted=tuple(turn.preempted))
 
     def settle(self, step: StepPlan, result: StepResult) -> list[TokenEvent]:
         """`step` is the oldest in flight; `result` may also hold tokens of other slots (mode both)."""
-        assert self._in_flight and self._in_flight[0].plan is step, "steps settle in the order in which they were scheduled"
+        settled = self._in_flight.popleft()
+        assert settled.plan is step, "steps settle in the order in which they were scheduled"
         tokens = {token.slot: token for token in result.tokens}
         events: list[TokenEvent] = []
-        for job, row in zip(self._in_flight.popleft().jobs, step.rows, strict=True):
+        for job, row in zip(settled.jobs, step.rows, strict=True):
             job.num_in_flight -= 1
-            if job.gone:
+            if not job.gone:
+                events.append(self._event(job, tokens[row.slot]))
+            elif job.num_in_flight == 0:
+                self._leaving.remove(job)
                 self._give_back(job)
-                continue
-            sequence, token = job.sequence, tokens[row.slot]
-            sequence.token_ids.append(token.token_id)
-            sequence.num_new_tokens += 1
-            sequence.num_computed += 1
-            if sequence.num_computed % PAGE_TOKENS == 0:
-                self._manager.publish(sequence.token_ids, sequence.page_ids, sequence.num_computed)
-            finish = finish_reason(sequence, self._max_model_len)
-            events.append(TokenEvent(sequence=sequence, token_id=token.token_id, logprobs=token.logprobs, finish=finish))
-            if finish is not None:
-                self._remove(job)
         return events
 
     def abort(self, job_id: str) -> Sequence | None:
@@ -168,37 +159,90 @@ class DecodeScheduler:
         self._remove(job)
         return job.sequence
 
+    def _require_room(self, sequence: Sequence) -> None:
+        num_tokens = min(sequence.num_tokens + sequence.max_new_tokens - sequence.num_new_tokens, self._max_model_len)
+        num_pages = num_pages_for(num_tokens - 1)  # the last token is never an input
+        if num_pages > self._manager.num_pages:
+            raise PagesExhausted(
+                f"{num_tokens} tokens need {num_pages} pages, the decode pool has {self._manager.num_pages}; "
+                "raise kv.decode_pages or lower model.max_model_len"
+            )
+
     def _ends_in_flight(self, job: _Job) -> bool:
         """The steps in flight reach the length limit, whatever they draw."""
         sequence, ahead = job.sequence, job.num_in_flight
-        return sequence.num_new_tokens + ahead >= sequence.max_new_tokens or sequence.num_tokens + ahead >= self._max_model_len
+        return (
+            sequence.num_new_tokens + ahead >= sequence.max_new_tokens
+            or sequence.num_tokens + ahead >= self._max_model_len
+        )
 
-    def _page(self, job: _Job, preempted: list[Sequence]) -> int | None:
-        """One more page, if need be from the youngest sequences behind this one. None: wait."""
+    def _plan(self, job: _Job, turn: _Turn) -> None:
+        """One row for this sequence, if it has or gets a slot and a page."""
+        sequence = job.sequence
+        waiting = sequence.slot is None
+        if waiting and (self._num_running >= self._max_num_seqs or self._slots.num_free == 0):
+            return
+        position = sequence.num_tokens - 1 + job.num_in_flight
+        new_page_id = None
+        if position >= len(sequence.page_ids) * PAGE_TOKENS:
+            new_page_id = self._grow(job, turn)
+            if new_page_id is None:
+                turn.num_stalled += 1
+                return
+        if waiting:
+            sequence.slot = self._slots.take()
+            self._num_running += 1
+            turn.opened.append(sequence)
+            new_page_id = None  # the slot is opened with it
+        assert sequence.slot is not None
+        turn.rows.append(DecodeRow(slot=sequence.slot, position=position, new_page_id=new_page_id))
+        turn.jobs.append(job)
+        job.num_in_flight += 1
+
+    def _grow(self, job: _Job, turn: _Turn) -> int | None:
+        """One more page, if need be from the youngest sequence behind this one. None: wait."""
         sequence = job.sequence
         while (page_id := self._manager.grow(sequence.page_ids, job_id=sequence.job_id)) is None:
-            if sequence.slot is None and self._num_running > 0:
+            if turn.num_coming > 0:
+                turn.num_coming -= 1
                 return None
             victim = next(reversed(self._jobs.values()))
-            if victim is job:
+            if victim is job or (sequence.slot is None and self._num_running > 0):
                 return None
-            self._remove(victim)
-            preempted.append(victim.sequence)
+            assert victim not in turn.jobs, "an older sequence takes pages from one that is planned already"
+            turn.preempted.append(victim.sequence)
+            turn.num_coming += self._remove(victim)
         return page_id
 
-    def _remove(self, job: _Job) -> None:
-        del self._jobs[job.sequence.job_id]
-        if job.sequence.slot is not None:
-            self._num_running -= 1
+    def _event(self, job: _Job, token: SampledToken) -> TokenEvent:
+        """The token is appended; a page that it has filled is published; with its last token the sequence leaves."""
+        sequence = job.sequence
+        sequence.token_ids.append(token.token_id)
+        sequence.num_new_tokens += 1
+        sequence.num_computed += 1
+        if sequence.num_computed % PAGE_TOKENS == 0:
+            self._manager.publish(sequence.token_ids, sequence.page_ids, sequence.num_computed)
+        finish = finish_reason(sequence, self._max_model_len)
+        if finish is not None:
+            self._remove(job)
+        return TokenEvent(sequence=sequence, token_id=token.token_id, logprobs=token.logprobs, finish=finish)
+
+    def _remove(self, job: _Job) -> int:
+        """The job is over. Returns how many pages come free when its steps in flight have settled; without any, they are free now."""
+        sequence = job.sequence
+        del self._jobs[sequence.job_id]
+        self._num_running -= sequence.slot is not None
+        self._manager.cancel(sequence.job_id)
         job.gone = True
-        self._give_back(job)
+        if job.num_in_flight == 0:
+            self._give_back(job)
+            return 0
+        self._leaving.append(job)
+        return self._manager.num_released(sequence.page_ids)
 
     def _give_back(self, job: _Job) -> None:
         sequence = job.sequence
-        if job.num_in_flight > 0:
-            return
         self._manager.release(sequence.page_ids)
-        self._manager.cancel(sequence.job_id)
         if sequence.slot is not None:
             self._slots.give(sequence.slot)
         sequence.page_ids, sequence.slot = [], None

@@ -2,7 +2,7 @@
 
 A page is `[num_layers + num_mtp_layers][PAGE_TOKENS][row_width]` elements. A row is one token's latent of one layer (kv_lora_rank + qk_rope_head_dim
 values). The MTP latent of (h_i, t_i+1) lies in the slot of token i+1, so a page is a function of the tokens up to its end. Slot 0 of a
-sequence has no MTP latent: its row is zero, travels with the others and is counted with them.
+sequence has no MTP latent: its row is never read, but travels with the others and is counted with them.
 
 Pure arithmetic; knows neither tensors nor who owns a page.
 """

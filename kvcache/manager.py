@@ -12,9 +12,10 @@ clock, no sockets. Owned by one thread, the worker's step loop.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from types import MappingProxyType
 
 from kvcache.layout import PAGE_TOKENS, num_pages_for
 from kvcache.pages import Pages, PageState
@@ -48,6 +49,15 @@ class _Phase(Enum):
     QUARANTINED = auto()
 
 
+_EXPOSED_STATE = MappingProxyType(
+    {
+        _Phase.EXPOSED: PageState.EXPOSED,
+        _Phase.DRAINING: PageState.DRAINING,
+        _Phase.QUARANTINED: PageState.QUARANTINED,
+    }
+)
+
+
 @dataclass(slots=True)
 class _Credit:
     """One job's pages on the decode side. `held` are references to shared pages, `exposed` what the peer may write, `reserved` the rest."""
@@ -60,11 +70,21 @@ class _Credit:
 
 
 class KVManager:
-    """All pages of one pool. `prefix_cache=False` publishes nothing and finds nothing; `salt` is drawn unless a test fixes it."""
+    """All pages of one pool. `prefix_cache=False` publishes nothing and finds nothing; `salt` is drawn unless a test fixes it.
 
-    def __init__(self, num_pages: int, *, prefix_cache: bool = True, salt: bytes | None = None) -> None:
+    `on_free` is told each page whose content is given up (tests poison it).
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        *,
+        prefix_cache: bool = True,
+        salt: bytes | None = None,
+        on_free: Callable[[int], None] | None = None,
+    ) -> None:
         self.num_pages = num_pages
-        self._pages = Pages(num_pages)
+        self._pages = Pages(num_pages, on_free)
         self._index = PrefixIndex(os.urandom(32) if salt is None else salt)
         self._refs = [0] * num_pages
         self._credits: dict[str, _Credit] = {}
@@ -82,7 +102,7 @@ class KVManager:
     def acquire(self, token_ids: Sequence[int], num_tokens: int) -> Allocation | None:
         """Pages for `num_tokens` tokens, shared where the prefix of `token_ids` is cached, else owned. None: no room now, nothing changed."""
         num_pages = num_pages_for(num_tokens)
-        held = self._hold_prefix(token_ids)[:num_pages] if num_tokens >= len(token_ids) else self._hold_prefix(token_ids[:num_tokens])
+        held = self._hold_prefix(token_ids[:num_tokens])
         if num_pages - len(held) > self.num_available:
             self.release(held)
             return None
@@ -104,7 +124,8 @@ class KVManager:
         return page_id
 
     def publish(self, token_ids: Sequence[int], page_ids: Sequence[int], num_computed: int) -> None:
-        """Full pages below `num_computed` tokens become findable; idempotent. Their latents must be complete on the device or queued before any reader."""
+        """Full pages below `num_computed` tokens become findable; idempotent. Only after the step that wrote their last row has settled."""
+        assert num_computed <= len(token_ids), f"{num_computed} tokens computed of {len(token_ids)}"
         if self._prefix_cache:
             self._index.add(token_ids, page_ids, num_computed // PAGE_TOKENS)
 
@@ -135,7 +156,7 @@ class KVManager:
         """
         if job_id in self._credits:
             raise StaleError(f"job {job_id} has its credit already; a job id is used once, drop the message")
-        held = self._hold_prefix(token_ids)[:num_pages]
+        held = self._hold_prefix(token_ids[: num_pages * PAGE_TOKENS])
         if num_pages - len(held) > self.num_available:
             self.release(held)
             return False
@@ -164,7 +185,9 @@ class KVManager:
         credit.phase = _Phase.EXPOSED
         for _ in range(min(num_surplus, len(credit.reserved))):
             self._pages.move(credit.reserved.pop(), PageState.FREE)
-        return Binding(first_page=len(held), held_page_ids=list(held), page_ids=list(credit.exposed), epochs=list(credit.epochs))
+        return Binding(
+            first_page=len(held), held_page_ids=list(held), page_ids=list(credit.exposed), epochs=list(credit.epochs)
+        )
 
     def accept(self, job_id: str, epochs: Sequence[int] | None = None) -> list[int]:
         """All writes are here and verified: the prompt's pages, held and written, in order. What is left of the credit stays for `grow`.
@@ -222,15 +245,57 @@ class KVManager:
     def quarantine(self, job_id: str) -> None:
         """The writer of these exposed or draining pages does not answer. They stay out of use until `closed`."""
         self.cancel(job_id)
-        credit = self._credits[job_id]
+        credit = self._credits.get(job_id)
+        assert credit is not None, f"job {job_id} has no page that a peer may write"
         assert credit.phase is _Phase.DRAINING, f"job {job_id} is quarantined already"
         for page_id in credit.exposed:
             self._pages.move(page_id, PageState.QUARANTINED)
         credit.phase = _Phase.QUARANTINED
 
+    def num_released(self, page_ids: Sequence[int]) -> int:
+        """How many of these `release` would make available: those nobody else refers to."""
+        return sum(self._refs[page_id] == 1 for page_id in page_ids)
+
     def check(self) -> None:
         """The conservation law, and that no page is in two hands. Cost: linear in the pages. A violation is a bug that must stop the worker."""
         self._pages.check()
+        self._index.check()
+        in_credit = self._check_credits()
+        idle = set(self._index.idle_page_ids())
+        for page_id in range(self.num_pages):
+            state = self._pages.state(page_id)
+            assert (self._refs[page_id] > 0) == (state is PageState.OWNED), (
+                f"page {page_id} is {state} with {self._refs[page_id]} references"
+            )
+            assert (page_id in idle) == (state is PageState.CACHED), (
+                f"page {page_id} is {state} and the cache disagrees"
+            )
+            shared = state in (PageState.FREE, PageState.CACHED, PageState.OWNED)
+            assert (page_id in in_credit) != shared, f"page {page_id} is {state}; the credits disagree"
+        for page_id in self._index.known_page_ids():
+            state = self._pages.state(page_id)
+            assert state in (PageState.OWNED, PageState.CACHED), f"page {page_id} is {state}, yet its content is known"
+
+    def _check_credits(self) -> set[int]:
+        """The pages that credits have to themselves."""
+        pages: set[int] = set()
+        for job_id, credit in self._credits.items():
+            wanted = _EXPOSED_STATE.get(credit.phase)
+            for page_id in credit.exposed:
+                assert self._pages.state(page_id) is wanted, (
+                    f"job {job_id} is {credit.phase.name} with a page {self._pages.state(page_id)}"
+                )
+            for page_id in credit.reserved:
+                assert self._pages.state(page_id) is PageState.RESERVED, (
+                    f"page {page_id} of job {job_id} is not reserved"
+                )
+            assert all(self._refs[page_id] > 0 for page_id in credit.held), (
+                f"job {job_id} holds a page without a reference"
+            )
+            for page_id in [*credit.exposed, *credit.reserved]:
+                assert page_id not in pages, f"page {page_id} of job {job_id} is in two hands"
+                pages.add(page_id)
+        return pages
 
     def _credit(self, job_id: str, phase: _Phase) -> _Credit:
         credit = self._credits.get(job_id)

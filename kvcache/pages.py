@@ -25,7 +25,7 @@ Knows no jobs, no tokens and no tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
@@ -60,11 +60,13 @@ LEGAL_MOVES: Mapping[PageState, frozenset[PageState]] = MappingProxyType(
 
 
 class Pages:
-    """State and epoch of `num_pages` pages, and the free ones among them (lowest ids first, so that a pool touches little memory)."""
+    """State and epoch of `num_pages` pages, and the free ones among them (last freed first, then lowest ids, so that a pool touches little memory)."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, on_free: Callable[[int], None] | None = None) -> None:
+        """`on_free` is told each page whose content is given up (tests poison it)."""
         assert num_pages > 0
         self.num_pages = num_pages
+        self._on_free = on_free
         self._states = [PageState.FREE] * num_pages
         self._epochs = [0] * num_pages
         self._counts = dict.fromkeys(PageState, 0)
@@ -97,6 +99,8 @@ class Pages:
         self._set(page_id, state)
         if state is PageState.FREE:
             self._free.append(page_id)
+            if self._on_free is not None:
+                self._on_free(page_id)
 
     def require_exposed(self, page_id: int, epoch: int) -> None:
         """Raises StaleError unless the page is exposed in just this epoch: what a peer says of it is of an earlier use."""
@@ -114,9 +118,11 @@ class Pages:
         for state in self._states:
             counted[state] += 1
         assert counted == self._counts, f"page counts drifted: {self._counts} claimed, {counted} found"
-        assert sum(self._counts.values()) == self.num_pages, f"{sum(self._counts.values())} of {self.num_pages} pages accounted for"
-        free = {page_id for page_id, state in enumerate(self._states) if state is PageState.FREE}
-        assert len(self._free) == len(free) and set(self._free) == free, "the free list is not the set of free pages"
+        assert sum(self._counts.values()) == self.num_pages, (
+            f"{sum(self._counts.values())} of {self.num_pages} pages accounted for"
+        )
+        free = [page_id for page_id, state in enumerate(self._states) if state is PageState.FREE]
+        assert sorted(self._free) == free, "the free list is not the set of free pages"
 
     def _set(self, page_id: int, state: PageState) -> None:
         before = self._states[page_id]

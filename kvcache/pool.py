@@ -6,8 +6,8 @@ never handed out. On a CPU the memory is anonymous and zero: a page costs nothin
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,14 +16,22 @@ from kvcache.layout import PAGE_TOKENS, PageLayout
 
 
 class KVPool:
-    """`poison` fills pages with NaN (tests: whoever reads what nobody wrote notices)."""
+    """`num_pages` pages and a scratch page, zero at first; `tensor[i]` is page i."""
 
-    def __init__(self, layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        assert layout.element_bytes == dtype.itemsize, f"{dtype} has {dtype.itemsize} bytes, the layout says {layout.element_bytes}"
+    def __init__(
+        self, layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        assert layout.element_bytes == dtype.itemsize, (
+            f"{dtype} has {dtype.itemsize} bytes, the layout says {layout.element_bytes}"
+        )
         self.layout = layout
         self.num_pages = num_pages
         shape = (num_pages + 1, layout.num_planes, PAGE_TOKENS, layout.row_width)
-        self.tensor = _zeros_untouched(shape, dtype) if torch.device(device).type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+        self.tensor = (
+            _zeros_untouched(shape, dtype)
+            if torch.device(device).type == "cpu"
+            else torch.zeros(shape, dtype=dtype, device=device)
+        )
 
     @property
     def scratch_page_id(self) -> int:
@@ -46,16 +54,19 @@ class KVPool:
         """View [planes, 64, row_width] of one page."""
         return self.tensor[page_id]
 
-    def poison(self, page_ids: Iterable[int]) -> None:
-        """NaN into every row of these pages."""
-        for page_id in page_ids:
-            self.tensor[page_id].fill_(float("nan"))
+    def poison(self, page_id: int) -> None:
+        """All bits of the page are set, which is NaN in every floating-point type: whoever reads what nobody wrote notices.
+
+        For tests: `KVManager(..., on_free=pool.poison)`.
+        """
+        self.tensor[page_id].view(torch.uint8).fill_(0xFF)
+
+    def poison_all(self) -> None:
+        """Every page but scratch, before the first use."""
+        self.tensor[: self.num_pages].view(torch.uint8).fill_(0xFF)
 
 
 def _zeros_untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that the kernel provides page by page on first touch; torch.zeros would write them all."""
-    num_elements = 1
-    for size in shape:
-        num_elements *= size
-    memory = mmap.mmap(-1, num_elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)

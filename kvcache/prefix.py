@@ -33,7 +33,7 @@ class PrefixIndex:
     def find(self, token_ids: Sequence[int]) -> list[int]:
         """Pages of the longest published prefix of whole pages."""
         page_ids: list[int] = []
-        for digest in self._chain(self._root, token_ids, 0):
+        for digest in self._chain(self._root, token_ids, 0, len(token_ids) // PAGE_TOKENS):
             page_id = self._page_of.get(digest)
             if page_id is None:
                 break
@@ -46,8 +46,9 @@ class PrefixIndex:
         while first > 0 and page_ids[first - 1] not in self._digest_of:
             first -= 1
         parent = self._digest_of[page_ids[first - 1]] if first else self._root
-        tokens = token_ids[: num_full * PAGE_TOKENS]
-        for page_id, digest in zip(page_ids[first:num_full], self._chain(parent, tokens, first), strict=True):
+        for page_id, digest in zip(
+            page_ids[first:num_full], self._chain(parent, token_ids, first, num_full), strict=True
+        ):
             self._digest_of[page_id] = digest
             self._page_of.setdefault(digest, page_id)
 
@@ -58,7 +59,8 @@ class PrefixIndex:
 
     def idle(self, page_id: int) -> None:
         """Nobody refers to this published page any more: it is now the last to be evicted."""
-        assert page_id not in self._idle and self.published(page_id)
+        assert page_id not in self._idle, f"page {page_id} waits for eviction already"
+        assert self.published(page_id), f"page {page_id} cannot be found, so it is free, not cached"
         self._idle[page_id] = None
 
     def wake(self, page_id: int) -> None:
@@ -81,13 +83,23 @@ class PrefixIndex:
         """Next to be evicted first."""
         return list(self._idle)
 
-    def page_ids(self) -> set[int]:
-        """All pages whose content is known."""
+    def check(self) -> None:
+        """Lookups lead to pages whose content is known, and only findable pages wait for eviction."""
+        for digest, page_id in self._page_of.items():
+            assert self._digest_of.get(page_id) == digest, (
+                f"a lookup leads to page {page_id}, which holds something else"
+            )
+        for page_id in self._idle:
+            assert self.published(page_id), f"page {page_id} is cached but cannot be found"
+
+    def known_page_ids(self) -> set[int]:
+        """All pages whose content is known, findable or not."""
         return set(self._digest_of)
 
-    def _chain(self, parent: bytes, token_ids: Sequence[int], first: int) -> Iterator[bytes]:
-        """Digests of the whole pages of `token_ids` from page `first` on."""
-        for start in range(first * PAGE_TOKENS, len(token_ids) - PAGE_TOKENS + 1, PAGE_TOKENS):
-            tokens = array("q", token_ids[start : start + PAGE_TOKENS])
+    def _chain(self, parent: bytes, token_ids: Sequence[int], first: int, last: int) -> Iterator[bytes]:
+        """Digests of pages [first, last)."""
+        for page in range(first, last):
+            tokens = array("q", token_ids[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS])
+            assert len(tokens) == PAGE_TOKENS, f"page {page} is not full"
             parent = hashlib.blake2b(parent + tokens.tobytes(), digest_size=16).digest()
             yield parent

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from kvcache.layout import num_pages_for
 from kvcache.manager import KVManager
-from serving.core.errors import PagesExhausted
+from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.request import FinishReason, Sequence
 from serving.engine.ending import finish_reason
 from serving.engine.plan import PrefillChunk, SampledToken, StepPlan, StepResult
@@ -58,32 +58,48 @@ class PrefillSettled:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A sequence with what is planned for it: tokens below `num_planned` are computed or in flight."""
+    """A sequence and what is planned of it: tokens below `num_planned` are computed or in flight.
+
+    `hit`: it starts after a cached prefix, whose last token is to be computed again. `sampling`: all of it is planned.
+    """
 
     sequence: Sequence
     order: int
     num_planned: int = 0
     num_in_flight: int = 0
-    started: bool = False
+    hit: bool = False
     sampling: bool = False
     gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """A step in flight, with the job and the range of each chunk."""
+class _Chunk:
+    """A chunk in flight; its sequence's tokens below `end` are computed when it has settled."""
 
+    job: _Job
+    plan: PrefillChunk
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
     plan: StepPlan
-    chunks: list[tuple[_Job, int, int]]
+    chunks: list[_Chunk]
 
 
 class PrefillScheduler:
     """`max_num_seqs` sequences hold a slot and pages at once (hand-off included); a step has at most `max_batched_tokens` tokens."""
 
     def __init__(
-        self, manager: KVManager, slots: Slots, *, max_num_seqs: int, max_batched_tokens: int, max_model_len: int | None = None
+        self,
+        manager: KVManager,
+        slots: Slots,
+        *,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        max_model_len: int | None = None,
     ) -> None:
-        assert max_num_seqs > 0 and max_batched_tokens > 0
+        assert min(max_num_seqs, max_batched_tokens) > 0
         self._manager = manager
         self._slots = slots
         self._max_num_seqs = max_num_seqs
@@ -115,9 +131,11 @@ class PrefillScheduler:
         return sum(job.sequence.num_tokens - job.num_planned for job in jobs if not job.sampling)
 
     def add(self, sequence: Sequence) -> None:
-        """Raises PagesExhausted if the prompt can never fit."""
-        assert sequence.job_id not in self._waiting and sequence.job_id not in self._admitted, f"job {sequence.job_id} is here already"
-        assert sequence.token_ids, "an empty prompt has nothing to compute"
+        """Raises PagesExhausted if the prompt can never fit, StaleError if the job is here already, PeerError if it has no tokens."""
+        if sequence.job_id in self._waiting or sequence.job_id in self._admitted:
+            raise StaleError(f"job {sequence.job_id} is here already; a job id is used once, drop the message")
+        if not sequence.token_ids:
+            raise PeerError(f"job {sequence.job_id} has an empty prompt; the router must refuse it")
         num_pages = num_pages_for(sequence.num_tokens)
         if num_pages > self._manager.num_pages:
             raise PagesExhausted(
@@ -128,63 +146,56 @@ class PrefillScheduler:
         self._next_order += 1
 
     def schedule(self, now_s: float) -> PrefillPlan | None:
-        """The next step, or None if there is nothing to compute now."""
+        """The next step, or None if there is nothing to compute and nothing to report now."""
         late = self._drop_late(now_s)
-        chunks: list[tuple[_Job, int, int]] = []
-        planned: list[PrefillChunk] = []
+        chunks: list[_Chunk] = []
         opened: list[Sequence] = []
         budget, admitting = self._max_batched_tokens, True
-        jobs = [job for job in self._admitted.values() if not job.sampling]
-        for job in sorted([*jobs, *self._waiting.values()], key=lambda job: (job.sequence.deadline_s, job.order)):
+        for job in self._by_deadline():
             if budget == 0:
                 break
-            if job.sequence.job_id in self._waiting:
+            if job.sequence.slot is None:
                 # The first that finds no room keeps those behind it out, so that a long prompt is not overtaken for ever.
                 admitting = admitting and self._admit(job)
                 if not admitting:
                     continue
                 opened.append(job.sequence)
-            chunk, start = self._chunk(job, budget)
-            planned.append(chunk)
-            chunks.append((job, start, job.num_planned))
-            budget -= len(chunk.token_ids)
-        if not planned and not late:
+            chunks.append(self._chunk(job, budget))
+            budget -= len(chunks[-1].plan.token_ids)
+        if not chunks and not late:
             return None
-        step = StepPlan(chunks=tuple(planned))
-        if planned:
+        step = StepPlan(chunks=tuple(chunk.plan for chunk in chunks))
+        if chunks:
             self._in_flight.append(_Step(step, chunks))
         return PrefillPlan(step=step, opened=tuple(opened), late=late)
 
     def settle(self, step: StepPlan, result: StepResult) -> PrefillSettled:
         """`step` is the oldest in flight; `result` may also hold tokens of other slots (mode both)."""
-        assert self._in_flight and self._in_flight[0].plan is step, "steps settle in the order in which they were scheduled"
+        settled = self._in_flight.popleft()
+        assert settled.plan is step, "steps settle in the order in which they were scheduled"
         tokens = {token.slot: token for token in result.tokens}
         done: list[ChunkDone] = []
         finished: list[FirstToken] = []
-        for (job, start, end), chunk in zip(self._in_flight.popleft().chunks, step.chunks, strict=True):
+        for chunk in settled.chunks:
+            job, sequence = chunk.job, chunk.job.sequence
             job.num_in_flight -= 1
             if job.gone:
                 self._give_back(job)
                 continue
-            sequence = job.sequence
-            sequence.num_computed = end
-            self._manager.publish(sequence.token_ids, sequence.page_ids, end)
-            done.append(ChunkDone(sequence=sequence, start=start, end=end))
-            if chunk.sample:
-                finished.append(self._finished(sequence, tokens[chunk.slot]))
+            sequence.num_computed = chunk.end
+            self._manager.publish(sequence.token_ids, sequence.page_ids, chunk.end)
+            done.append(ChunkDone(sequence=sequence, start=chunk.plan.store_from, end=chunk.end))
+            if chunk.plan.sample:
+                finished.append(self._finished(sequence, tokens[chunk.plan.slot]))
         return PrefillSettled(chunks=tuple(done), finished=tuple(finished))
 
     def finish(self, job_id: str) -> None:
         """After the hand-off, or where there is none: slot and pages are given back."""
-        job = self._admitted.pop(job_id)
-        assert job.num_in_flight == 0, f"job {job_id} is finished while its step is in flight"
-        self._give_back(job)
+        self._give_back(self._leave(job_id))
 
     def hand_over(self, job_id: str) -> Sequence:
         """Leaves with slot and pages (mode both)."""
-        job = self._admitted.pop(job_id)
-        assert job.num_in_flight == 0, f"job {job_id} is handed over while its step is in flight"
-        return job.sequence
+        return self._leave(job_id).sequence
 
     def abort(self, job_id: str) -> Sequence | None:
         """None: not here (any more)."""
@@ -195,6 +206,11 @@ class PrefillScheduler:
         self._give_back(job)
         return job.sequence
 
+    def _by_deadline(self) -> list[_Job]:
+        """Whoever has tokens left to plan, earliest deadline first, then in order of arrival."""
+        jobs = [job for job in self._admitted.values() if not job.sampling]
+        return sorted([*jobs, *self._waiting.values()], key=lambda job: (job.sequence.deadline_s, job.order))
+
     def _drop_late(self, now_s: float) -> tuple[Sequence, ...]:
         late = tuple(job.sequence for job in self._waiting.values() if job.sequence.deadline_s < now_s)
         for sequence in late:
@@ -202,6 +218,7 @@ class PrefillScheduler:
         return late
 
     def _admit(self, job: _Job) -> bool:
+        """Slot and pages for the whole prompt; False: no room now."""
         sequence = job.sequence
         if len(self._admitted) >= self._max_num_seqs or self._slots.num_free == 0:
             return False
@@ -212,20 +229,18 @@ class PrefillScheduler:
         sequence.page_ids = allocation.page_ids
         sequence.num_computed = job.num_planned = allocation.num_cached
         self._admitted[sequence.job_id] = self._waiting.pop(sequence.job_id)
+        job.hit = allocation.num_cached > 0
         return True
 
-    def _chunk(self, job: _Job, budget: int) -> tuple[PrefillChunk, int]:
-        """The next chunk and the first token whose latents it stores."""
+    def _chunk(self, job: _Job, budget: int) -> _Chunk:
         sequence, store_from = job.sequence, job.num_planned
-        # After a prefix hit the token before the first missing one is computed again, for its hidden state.
-        start = store_from if job.started else max(0, store_from - 1)
-        job.started = True
+        # After a prefix hit the last cached token is computed again: its hidden state is needed, its latents are there.
+        start = store_from - 1 if job.hit else store_from
         end = min(start + budget, sequence.num_tokens)
-        job.num_planned = end
+        job.num_planned, job.hit, job.sampling = end, False, end == sequence.num_tokens
         job.num_in_flight += 1
-        job.sampling = end == sequence.num_tokens
         assert sequence.slot is not None
-        chunk = PrefillChunk(
+        plan = PrefillChunk(
             slot=sequence.slot,
             token_ids=sequence.token_ids[start:end],
             start=start,
@@ -233,7 +248,14 @@ class PrefillScheduler:
             page_ids=list(sequence.page_ids),
             sample=job.sampling,
         )
-        return chunk, store_from
+        return _Chunk(job, plan, end)
+
+    def _leave(self, job_id: str) -> _Job:
+        job = self._admitted.pop(job_id, None)
+        assert job is not None, f"job {job_id} is not running here"
+        assert job.sampling, f"job {job_id} leaves before its prompt is computed"
+        assert job.num_in_flight == 0, f"job {job_id} leaves while its step is in flight"
+        return job
 
     def _finished(self, sequence: Sequence, token: SampledToken) -> FirstToken:
         sequence.token_ids.append(token.token_id)
