@@ -100,7 +100,10 @@ def test_a_new_incarnation_proves_the_end_of_the_old_one_and_the_old_one_is_refu
     second.connect(decode.address)
     second.post("decode-0", Abort(job_id="new"))
     seen = wait_for(decode, is_abort)
-    assert seen == [PeerGone("prefill-0", 1, True, "prefill-0 was restarted"), Received("prefill-0", 2, Abort(job_id="new"))]
+    assert seen == [
+        PeerGone("prefill-0", 1, True, "prefill-0 was restarted"),
+        Received("prefill-0", 2, Abort(job_id="new")),
+    ]
     stale_before = metrics.value("baton_kv_stale_total")
     first.post("decode-0", Abort(job_id="ghost"))
     time.sleep(0.3)

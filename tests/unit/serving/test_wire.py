@@ -43,7 +43,9 @@ MESSAGES: tuple[AnyMessage, ...] = (
         budget_s=1.5,
         decode=ADDRESS,
     ),
-    DecodeJob(job_id="j", token_ids=[1], num_prompt_tokens=1, sampling=SamplingParams(), max_new_tokens=1, budget_s=2.0),
+    DecodeJob(
+        job_id="j", token_ids=[1], num_prompt_tokens=1, sampling=SamplingParams(), max_new_tokens=1, budget_s=2.0
+    ),
     KVTicket(job_id="j", first_page=2, page_ids=[4, 5], epochs=[1, 9], agent=b"\x00\xff"),
     KVReady(
         job_id="j",
@@ -56,7 +58,9 @@ MESSAGES: tuple[AnyMessage, ...] = (
         hidden=b"\x01\x02",
     ),
     TokenBatch(
-        jobs=[JobTokens(job_id="j", token_ids=[7], logprobs=[TokenLogprobs(-0.5, [7], [-0.5])], finish=FinishReason.STOP)],
+        jobs=[
+            JobTokens(job_id="j", token_ids=[7], logprobs=[TokenLogprobs(-0.5, [7], [-0.5])], finish=FinishReason.STOP)
+        ],
         stages={"j": {"first_step": 0.01}},
     ),
     Roster(workers=[WorkerInfo(address=ADDRESS, role="decode", state="ready")]),

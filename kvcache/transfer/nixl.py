@@ -1,0 +1,253 @@
+"""Pages over NIXL with UCX: one-sided writes into registered memory, shared memory or TCP or RDMA as UCX finds them.
+
+    source                                            target
+    write: descriptors, post  ---------------------->  its memory
+    poll: state, release      ----notification------>  notifications
+
+One agent a worker, its pool registered once. NIXL's own progress thread stays off (it burns a core): `poll` and
+`notifications` drive the agent, from the worker's I/O thread and only while something is open. Adjacent pages go as one
+descriptor, because descriptor size decides the bandwidth. A handle is released in every case; one that NIXL cannot
+release yet is tried again and not reported before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from kvcache.pool import KVPool
+from kvcache.transfer.base import Completed, runs
+from serving.core.errors import PeerError, StartupError
+
+_PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")
+
+
+class AgentInfo(msgspec.Struct, frozen=True):
+    """`KVTicket.agent`: NIXL's metadata of the target, and where its pool lies. memory: DRAM or VRAM."""
+
+    metadata: bytes
+    base_address: int
+    page_bytes: int
+    num_pages: int
+    memory: str
+    device_id: int
+
+
+def load_nixl() -> Any:
+    """NIXL's Python module. Raises StartupError that says what to install."""
+    for package in _PACKAGES:
+        try:
+            module = importlib.import_module(f"{package}._api")
+        except ImportError:
+            continue
+        logging.getLogger("nixl").setLevel(logging.WARNING)
+        return module
+    raise StartupError(
+        'NIXL is not installed: run "pip install nixl_cu13" (nixl_cu12 for CUDA 12), it runs without a GPU too'
+    )
+
+
+class _Agent:
+    """A NIXL agent with one registered pool."""
+
+    def __init__(self, name: str, pool: KVPool) -> None:
+        """Raises StartupError."""
+        nixl = load_nixl()
+        self.pool = pool
+        self.memory = "VRAM" if pool.tensor.is_cuda else "DRAM"
+        self.device_id = pool.tensor.get_device() if pool.tensor.is_cuda else 0
+        try:
+            config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+            self.nixl = nixl.nixl_agent(name, config)
+            region = (pool.base_address, pool.num_bytes, self.device_id, "")
+            self._registered = self.nixl.register_memory([region], self.memory)
+        except Exception as error:
+            raise StartupError(
+                f"NIXL cannot register a pool of {pool.num_bytes} bytes with UCX: {error}; lower kv.*_pages"
+            ) from error
+
+    def descriptors(self, base_address: int, stretches: Sequence[tuple[int, int]], memory: str, device_id: int) -> Any:
+        """NIXL's list for (first page, number of pages) stretches of a pool at `base_address`."""
+        size = self.pool.layout.page_bytes
+        return self.nixl.get_xfer_descs(
+            [(base_address + page * size, num * size, device_id) for page, num in stretches], memory
+        )
+
+    def close(self) -> None:
+        self.nixl.deregister_memory(self._registered)
+
+
+class NixlTarget:
+    """A PageTarget. `name` must be unique in the cluster."""
+
+    def __init__(self, name: str, pool: KVPool) -> None:
+        self._agent = _Agent(name, pool)
+        info = AgentInfo(
+            metadata=self._agent.nixl.get_agent_metadata(),
+            base_address=pool.base_address,
+            page_bytes=pool.layout.page_bytes,
+            num_pages=pool.num_pages,
+            memory=self._agent.memory,
+            device_id=self._agent.device_id,
+        )
+        self._info = msgspec.msgpack.encode(info)
+
+    @property
+    def agent(self) -> bytes:
+        return self._info
+
+    def notifications(self) -> list[bytes]:
+        return [message for messages in self._agent.nixl.get_new_notifs().values() for message in messages]
+
+    def close(self) -> None:
+        self._agent.close()
+
+
+@dataclass(slots=True)
+class _Peer:
+    info: AgentInfo
+    agent: bytes
+    num_open: int = 0
+    leaving: bool = False
+
+
+@dataclass(slots=True)
+class _Write:
+    """`xfer` None: it never started. `error` is set once it has failed and waits to be released."""
+
+    peer: str
+    xfer: Any = None
+    error: str | None = None
+    done: bool = field(default=False)
+
+
+class NixlSource:
+    """A PageSource. `name` must be unique in the cluster."""
+
+    def __init__(self, name: str, pool: KVPool) -> None:
+        self._agent = _Agent(name, pool)
+        self._peers: dict[str, _Peer] = {}
+        self._names: dict[bytes, str] = {}
+        self._open: dict[int, _Write] = {}
+        self._next_handle = 0
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def connect(self, agent: bytes) -> str:
+        if agent in self._names:
+            return self._names[agent]
+        try:
+            info = msgspec.msgpack.decode(agent, type=AgentInfo)
+        except msgspec.MsgspecError as error:
+            raise PeerError(
+                f"the ticket does not describe a NIXL agent: {error}; set the same transfer.backend everywhere"
+            ) from error
+        if info.page_bytes != self._agent.pool.layout.page_bytes:
+            raise PeerError(f"the peer's pages have {info.page_bytes} bytes, ours {self._agent.pool.layout.page_bytes}")
+        try:
+            name = _text(self._agent.nixl.add_remote_agent(info.metadata))
+        except Exception as error:
+            raise PeerError(f"NIXL cannot reach the peer: {error}") from error
+        self._names[agent] = name
+        self._peers[name] = _Peer(info, agent)
+        return name
+
+    def disconnect(self, peer: str) -> None:
+        if peer in self._peers:
+            self._peers[peer].leaving = True
+            self._part(peer)
+
+    def write(
+        self, peer: str, source_page_ids: Sequence[int], target_page_ids: Sequence[int], notification: bytes
+    ) -> int:
+        self._next_handle += 1
+        write = _Write(peer)
+        self._open[self._next_handle] = write
+        known = self._peers.get(peer)
+        if known is None:
+            write.error = f"{peer} is not connected"
+            return self._next_handle
+        known.num_open += 1
+        try:
+            self._post(write, known.info, list(runs(source_page_ids, target_page_ids)), notification)
+        except Exception as error:
+            write.error = f"{type(error).__name__}: {error}"
+        return self._next_handle
+
+    def poll(self) -> list[Completed]:
+        over: list[Completed] = []
+        for handle, write in list(self._open.items()):
+            self._check(write)
+            if (write.done or write.error is not None) and self._released(write):
+                del self._open[handle]
+                self._gone(write.peer)
+                over.append(Completed(handle, write.error))
+        return over
+
+    def close(self) -> None:
+        for write in self._open.values():
+            self._released(write)
+        self._open.clear()
+        for name in list(self._peers):
+            self._peers[name].num_open = 0
+            self.disconnect(name)
+        self._agent.close()
+
+    def _post(self, write: _Write, info: AgentInfo, stretches: list[tuple[int, int, int]], notification: bytes) -> None:
+        if not all(target >= 0 and target + num <= info.num_pages for _, target, num in stretches):
+            raise PeerError(f"pages {stretches} are not all in a pool of {info.num_pages}")
+        agent = self._agent
+        ours = [(source, num) for source, _, num in stretches]
+        theirs = [(target, num) for _, target, num in stretches]
+        local = agent.descriptors(agent.pool.base_address, ours, agent.memory, agent.device_id)
+        remote = agent.descriptors(info.base_address, theirs, info.memory, info.device_id)
+        write.xfer = agent.nixl.initialize_xfer("WRITE", local, remote, write.peer, notification)
+        self._note(write, agent.nixl.transfer(write.xfer))
+
+    def _check(self, write: _Write) -> None:
+        if write.done or write.error is not None:
+            return
+        try:
+            self._note(write, self._agent.nixl.check_xfer_state(write.xfer))
+        except Exception as error:
+            write.error = f"{type(error).__name__}: {error}"
+
+    @staticmethod
+    def _note(write: _Write, state: str) -> None:
+        if state == "ERR":
+            write.error = "NIXL reports a failed transfer"
+        write.done = state == "DONE"
+
+    def _released(self, write: _Write) -> bool:
+        if write.xfer is not None:
+            try:
+                self._agent.nixl.release_xfer_handle(write.xfer)
+            except Exception:
+                return False
+            write.xfer = None
+        return True
+
+    def _gone(self, peer: str) -> None:
+        known = self._peers.get(peer)
+        if known is not None:
+            known.num_open -= 1
+            self._part(peer)
+
+    def _part(self, peer: str) -> None:
+        known = self._peers[peer]
+        if known.leaving and known.num_open == 0:
+            del self._peers[peer], self._names[known.agent]
+            with contextlib.suppress(Exception):  # its process may have ended; there is nothing left to part from
+                self._agent.nixl.remove_remote_agent(peer)
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode() if isinstance(name, bytes) else name

@@ -1,0 +1,215 @@
+"""What both backends promise: whole pages, to the right place, one notification, every write reported once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+import pytest
+import torch
+
+from kvcache.layout import PageLayout
+from kvcache.pool import KVPool
+from kvcache.transfer.base import Completed, PageSource, PageTarget, runs
+from kvcache.transfer.local import LocalFabric
+from kvcache.transfer.nixl import NixlSource, NixlTarget
+from serving.core.errors import PeerError
+
+LAYOUT = PageLayout(num_layers=3, num_mtp_layers=1, row_width=24, element_bytes=4)
+NUM_PAGES = 12
+
+
+class Pair(Protocol):
+    source: PageSource
+    target: PageTarget
+    ours: KVPool
+    theirs: KVPool
+
+
+class _Pair:
+    def __init__(self, source: PageSource, target: PageTarget, ours: KVPool, theirs: KVPool) -> None:
+        self.source, self.target, self.ours, self.theirs = source, target, ours, theirs
+
+
+def numbered_pool(layout: PageLayout = LAYOUT, *, sign: int = 1) -> KVPool:
+    """Every value different, so that a byte in the wrong place shows."""
+    pool = KVPool(layout, NUM_PAGES, torch.float32)
+    pool.tensor.copy_(sign * torch.arange(1, pool.tensor.numel() + 1).view(pool.tensor.shape))
+    return pool
+
+
+@pytest.fixture(params=["local", "nixl"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    ours, theirs = numbered_pool(), numbered_pool(sign=-1)
+    with ExitStack() as stack:
+        source: PageSource
+        target: PageTarget
+        if request.param == "local":
+            fabric = LocalFabric()
+            source, target = fabric.source(ours), fabric.target("decode", theirs)
+        else:
+            source, target = NixlSource("prefill-test", ours), NixlTarget("decode-test", theirs)
+        stack.callback(target.close)
+        stack.callback(source.close)
+        yield _Pair(source, target, ours, theirs)
+
+
+def settle(
+    source: PageSource, target: PageTarget | None, *, timeout_s: float = 10.0
+) -> tuple[list[Completed], list[bytes]]:
+    """Polls both sides until nothing is open and, with a target, as many notifications are there as writes succeeded."""
+    completed: list[Completed] = []
+    notices: list[bytes] = []
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        completed += source.poll()
+        notices += target.notifications() if target is not None else []
+        num_good = sum(done.error is None for done in completed)
+        if source.num_open == 0 and (target is None or len(notices) >= num_good):
+            return completed, notices
+        time.sleep(0.001)
+    raise AssertionError(f"open after {timeout_s} s: {source.num_open}, {completed}, {notices}")
+
+
+def test_pages_arrive_whole_and_nothing_else_is_touched(pair: Pair) -> None:
+    before = pair.theirs.tensor.clone()
+    peer = pair.source.connect(pair.target.agent)
+    handle = pair.source.write(peer, [3, 4, 5, 9], [7, 8, 1, 2], b"notice")
+    assert settle(pair.source, pair.target) == ([Completed(handle)], [b"notice"])
+    expected = before
+    for ours, theirs in zip([3, 4, 5, 9], [7, 8, 1, 2], strict=True):
+        expected[theirs] = pair.ours.tensor[ours]
+    assert torch.equal(pair.theirs.tensor, expected)
+
+
+def test_the_comparison_notices_one_wrong_value(pair: Pair) -> None:
+    peer = pair.source.connect(pair.target.agent)
+    pair.source.write(peer, [3], [7], b"")
+    settle(pair.source, pair.target)
+    pair.ours.tensor[3, 1, 17, 5] += 1
+    assert not torch.equal(pair.theirs.tensor[7], pair.ours.tensor[3])
+
+
+def test_every_write_is_reported_once_and_every_notification_comes_once(pair: Pair) -> None:
+    peer = pair.source.connect(pair.target.agent)
+    handles = [pair.source.write(peer, [page], [page], f"{page}".encode()) for page in range(NUM_PAGES)]
+    assert pair.source.num_open == NUM_PAGES
+    completed, notices = settle(pair.source, pair.target)
+    assert sorted(done.handle for done in completed) == sorted(handles)
+    assert sorted(notices) == sorted(f"{page}".encode() for page in range(NUM_PAGES))
+    assert pair.source.poll() == [] and pair.target.notifications() == []
+    assert torch.equal(pair.theirs.tensor[:NUM_PAGES], pair.ours.tensor[:NUM_PAGES])
+
+
+def test_connecting_twice_is_one_connection(pair: Pair) -> None:
+    assert pair.source.connect(pair.target.agent) == pair.source.connect(pair.target.agent)
+
+
+def test_a_page_that_the_target_does_not_have_is_a_failed_write_and_the_source_goes_on(pair: Pair) -> None:
+    peer = pair.source.connect(pair.target.agent)
+    bad = pair.source.write(peer, [0], [NUM_PAGES], b"bad")
+    good = pair.source.write(peer, [1], [1], b"good")
+    completed, notices = settle(pair.source, pair.target)
+    errors = {done.handle: done.error for done in completed}
+    assert errors[bad] is not None and errors[good] is None
+    assert notices == [b"good"]
+
+
+def test_a_peer_that_was_parted_from_cannot_be_written(pair: Pair) -> None:
+    peer = pair.source.connect(pair.target.agent)
+    pair.source.disconnect(peer)
+    if isinstance(pair.source, NixlSource):
+        pair.source.write(peer, [0], [0], b"")
+        completed, _ = settle(pair.source, None)
+        assert completed[0].error is not None
+    assert pair.source.connect(pair.target.agent) == peer
+
+
+def test_pools_of_other_page_sizes_do_not_pair() -> None:
+    other = PageLayout(num_layers=2, num_mtp_layers=1, row_width=24, element_bytes=4)
+    fabric = LocalFabric()
+    fabric.target("decode", numbered_pool(other))
+    with pytest.raises(PeerError, match="same model"):
+        fabric.source(numbered_pool()).connect(b"decode")
+    source, target = NixlSource("prefill-other", numbered_pool()), NixlTarget("decode-other", numbered_pool(other))
+    with pytest.raises(PeerError, match="bytes"):
+        source.connect(target.agent)
+    source.close()
+    target.close()
+
+
+@pytest.mark.parametrize("agent", [b"", b"decode", b"\x81\xa1a\x01"])
+def test_an_agent_that_is_none_is_a_peer_error(pair: Pair, agent: bytes) -> None:
+    if agent == b"decode" and isinstance(pair.target.agent, bytes) and pair.target.agent == b"decode":
+        pytest.skip("the name of the local target")
+    with pytest.raises(PeerError):
+        pair.source.connect(agent)
+
+
+def test_adjacent_pages_become_one_descriptor() -> None:
+    assert list(runs([3, 4, 5, 9, 10], [7, 8, 1, 2, 3])) == [(3, 7, 2), (5, 1, 1), (9, 2, 2)]
+    assert list(runs([], [])) == []
+
+
+# NIXL across two processes.
+
+
+def _target_process(pipe: Connection) -> None:
+    """Owns the target; answers every notification with what it holds. Ends on the first message."""
+    torch.set_num_threads(1)
+    pool = numbered_pool(sign=-1)
+    target = NixlTarget("decode-far", pool)
+    pipe.send(target.agent)
+    while not pipe.poll(0.001):
+        for notice in target.notifications():
+            pipe.send((notice, pool.tensor[[7, 8, 1]].numpy()))
+    target.close()
+
+
+Far = tuple[NixlSource, KVPool, Connection, multiprocessing.process.BaseProcess]
+
+
+@pytest.fixture
+def far() -> Iterator[Callable[[], Far]]:
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+
+        def start() -> Far:
+            ours = numbered_pool()
+            pipe, other = context.Pipe()
+            process = context.Process(target=_target_process, args=(other,), daemon=True)
+            process.start()
+            stack.callback(process.join, 10)
+            stack.callback(process.kill)
+            source = NixlSource("prefill-near", ours)
+            stack.callback(source.close)
+            return source, ours, pipe, process
+
+        yield start
+
+
+def test_pages_cross_processes_and_a_killed_target_is_an_error_not_a_hang(far: Callable[[], Far]) -> None:
+    source, ours, pipe, process = far()
+    peer = source.connect(pipe.recv())
+    source.write(peer, [3, 4, 5], [7, 8, 1], b"far")
+    assert settle(source, None)[0][0].error is None
+    assert pipe.poll(10)
+    notice, held = pipe.recv()
+    assert notice == b"far" and torch.equal(torch.from_numpy(held), ours.tensor[[3, 4, 5]])
+
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    time.sleep(1.0)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.02, "an idle agent uses the CPU"
+
+    process.kill()
+    process.join(10)
+    handles = [source.write(peer, [page], [page], b"ghost") for page in range(3)]
+    completed, _ = settle(source, None)
+    assert sorted(done.handle for done in completed) == handles
+    assert any(done.error is not None for done in completed)
