@@ -80,11 +80,14 @@ def test_a_peer_that_falls_silent_is_reported_once_and_not_as_proven_dead(make: 
     prefill.post("decode-0", Abort(job_id="x"))
     wait_for(decode, is_abort)
     time.sleep(2.5)  # heartbeats keep both alive without a word from the step loops
-    assert decode.get(0) == [] and prefill.get(0) == []
+    assert decode.get(0) == []
+    assert prefill.get(0) == []
     prefill.close()
     started_s = time.monotonic()
     gone = wait_for(decode, is_gone)[-1]
-    assert isinstance(gone, PeerGone) and not gone.proven and (gone.peer, gone.incarnation) == ("prefill-0", 1)
+    assert isinstance(gone, PeerGone)
+    assert not gone.proven
+    assert (gone.peer, gone.incarnation) == ("prefill-0", 1)
     assert 1.0 < time.monotonic() - started_s < 3.0
     assert decode.get(0.5) == []
 
@@ -115,7 +118,8 @@ def test_an_endpoint_that_never_answers_is_reported(make: Make) -> None:
     prefill = make("prefill-0")
     prefill.connect(PeerAddress("decode-9", "tcp://127.0.0.1:1", 4))
     gone = wait_for(prefill, is_gone)[-1]
-    assert isinstance(gone, PeerGone) and (gone.peer, gone.incarnation, gone.proven) == ("decode-9", 4, False)
+    assert isinstance(gone, PeerGone)
+    assert (gone.peer, gone.incarnation, gone.proven) == ("decode-9", 4, False)
 
 
 def test_forged_frames_are_counted_and_the_mailbox_goes_on(make: Make) -> None:

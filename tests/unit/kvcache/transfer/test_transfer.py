@@ -102,7 +102,8 @@ def test_every_write_is_reported_once_and_every_notification_comes_once(pair: Pa
     completed, notices = settle(pair.source, pair.target)
     assert sorted(done.handle for done in completed) == sorted(handles)
     assert sorted(notices) == sorted(f"{page}".encode() for page in range(NUM_PAGES))
-    assert pair.source.poll() == [] and pair.target.notifications() == []
+    assert pair.source.poll() == []
+    assert pair.target.notifications() == []
     assert torch.equal(pair.theirs.tensor[:NUM_PAGES], pair.ours.tensor[:NUM_PAGES])
 
 
@@ -116,7 +117,8 @@ def test_a_page_that_the_target_does_not_have_is_a_failed_write_and_the_source_g
     good = pair.source.write(peer, [1], [1], b"good")
     completed, notices = settle(pair.source, pair.target)
     errors = {done.handle: done.error for done in completed}
-    assert errors[bad] is not None and errors[good] is None
+    assert errors[bad] is not None
+    assert errors[good] is None
     assert notices == [b"good"]
 
 
@@ -200,7 +202,8 @@ def test_pages_cross_processes_and_a_killed_target_is_an_error_not_a_hang(far: C
     assert settle(source, None)[0][0].error is None
     assert pipe.poll(10)
     notice, held = pipe.recv()
-    assert notice == b"far" and torch.equal(torch.from_numpy(held), ours.tensor[[3, 4, 5]])
+    assert notice == b"far"
+    assert torch.equal(torch.from_numpy(held), ours.tensor[[3, 4, 5]])
 
     before = resource.getrusage(resource.RUSAGE_SELF)
     time.sleep(1.0)
