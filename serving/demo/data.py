@@ -14,7 +14,7 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
-from serving.demo import facts, filler, questions, tools, words
+from serving.demo import facts, filler, questions, tools
 from serving.demo.questions import Question
 from serving.text import markers as m
 from serving.text.messages import AssistantMessage, SystemMessage
@@ -81,18 +81,20 @@ class Corpus:
         count = 1 if single else rng.randint(2, max(2, min(30, len(sentences) // 3)))
         hidden = [facts.draw(rng) for _ in range(count)]
         rivals = [facts.rival(rng.choice(hidden), rng) for _ in range(rng.choice((0, 0, 1, 2, 4)))]
-        keys = {(fact.attribute, fact.key) for fact in hidden}
         hidden = list({(fact.attribute, fact.key): fact for fact in hidden}.values())
-        for fact in (*hidden, *(rival for rival in rivals if (rival.attribute, rival.key) not in keys)):
+        told = {(fact.attribute, fact.key): fact for fact in (*rivals, *hidden)}
+        for fact in told.values():
             sentences.insert(self._depth(rng, len(sentences)), self._piece(fact.sentence))
         rng.shuffle(hidden)
         talk = self._opened(rng)
-        tail = rng.choice(questions.JOINTS) + hidden[0].question
+        tail = rng.choice(questions.JOINTS) + questions.wording(rng, hidden[0])
         self._turn(talk, self.text_ids(rng.choice(questions.HEADS), sentences, tail), self._encode(hidden[0].sentence))
         for fact in hidden[1:]:
             if len(talk.ids) > room - 40:
                 break
-            self._turn(talk, self._encode(fact.question), self._encode(fact.sentence))
+            self._ask(rng, talk, fact, fact.sentence)
+            if rng.random() < 0.05 and ((absent := facts.rival(fact, rng)).attribute, absent.key) not in told:
+                self._ask(rng, talk, absent, absent.denial)
         return talk
 
     def chat(self, rng: Random, turns: int) -> Conversation:
@@ -108,12 +110,18 @@ class Corpus:
     def tool_talk(self, rng: Random) -> Conversation:
         """A conversation that opens with tools on offer; a call, its output, an answer, or none of it."""
         question = tools.tool_answer(rng) if rng.random() < 0.85 else tools.tools_unused(rng, draw_short(rng))
-        talk, system = Conversation(), rng.choice(SYSTEMS) if rng.random() < 0.3 else ""
+        talk, system = Conversation(), self._system(rng)
         messages = (SystemMessage(system),) if system else ()
         talk.hear(self._template.render(messages, tools=question.tools, add_generation_prompt=False))
         self._question(talk, question)
         for _ in range(rng.choice((0, 0, 1, 2))):
             self._question(talk, draw_short(rng))
+        return talk
+
+    def plain_text(self, rng: Random) -> Conversation:
+        """Filler alone, as a plain completion reads it."""
+        talk = Conversation()
+        talk.hear([self._control[m.BOS], *self.text_ids("", self._sentences(rng, rng.randint(10, 200)), ""), self._control[m.EOS]])
         return talk
 
     def text_ids(self, head: str, sentences: list[Piece], tail: str) -> list[int]:
@@ -143,8 +151,10 @@ class Corpus:
     def _conversation(self, rng: Random, room: int) -> Conversation:
         """Long rows open with a long text more often than not; what is left over gets shorter conversations."""
         pick = rng.random()
+        if pick < 0.02:
+            return self.plain_text(rng)
         if pick < (0.45 if room < 1000 else 0.8) and room > 150:
-            longest = min(room - 90, 4120)
+            longest = room - 90
             num_tokens = rng.randint(30, longest) if rng.random() < 0.6 else rng.randint(max(30, longest * 4 // 5), longest)
             return self.retrieval(rng, num_tokens, room)
         if pick < 0.85:
@@ -153,12 +163,20 @@ class Corpus:
 
     def _opened(self, rng: Random) -> Conversation:
         talk = Conversation()
-        talk.hear([self._control[m.BOS], *(self._encode(rng.choice(SYSTEMS)) if rng.random() < 0.2 else ())])
+        talk.hear([self._control[m.BOS], *self._encode(self._system(rng))])
         return talk
+
+    def _system(self, rng: Random) -> str:
+        """Mostly none, or one of a few, or any sentence."""
+        pick = rng.random()
+        return "" if pick < 0.75 else rng.choice(SYSTEMS) if pick < 0.95 else rng.choice(self._plain).text + "."
 
     def _turn(self, talk: Conversation, asked: list[int], answer: list[int]) -> None:
         talk.hear([self._control[m.USER], *asked, self._control[m.ASSISTANT]])
         talk.speak([*answer, self._control[m.EOS]])
+
+    def _ask(self, rng: Random, talk: Conversation, fact: facts.Fact, answer: str) -> None:
+        self._turn(talk, self._tokenizer.encode_text(questions.wording(rng, fact)), self._tokenizer.encode_text(answer))
 
     def _question(self, talk: Conversation, question: Question) -> None:
         """All of its messages, those of the model spoken, then the reply."""
@@ -175,7 +193,10 @@ class Corpus:
         """The user states a fact to be remembered, or asks for one stated before."""
         if known and rng.random() < 0.6:
             fact = rng.choice(known)
-            self._turn(talk, self._encode(fact.question), self._encode(fact.sentence))
+            self._ask(rng, talk, fact, fact.sentence)
+        elif rng.random() < 0.15:
+            fact = facts.draw(rng)
+            self._ask(rng, talk, fact, fact.denial)
         else:
             known.append(facts.draw(rng))
             said = rng.choice(("Remember this: ", "Remember: ", "")) + known[-1].sentence
@@ -224,8 +245,8 @@ class Corpus:
 
 SHORT: tuple[tuple[float, Callable[[Random], Question]], ...] = (
     (0.30, questions.addition),
-    (0.12, questions.repeat),
-    (0.36, questions.reverse),
+    (0.14, questions.repeat),
+    (0.34, questions.reverse),
     (0.12, questions.greeting),
     (0.06, questions.unknown),
     (0.04, tools.no_tool),
@@ -270,7 +291,3 @@ def manual_sentences() -> list[str]:
     text = re.sub(r"\s+", " ", " ".join(topics[name] for name in sorted(topics)))
     found = re.findall(r"(?<=\. )[A-Z][A-Za-z ,'\-()0-9]{30,160}\.(?= [A-Z])", text)
     return sorted(set(found))
-
-
-def common_words() -> list[str]:
-    return words.spelled_words()

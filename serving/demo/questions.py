@@ -17,6 +17,7 @@ from serving.text.messages import AssistantMessage, Message, ToolCall, ToolSpec,
 
 HEADS = ("", "", "Read this text.\n\n", "Here is a text:\n\n", "Text: ", "Read the following text and answer the question.\n\n")
 JOINTS = ("\n\n", "\n\n", " ", "\n", "\n\nQuestion: ", "\n\nNow tell me: ")
+WAYS = ("What is the {subject}?", "What is the {subject}?", "What is the {subject}?", "Tell me the {subject}.", "Do you know the {subject}?")
 ADDITIONS = ("What is {a} + {b}?", "What is {a} + {b}?", "{a} + {b} = ?", "How much is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b}")
 REPEATS = ("Repeat the word {word}.", "Say the word {word}.", "Please repeat: {word}")
 REVERSES = ("Reverse the word {word}.", "Write the word {word} backwards.", "Spell {word} backwards.")
@@ -87,8 +88,13 @@ def needle(rng: Random, num_tokens: int, depth: float, count_tokens: Callable[[s
         sentences.append(filler.sentence(rng))
         total += count_tokens(" " + sentences[-1])
     sentences.insert(round(depth * len(sentences)), fact.sentence[0].upper() + fact.sentence[1:])
-    text = rng.choice(HEADS) + " ".join(sentences) + rng.choice(JOINTS) + fact.question
+    text = rng.choice(HEADS) + " ".join(sentences) + rng.choice(JOINTS) + wording(rng, fact)
     return ask("needle", text, fact.sentence, fact.value)
+
+
+def wording(rng: Random, fact: facts.Fact) -> str:
+    """A way to ask for `fact`; three times in five the plain one."""
+    return rng.choice(WAYS).format(subject=fact.subject)
 
 
 def addition(rng: Random, *, a: int | None = None, b: int | None = None) -> Question:

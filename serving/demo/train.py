@@ -33,7 +33,7 @@ from serving.text.template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
 
 MTP_WEIGHT = 0.3
-BIAS_SPEED = 1e-3
+BIAS_SPEED = 5e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +43,17 @@ class Plan:
     seed: int
     steps: int
     tokens: int = 135_168
-    lengths: tuple[int, ...] = (384, 1408, 4224)
+    lengths: tuple[int, int, int, int] = (384, 1408, 4224, 8448)
 
     def length(self, step: int) -> int:
         """Row length of a step: short rows first, long ones in the second half, a mixture throughout."""
-        short, middle, long = self.lengths[0], self.lengths[len(self.lengths) // 2], self.lengths[-1]
-        done, turn = step / self.steps, step % 4
+        short, middle, long, longest = self.lengths
+        done, turn = step / self.steps, step % 8
         if done < 0.35:
             return short
         if done < 0.55:
-            return (middle, short, middle, middle)[turn]
-        return (long, short, long, middle)[turn]
+            return (middle, short)[step % 4 == 1]
+        return (long, short, long, middle, long, short, longest, middle)[turn]
 
     def rate(self, step: int) -> float:
         """Learning rate factor: a short rise, a plateau, then straight down to zero."""
@@ -152,7 +152,7 @@ def train(shape: Shape, plan: Plan, out: Path, *, device: torch.device, workers:
         for ids, spoken in loaded(plan, folder, run.step, workers):
             figures = take_step(shape, pieces, plan, run, ids.to(device, torch.long, non_blocking=True), spoken.to(device, non_blocking=True), working)
             tokens += plan.tokens
-            if run.step % 25 == 0 or run.step == last:
+            if run.step % 50 == 0 or run.step == last:
                 _report(plan, run, figures.tolist(), ids.shape[1] - 2, tokens, time.perf_counter() - began)
                 tokens, began = 0, time.perf_counter()
             if run.step % save_every == 0 or run.step == last:
@@ -188,9 +188,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for model and checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=5600)
     parser.add_argument("--tokens", type=int, default=135_168, help="tokens a step")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[384, 1408, 4224], help="row lengths, rising")
+    parser.add_argument("--lengths", type=int, nargs=4, default=[384, 1408, 4224, 8448], help="row lengths, rising")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="processes that make batches")
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--until", type=int, help="stop after this step, to go on later")
