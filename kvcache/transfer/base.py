@@ -44,7 +44,7 @@ class PageSource(Protocol):
     ) -> int:
         """Posts whole pages, source i to target i, and returns a handle; never blocks, never raises for what a peer does.
 
-        The target gets `notification` once all pages have arrived.
+        The target gets `notification` (not empty) once all pages have arrived.
         """
         ...
 

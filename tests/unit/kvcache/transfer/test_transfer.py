@@ -89,7 +89,7 @@ def test_pages_arrive_whole_and_nothing_else_is_touched(pair: Pair) -> None:
 
 def test_the_comparison_notices_one_wrong_value(pair: Pair) -> None:
     peer = pair.source.connect(pair.target.agent)
-    pair.source.write(peer, [3], [7], b"")
+    pair.source.write(peer, [3], [7], b"notice")
     settle(pair.source, pair.target)
     pair.ours.tensor[3, 1, 17, 5] += 1
     assert not torch.equal(pair.theirs.tensor[7], pair.ours.tensor[3])
