@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvcache.layout import PAGE_TOKENS
-from serving.engine.plan import DecodeRow, PrefillChunk, SampledToken, SlotSpec, StepPlan, StepResult
+from serving.engine.plan import DecodeRow, Launched, PrefillChunk, SampledToken, SlotSpec, StepPlan, StepResult
 from serving.engine.sampler import Logprobs, Sampler
 from serving.engine.staging import ids, to_host
 from serving.model.batch import DecodeBatch, PrefillBatch, SeqChunk
@@ -118,7 +118,8 @@ class Runner:
             return LaunchedStep(plan=plan, done=self._mark())
         return self._sample(plan, tuple(slots), positions, num_chunk_tokens, hidden)
 
-    def settle(self, launched: LaunchedStep) -> StepResult:
+    def settle(self, launched: Launched) -> StepResult:
+        assert isinstance(launched, LaunchedStep), "a step settles where it was launched"
         if launched.done is not None:
             launched.done.synchronize()
         self._num_in_flight -= 1

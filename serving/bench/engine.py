@@ -1,0 +1,212 @@
+"""`baton bench engine`: prefill rate, TTFT, TPOT and decode rate of the engine alone, beside peers on the same weights.
+
+Every system generates greedily from the same prompts; t(n) is the wall time for n new tokens of all prompts. Then
+
+    TTFT = t(1)      prefill tok/s = prompt tokens / t(1)      TPOT = (t(N) - t(1)) / (N - 1)      decode tok/s = batch / TPOT
+
+Systems take turns within each repeat, so that a busy machine is busy for all of them; figures are medians over repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serving.bench.report import provenance
+from serving.bench.shapes import SHAPES, write_checkpoint
+from serving.bench.systems import MENTIONED, PEERS, Baton, System, installed_version
+from serving.core.errors import ConfigError
+from serving.model.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One system at one batch size; seconds and tokens per second, medians over the repeats. `raw_s`: t(1) and t(N) of each."""
+
+    system: str
+    batch: int
+    ttft_s: float
+    tpot_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    raw_s: list[tuple[float, float]]
+
+
+def main(argv: Sequence[str]) -> int:
+    """`argv` without the program's name. JSON on standard output (or in --out), a table on standard error."""
+    options = _parse(argv)
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
+        model_dir, model = _model(options, Path(scratch))
+        report = provenance(["baton", "bench", "engine", *argv]) | {"model": model, "settings": _settings(options)}
+        systems = _systems(options, model_dir)
+        vocab_size = ModelConfig.from_folder(model_dir).vocab_size
+        figures, agreement = measure(
+            systems, options.batch, vocab_size, options.prompt_tokens, options.new_tokens, options.repeats, options.seed
+        )
+    report["results"] = [asdict(figure) for figure in figures]
+    report["same_text_as_baton"] = agreement
+    report["ratios"] = ratios(figures)
+    report["other_peers"] = {name: installed_version(name) for name in MENTIONED}
+    print(_table(figures), file=sys.stderr)
+    text = json.dumps(report, indent=2)
+    if options.out is None:
+        print(text)
+    else:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")
+    return 0
+
+
+def measure(
+    systems: Sequence[System],
+    batches: Sequence[int],
+    vocab_size: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    seed: int,
+) -> tuple[list[Figure], dict[str, float]]:
+    """Figures in the order of batches and systems, and for each peer the share of texts that equal the first system's."""
+    figures: list[Figure] = []
+    same: dict[str, list[bool]] = {system.name: [] for system in systems[1:]}
+    for batch in batches:
+        prompts = _prompts(batch, prompt_tokens, vocab_size, seed)
+        texts = [system.generate(prompts, new_tokens) for system in systems]
+        for system, text in zip(systems[1:], texts[1:], strict=True):
+            same[system.name] += [mine == theirs for mine, theirs in zip(texts[0], text, strict=True)]
+        raw: list[list[tuple[float, float]]] = [[] for _ in systems]
+        for _ in range(repeats):
+            for times, system in zip(raw, systems, strict=True):
+                times.append((_timed(system, prompts, 1), _timed(system, prompts, new_tokens)))
+        figures += [
+            _figure(system.name, batch, prompt_tokens, new_tokens, times)
+            for system, times in zip(systems, raw, strict=True)
+        ]
+    return figures, {name: sum(equal) / len(equal) for name, equal in same.items()}
+
+
+def ratios(figures: Sequence[Figure]) -> dict[str, dict[str, float]]:
+    """By "peer at batch B": decode rate over the peer's, and the peer's TTFT over ours. Above 1 is better than the peer."""
+    ours = {figure.batch: figure for figure in figures if figure.system == Baton.name}
+    return {
+        f"{figure.system} at batch {figure.batch}": {
+            "decode": ours[figure.batch].decode_tokens_per_s / figure.decode_tokens_per_s,
+            "ttft": figure.ttft_s / ours[figure.batch].ttft_s,
+        }
+        for figure in figures
+        if figure.system != Baton.name
+    }
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="baton bench engine", description=__doc__.split("\n")[0] if __doc__ else None)
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--shape", choices=sorted(SHAPES), default="cpu-34m", help="a built-in model with random weights"
+    )
+    model.add_argument("--model", type=Path, help="a Hugging Face folder instead")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every system")
+    parser.add_argument("--batch", type=_counts, default=[1, 8], help="sequences at once, comma-separated")
+    parser.add_argument("--prompt-tokens", type=_count, default=128)
+    parser.add_argument("--new-tokens", type=_count, default=65, help="at least 2")
+    parser.add_argument("--max-batched-tokens", type=_count, default=512, help="prefill tokens of one step")
+    parser.add_argument("--repeats", type=_count, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
+    parser.add_argument("--peer", action="append", choices=sorted(PEERS), default=[], help="measure this one too")
+    parser.add_argument("--out", type=Path, help="write the JSON here instead of standard output")
+    options = parser.parse_args(argv)
+    if options.new_tokens < 2:
+        parser.error("--new-tokens must be at least 2: the first token is the prefill's")
+    return options
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a count; give 1 or more")
+    return value
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("dtype", "threads", "prompt_tokens", "new_tokens", "max_batched_tokens", "repeats", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def _model(options: argparse.Namespace, scratch: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder to load, and what the report says of it: name and fields of config.json."""
+    if options.model is not None:
+        config = asdict(ModelConfig.from_folder(options.model))
+        return options.model, {"name": options.model.name, "config": config}
+    num_parameters = write_checkpoint(scratch, options.shape, options.seed)
+    return scratch, {"name": options.shape, "num_parameters": num_parameters, "config": SHAPES[options.shape]}
+
+
+def _systems(options: argparse.Namespace, model_dir: Path) -> list[System]:
+    longest = options.prompt_tokens + options.new_tokens
+    limit = ModelConfig.from_folder(model_dir).max_position_embeddings
+    if longest > limit:
+        raise ConfigError(f"--prompt-tokens and --new-tokens come to {longest}; the model's limit is {limit}")
+    baton = Baton(
+        model_dir,
+        dtype=options.dtype,
+        max_num_seqs=max(options.batch),
+        max_tokens=longest,
+        max_batched_tokens=options.max_batched_tokens,
+    )
+    return [baton, *(PEERS[name](model_dir, dtype=options.dtype) for name in options.peer)]
+
+
+def _prompts(batch: int, num_tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    prompts: list[list[int]] = torch.randint(2, vocab_size, (batch, num_tokens), generator=generator).tolist()
+    return prompts
+
+
+def _timed(system: System, prompts: list[list[int]], num_new_tokens: int) -> float:
+    begin = time.perf_counter()
+    system.generate(prompts, num_new_tokens)
+    return time.perf_counter() - begin
+
+
+def _figure(name: str, batch: int, prompt_tokens: int, new_tokens: int, times: list[tuple[float, float]]) -> Figure:
+    ttft_s = statistics.median(first for first, _ in times)
+    tpot_s = statistics.median((last - first) / (new_tokens - 1) for first, last in times)
+    return Figure(
+        system=name,
+        batch=batch,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        prefill_tokens_per_s=batch * prompt_tokens / ttft_s,
+        decode_tokens_per_s=batch / tpot_s,
+        raw_s=times,
+    )
+
+
+def _table(figures: Sequence[Figure]) -> str:
+    lines = [f"{'system':<14}{'batch':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'prefill tok/s':>15}{'decode tok/s':>14}"]
+    lines += [
+        f"{f.system:<14}{f.batch:>6}{f.ttft_s * 1e3:>10.1f}{f.tpot_s * 1e3:>10.2f}"
+        f"{f.prefill_tokens_per_s:>15.0f}{f.decode_tokens_per_s:>14.1f}"
+        for f in figures
+    ]
+    lines += [
+        f"{name}: decode {ratio['decode']:.2f} times, first token {ratio['ttft']:.2f} times as fast"
+        for name, ratio in ratios(figures).items()
+    ]
+    return "\n".join(lines)
