@@ -1,0 +1,164 @@
+"""`python -m router`: one router process, from its settings to its exit code.
+
+read settings and model folder -> bind the port -> serve -> SIGTERM: drain -> exit 0      any BatonError: one line, its exit code
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import uvicorn
+
+from router.account import Account
+from router.admission import Admission
+from router.app import Api, build_app
+from router.auth import ApiKeys
+from router.dispatch import Dispatcher
+from router.fleet import Fleet
+from router.generation import Generation
+from router.openai.prepare import Served
+from router.settings import Settings, read_settings
+from router.view import View
+from serving.core.config import ModelTable
+from serving.core.errors import BatonError, StartupError
+from serving.metrics import Metrics
+from serving.model.config import ModelConfig
+from serving.text.template import ChatTemplate, Style, detect_style
+from serving.text.tokenizer import Tokenizer
+from serving.wire import Codec
+
+_BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: uvicorn would raise them again after the drain, and the exit code would not be 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(settings: Settings, served: Served, listener: socket.socket) -> None:
+    """Until SIGTERM or SIGINT; then streams in flight run to their end, unless a second signal comes."""
+    config, loop, view = settings.config, asyncio.get_running_loop(), View()
+    metrics = Metrics("router", slo=config.slo)
+    incarnation = time.time_ns()  # rises with every start of the same router id
+    codec = Codec(settings.secret, settings.router_id, incarnation)
+    fleet = Fleet(view, codec, metrics, directory=settings.directory, heartbeat_s=config.telemetry.heartbeat_s)
+    dispatcher = Dispatcher(
+        view,
+        Admission[Generation](max_waiting=config.router.max_waiting, queue_timeout_s=config.router.queue_timeout_s),
+        Account(metrics),
+        post=fleet.post,
+        later=loop.call_later,
+        clock=time.monotonic,
+        expected_new_tokens=config.kv.expected_new_tokens,
+    )
+    api = Api(config, served, view, dispatcher, fleet, metrics)
+    app = build_app(api, fleet, dispatcher, ApiKeys(config.router.api_keys))
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=75,
+            h11_max_incomplete_event_size=None,
+        )
+    )
+
+    def stop() -> None:
+        server.force_exit = dispatcher.draining
+        dispatcher.draining = server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    announcement = loop.create_task(_announce(server, url))
+    await server.serve(sockets=[listener])
+    announcement.cancel()
+
+
+async def _announce(server: _Server, url: str) -> None:
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    print(f"router: listening on {url}", flush=True)
+
+
+def load_served(model_dir: str, table: ModelTable) -> Served:
+    """Tokenizer, chat format and limits of a model folder. Raises ModelFolderError."""
+    model = ModelConfig.from_folder(model_dir)
+    tokenizer = Tokenizer.from_folder(model_dir)
+    style: Style = detect_style(model_dir) if table.chat_format == "auto" else _style(table.chat_format)
+    return Served(
+        name=table.name or os.path.basename(os.path.abspath(model_dir)),
+        tokenizer=tokenizer,
+        template=ChatTemplate(tokenizer, style),
+        eos_ids=tuple(dict.fromkeys((*tokenizer.eos_ids, *model.eos_token_ids))),
+        vocab_size=min(model.vocab_size, tokenizer.vocab_size),
+        max_positions=model.max_position_embeddings,
+    )
+
+
+def _style(name: str) -> Style:
+    styles: dict[str, Style] = {"v3": "v3", "r1": "r1", "v3.1": "v3.1"}
+    return styles[name]
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening-to-be socket. Raises StartupError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise StartupError(
+                f"port {port} on {host} is in use; stop who has it, or choose another with --port"
+            ) from None
+        raise StartupError(f"cannot listen on {host} port {port}: {error}; check router.host and router.port") from None
+    return listener
+
+
+def main() -> int:
+    try:
+        settings = read_settings(sys.argv[1:], os.environ, sys.stdin)
+        logging.basicConfig(
+            level=settings.config.telemetry.log_level.upper(), format="%(asctime)s router %(levelname)s %(message)s"
+        )
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        listener = bind(settings.host, settings.port)
+        served = load_served(settings.model_dir, settings.config.model)
+    except BatonError as error:
+        print(f"router: {error}", file=sys.stderr)
+        return error.exit_code
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serve(settings, served, listener))
+    return 0
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # it does not exist on every system
+        return None
+    return uvloop.Loop
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""JSON of answers: whole ones, and the chunks of streams, exactly as the OpenAI API writes them.
+
+    chat         role chunk, deltas, a chunk with finish_reason, [usage chunk,] [DONE]
+    completions  texts, the last with finish_reason, [usage chunk,] [DONE]
+
+What a chunk of plain text has in common with all others is encoded once a stream. Must not know generations or HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from serving.core.request import TokenLogprobs
+from serving.text.messages import AssistantMessage
+from serving.text.parsers import OutputDelta
+from serving.text.tokenizer import Tokenizer
+from serving.text.tool_calls import ToolCallDelta
+
+DONE: Final = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request, over all its choices. A prompt counts once."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+    def json(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_completion_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Head:
+    """What every object of one answer repeats. `created` is Unix time, the API's only wall clock."""
+
+    id: str
+    object: str
+    model: str
+    created: int
+
+    def json(self) -> dict[str, Any]:
+        return {"id": self.id, "object": self.object, "created": self.created, "model": self.model}
+
+
+def head(request_id: str, prefix: str, object_name: str, model: str) -> Head:
+    return Head(f"{prefix}-{request_id}", object_name, model, int(time.time()))
+
+
+class ChunkWriter(Protocol):
+    """Bytes of server-sent events."""
+
+    def begin(self, index: int, echo: str) -> bytes: ...
+    def delta(self, index: int, delta: OutputDelta, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> bytes: ...
+    def end(self, index: int, finish_reason: str) -> bytes: ...
+    def usage(self, usage: Usage) -> bytes: ...
+
+
+def event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+class _Frame:
+    """The bytes around the choices of a chunk."""
+
+    def __init__(self, head: Head, include_usage: bool) -> None:
+        self._head = head
+        fields = msgspec.json.encode(head.json())
+        self.before = b"data: " + fields[:-1] + b',"choices":[{"index":'
+        self.after = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+
+    def usage(self, usage: Usage) -> bytes:
+        return event(msgspec.json.encode({**self._head.json(), "choices": [], "usage": usage.json()}))
+
+
+class ChatChunks:
+    """Chunks of a chat stream."""
+
+    def __init__(self, head: Head, tokenizer: Tokenizer, *, include_usage: bool) -> None:
+        self._frame = _Frame(head, include_usage)
+        self._tokenizer = tokenizer
+        self._encode = msgspec.json.Encoder().encode
+
+    def begin(self, index: int, echo: str) -> bytes:
+        return self._chunk(index, b'{"role":"assistant","content":""}')
+
+    def delta(self, index: int, delta: OutputDelta, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> bytes:
+        """b"" when the tokens have added nothing to see yet."""
+        if not logprobs and not delta.reasoning and not delta.tool_calls:
+            return self._chunk(index, b'{"content":' + self._encode(delta.content) + b"}") if delta.content else b""
+        fields: dict[str, Any] = {}
+        if delta.reasoning:
+            fields["reasoning_content"] = delta.reasoning
+        if delta.content or not delta:
+            fields["content"] = delta.content
+        if delta.tool_calls:
+            fields["tool_calls"] = [_call_delta(call) for call in delta.tool_calls]
+        noted = self._encode(chat_logprobs(self._tokenizer, ids, logprobs)) if logprobs else b"null"
+        return self._chunk(index, self._encode(fields), logprobs=noted)
+
+    def end(self, index: int, finish_reason: str) -> bytes:
+        return self._chunk(index, b"{}", finish=self._encode(finish_reason))
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._frame.usage(usage)
+
+    def _chunk(self, index: int, delta: bytes, *, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
+        return b'%b%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b' % (
+            self._frame.before,
+            index,
+            delta,
+            logprobs,
+            finish,
+            self._frame.after,
+        )
+
+
+class CompletionChunks:
+    """Chunks of a plain completion's stream."""
+
+    def __init__(self, head: Head, tokenizer: Tokenizer, *, include_usage: bool) -> None:
+        self._frame = _Frame(head, include_usage)
+        self._tokenizer = tokenizer
+        self._encode = msgspec.json.Encoder().encode
+        self._offsets: dict[int, int] = {}
+
+    def begin(self, index: int, echo: str) -> bytes:
+        return self._chunk(index, echo) if echo else b""
+
+    def delta(self, index: int, delta: OutputDelta, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> bytes:
+        if not logprobs:
+            return self._chunk(index, delta.content) if delta.content else b""
+        offset = self._offsets.get(index, 0)
+        noted = completion_logprobs(self._tokenizer, ids, logprobs, offset)
+        self._offsets[index] = offset + sum(len(token) for token in noted["tokens"])
+        return self._chunk(index, delta.content, logprobs=self._encode(noted))
+
+    def end(self, index: int, finish_reason: str) -> bytes:
+        return self._chunk(index, "", finish=self._encode(finish_reason))
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._frame.usage(usage)
+
+    def _chunk(self, index: int, text: str, *, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
+        return b'%b%d,"text":%b,"logprobs":%b,"finish_reason":%b%b' % (
+            self._frame.before,
+            index,
+            self._encode(text),
+            logprobs,
+            finish,
+            self._frame.after,
+        )
+
+
+# -- whole answers ------------------------------------------------------------------------------------------------------
+
+
+def chat_choice(
+    index: int, message: AssistantMessage, noted: dict[str, Any] | None, finish_reason: str
+) -> dict[str, Any]:
+    """An entry of `choices`. Content is null where there are calls and no text."""
+    fields: dict[str, Any] = {"role": "assistant", "content": message.content or (None if message.tool_calls else "")}
+    if message.reasoning:
+        fields["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return {"index": index, "message": fields, "logprobs": noted, "finish_reason": finish_reason}
+
+
+def completion_choice(index: int, text: str, noted: dict[str, Any] | None, finish_reason: str) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": noted, "finish_reason": finish_reason}
+
+
+def answer(head: Head, choices: list[dict[str, Any]], usage: Usage) -> bytes:
+    return msgspec.json.encode({**head.json(), "choices": choices, "usage": usage.json()})
+
+
+# -- parts --------------------------------------------------------------------------------------------------------------
+
+
+def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
+    function: dict[str, str] = {"arguments": call.arguments}
+    if call.name is None:
+        return {"index": call.index, "function": function}
+    return {"index": call.index, "id": call.id, "type": "function", "function": {"name": call.name, **function}}
+
+
+def chat_logprobs(
+    tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+) -> dict[str, list[dict[str, Any]]]:
+    content = []
+    for token_id, noted in zip(ids, logprobs, strict=True):
+        best = [_logprob(tokenizer, i, value) for i, value in zip(noted.top_ids, noted.top_logprobs, strict=True)]
+        content.append({**_logprob(tokenizer, token_id, noted.logprob), "top_logprobs": best})
+    return {"content": content}
+
+
+def _logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    data = tokenizer.token_bytes(token_id)
+    return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, ids: Sequence[int], logprobs: Sequence[TokenLogprobs], offset: int
+) -> dict[str, list[Any]]:
+    """`offset`: characters of the answer in front of the first token."""
+    tokens = [tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in ids]
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [noted.logprob for noted in logprobs],
+        "top_logprobs": [_named(tokenizer, noted) for noted in logprobs],
+        "text_offset": offsets,
+    }
+
+
+def _named(tokenizer: Tokenizer, noted: TokenLogprobs) -> dict[str, float]:
+    texts = [tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in noted.top_ids]
+    return dict(zip(texts, noted.top_logprobs, strict=True))
