@@ -6,7 +6,9 @@ head are compared with the main ones and not kept. Knows nothing of pages, batch
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +20,7 @@ from serving.kernels.quant import dequantise_block_fp8
 from serving.model.checkpoint import ShardReader, TensorEntry, read_entries
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
-from serving.model.names import SCALE_SUFFIX, Target, name_table
+from serving.model.names import SCALE_SUFFIX, Target, name_table, name_tables
 
 # Elements of one tensor converted at a time; the transient is at most 8 bytes each.
 _PIECE_ELEMENTS = 1 << 20
@@ -57,29 +59,37 @@ def load_weights(
     if progress is not None:
         progress.start(sum(entry.num_bytes for entry in entries.values()))
     with ShardReader(entries) as reader:
-        for name, target in _in_file_order(name_table(model), entries):
-            if target.repeats is None:
-                _fill(name, target.into, entries, reader, config)
-            else:
-                _compare(name, target, entries, reader)
-            if progress is not None:
-                scales = entries.get(name + SCALE_SUFFIX)
-                progress.advance(entries[name].num_bytes + (scales.num_bytes if scales else 0))
+        for part, targets in name_tables(model):
+            for name, target in targets.items():
+                num_bytes = _load(name, target, entries, reader, config)
+                if progress is not None:
+                    progress.advance(num_bytes)
+            # The views die before the part takes its final layout, so that only one part exists twice.
+            targets.clear()
+            del target
+            if part is not None:
+                part.pack()
     if progress is not None:
         progress.finish()
     return model
 
 
-def _in_file_order(table: dict[str, Target], entries: dict[str, TensorEntry]) -> list[tuple[str, Target]]:
-    """Shard by shard, so each is mapped in one go; copies last, when what they repeat is loaded."""
-    present = [(name, target) for name, target in table.items() if name in entries]
-    return sorted(present, key=lambda item: (item[1].repeats is not None, str(entries[item[0]].shard)))
+def _load(name: str, target: Target, entries: dict[str, TensorEntry], reader: ShardReader, config: ModelConfig) -> int:
+    """Fill one target; bytes of the files that this took."""
+    if name not in entries:
+        return 0
+    if target.repeats is None:
+        _fill(name, target.into, entries, reader, config)
+    else:
+        _compare(name, target.repeats, entries, reader)
+    scales = entries.get(name + SCALE_SUFFIX)
+    return entries[name].num_bytes + (scales.num_bytes if scales else 0)
 
 
 def _fill(name: str, into: Tensor, entries: dict[str, TensorEntry], reader: ShardReader, config: ModelConfig) -> None:
     quantised = entries[name].dtype == _FP8
     block = config.weight_block_size or (1, 1)
-    for start, end in _pieces(into, multiple_of=block[0] if quantised else 1):
+    for start, end in _pieces(into.shape, multiple_of=block[0] if quantised else 1):
         part = reader.rows(name, start, end)
         if quantised:
             scales = reader.rows(name + SCALE_SUFFIX, start // block[0], -(-end // block[0]))
@@ -87,20 +97,20 @@ def _fill(name: str, into: Tensor, entries: dict[str, TensorEntry], reader: Shar
         into[start:end].copy_(part)
 
 
-def _compare(name: str, target: Target, entries: dict[str, TensorEntry], reader: ShardReader) -> None:
-    for start, end in _pieces(target.into, multiple_of=1):
-        part = reader.rows(name, start, end).to(target.into.dtype)
-        if not torch.equal(part, target.into[start:end].cpu()):
+def _compare(name: str, original: str, entries: dict[str, TensorEntry], reader: ShardReader) -> None:
+    """The copy in the file must be what it repeats."""
+    for start, end in _pieces(entries[name].shape, multiple_of=1):
+        if not torch.equal(reader.rows(name, start, end).float(), reader.rows(original, start, end).float()):
             raise ModelFolderError(
-                f"{entries[name].shard}: {name} differs from {target.repeats}; an MTP layer with its own embedding or "
+                f"{entries[name].shard}: {name} differs from {original}; an MTP layer with its own embedding or "
                 "head is not supported (set num_nextn_predict_layers to 0 in config.json to leave it out)"
             )
 
 
-def _pieces(into: Tensor, *, multiple_of: int) -> list[tuple[int, int]]:
-    row_elements = max(into[0].numel(), 1)
-    step = max(_PIECE_ELEMENTS // row_elements // multiple_of, 1) * multiple_of
-    return [(start, min(start + step, into.shape[0])) for start in range(0, into.shape[0], step)]
+def _pieces(shape: Sequence[int], *, multiple_of: int) -> list[tuple[int, int]]:
+    """Row ranges of about `_PIECE_ELEMENTS` each."""
+    step = max(_PIECE_ELEMENTS // max(math.prod(shape[1:]), 1) // multiple_of, 1) * multiple_of
+    return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
 def _check(folder: Path, entries: dict[str, TensorEntry], config: ModelConfig) -> None:
