@@ -137,6 +137,12 @@ class Dispatcher:
                 self._retry(generation, f"{worker.role} worker {worker.worker_id} was lost")
         self._pump()
 
+    def on_stalled(self) -> None:
+        """Workers may have given up our jobs while this process stood still, and will not say so."""
+        for generation in list(self._jobs.values()):
+            self._leave(generation)
+            self._resume_after(generation, 0.0)
+
     def tick(self) -> None:
         """Called a few times a second: time-outs of the queue, and the end of hope when a role has had no worker for too long."""
         now_s = self._clock()

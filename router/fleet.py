@@ -25,6 +25,7 @@ _TICK_S = 0.25
 _METRICS_TIMEOUT_S = 1.0
 _LAST_WORDS_MS = 500
 _QUIET_S = 1.0
+_STALL_S = 0.75 * SILENCE_S
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Listener(Protocol):
 
     def on_message(self, worker: Worker, message: AnyMessage) -> None: ...
     def on_lost(self, worker: Worker) -> None: ...
+    def on_stalled(self) -> None: ...
     def tick(self) -> None: ...
 
 
@@ -63,7 +65,7 @@ class Fleet:
         self._listener: Listener | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = clock()
-        self._beat_s = float("-inf")
+        self._beat_s = clock()
         self._num_beats = 0
         self._queries: dict[int, tuple[set[str], list[str], asyncio.Future[None]]] = {}
         self._num_queries = 0
@@ -71,6 +73,8 @@ class Fleet:
     def start(self, listener: Listener) -> None:
         self._listener = listener
         self._directory = Link(self._context, self._directory_endpoint, self._on_directory_frame)
+        self._due_s = self._clock()
+        self._beat(self._due_s)
         self._tick()
 
     def close(self) -> None:
@@ -176,10 +180,20 @@ class Fleet:
             log.warning("%s worker %s has been silent for %.0f s", worker.role, worker.worker_id, SILENCE_S)
             self._show(worker, up=False)
             self._listener.on_lost(worker)
+        if self._links and now_s - self._beat_s > _STALL_S:
+            self._recover(now_s - self._beat_s)
         if now_s - self._beat_s >= self._heartbeat_s:
             self._beat(now_s)
         self._listener.tick()
         self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
+
+    def _recover(self, gap_s: float) -> None:
+        """We have been silent for so long ourselves that workers may have given us and our jobs up."""
+        assert self._listener is not None
+        log.warning("this router stood still for %.1f s; its requests start new lives", gap_s)
+        for worker in self._links:
+            self.post(worker, Attach())
+        self._listener.on_stalled()
 
     def _beat(self, now_s: float) -> None:
         """Whoever is quiet may have forgotten us: it is asked for its state again."""
