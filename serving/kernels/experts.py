@@ -15,16 +15,22 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def grouped_mlp(x_TD: Tensor, gate_up_EID: Tensor, down_EDI: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def grouped_mlp(
+    x_TD: Tensor,
+    gate_up_EID: Tensor | list[Tensor],
+    down_EDI: Tensor | list[Tensor],
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
     """Sum over each token's experts of weight * down(silu(gate x) * up x); [T, D] in the dtype of x.
 
-    `gate_up_EID` is [E, 2I, D], gate above up; `down_EDI` is [E, D, I]; `experts_TK` int64, `weights_TK` fp32. Token and
-    expert pairs are sorted by expert, and each chosen expert's weights are read once. The counts are read on the host:
-    the one place of a step where the model does.
+    `gate_up_EID` is [E, 2I, D], gate above up, `down_EDI` [E, D, I], or a list of E packed matrices; `experts_TK` int64,
+    `weights_TK` fp32. Pairs of token and expert are sorted by expert, so each chosen expert's weights are read once. The
+    counts are read on the host, which an accelerator's kernel must not do.
     """
     num_tokens, top_k = experts_TK.shape
     by_expert = experts_TK.view(-1).argsort(stable=True)
-    counts = torch.bincount(experts_TK.view(-1), minlength=gate_up_EID.shape[0]).tolist()
+    counts = torch.bincount(experts_TK.view(-1), minlength=len(gate_up_EID)).tolist()
     x_ND = x_TD.index_select(0, by_expert // top_k)
     chosen = [(expert, count) for expert, count in enumerate(counts) if count]
     parts = x_ND.split([count for _, count in chosen])

@@ -1,4 +1,8 @@
-"""Matrix products with weights stored [out, in]."""
+"""Matrix products with weights stored [out, in], or packed for the CPU.
+
+A packed weight is oneDNN's own blocked copy of a matrix: opaque (no slices, no views), the same shape, dtype and size. It
+is read at about twice the rate of the plain layout by the few rows of a decode step, and no slower by a prefill.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The number of rows a layout is chosen for; one choice serves every number.
+_PACKED_FOR_ROWS = 8
+
+
+def pack(weight_NK: Tensor) -> Tensor:
+    """The weight as `linear` reads it fastest. fp32 and bf16 on CPU: a packed copy; elsewhere the weight itself."""
+    packable = weight_NK.device.type == "cpu" and weight_NK.dtype in (torch.float32, torch.bfloat16)
+    if not packable or not torch.backends.mkldnn.is_available() or not _fits(weight_NK.dtype):
+        return weight_NK
+    with torch.inference_mode():
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), _PACKED_FOR_ROWS)
+    return packed
+
+
+def _fits(dtype: torch.dtype) -> bool:
+    """oneDNN computes bf16 only on processors with AVX-512; the plain path works everywhere."""
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
 
 def linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """x W^T, [M, N], in the dtype of both.
-
-    fp32 on CPU goes to oneDNN by name: `F.linear` takes MKL there, which on AMD processors reads the weights of a
-    decode step at half the rate.
-    """
-    if x_MK.dtype == torch.float32 and x_MK.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    """x W^T, [M, N], in the dtype of both; the weight plain or packed."""
+    if weight_NK.is_mkldnn:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, None, "none", [], "")
         return out
     return F.linear(x_MK, weight_NK)

@@ -149,5 +149,7 @@ def _decode_group(
     scores_GHS = torch.bmm(q_GHW, keys_GSW.transpose(1, 2)).mul_(scale)
     if group.bias_GS is not None:
         scores_GHS += group.bias_GS[:, None]
-    lse_GH = scores_GHS.logsumexp(dim=-1)
-    return torch.bmm(scores_GHS.softmax(dim=-1), keys_GSW[:, :, :latent]), lse_GH
+    shares_GHS = scores_GHS.softmax(dim=-1)
+    # The largest share is exp(largest score - lse): cheaper on CPU than a second pass of exponentials.
+    lse_GH = scores_GHS.amax(dim=-1) - shares_GHS.amax(dim=-1).log()
+    return torch.bmm(shares_GHS, keys_GSW[:, :, :latent]), lse_GH

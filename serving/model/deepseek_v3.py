@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels import mla
-from serving.kernels.gemm import linear
+from serving.kernels.gemm import linear, pack
 from serving.kernels.kv_store import store_rows
 from serving.kernels.norm_rope import inverse_frequencies, rms_norm, rope_, rotations, yarn_inverse_frequencies
 from serving.kernels.rows import context_slots, layer_rows, slots
@@ -75,6 +75,12 @@ class Attention:
         )
         self.out = torch.empty(hidden, heads * config.v_head_dim, dtype=dtype, device=device)
 
+    def pack(self) -> None:
+        """Once loaded: into the layout that the products read fastest. W_uk and W_uv stay plain: decode views them."""
+        self.qkv_a, self.out = pack(self.qkv_a), pack(self.out)
+        if self.q_b is not None:
+            self.q_b = pack(self.q_b)
+
     def prefill(
         self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, seqs: tuple[SeqChunk, ...], kv_pool: Tensor
     ) -> Tensor:
@@ -112,7 +118,7 @@ class Attention:
 
     def store(self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
         """Only the latent rows of these tokens, nothing attended."""
-        latent_TW = self._latent(linear(x_TD, self.qkv_a[self.query_rows :]), rope_T)
+        latent_TW = self._latent(linear(x_TD, self.qkv_a)[:, self.query_rows :], rope_T)
         store_rows(kv_pool, self.layer, slots_T, latent_TW)
 
     def _query_and_latent(self, x_TD: Tensor, rope_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,6 +171,11 @@ class Block:
             Mlp(config.hidden_size, config.intermediate_size, dtype, device) if dense else Moe(config, dtype, device)
         )
 
+    def pack(self) -> None:
+        """Once loaded: into the layout that the products read fastest."""
+        self.attention.pack()
+        self.mlp.pack()
+
     def prefill(
         self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, seqs: tuple[SeqChunk, ...], kv_pool: Tensor
     ) -> Tensor:
@@ -187,6 +198,22 @@ class Block:
         return self.mlp.forward(rms_norm(x_TD, self.mlp_norm, self.eps)).add_(x_TD)
 
 
+class Head:
+    """The output head, the main model's and the MTP layer's."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+
+    def pack(self) -> None:
+        """Once loaded: into the layout that the product reads fastest."""
+        self.weight = pack(self.weight)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """fp32 [N, vocab_size]; fp64 of an fp64 model."""
+        logits_NV = linear(hidden_ND, self.weight)
+        return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.to(torch.float32)
+
+
 class DeepseekV3:
     """The whole model on one device. Weights are uninitialised until `weights.load_weights` filled them.
 
@@ -203,7 +230,7 @@ class DeepseekV3:
             for layer in range(config.num_layers)
         ]
         self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self.head = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.head = Head(config, dtype, device)
         self.rope = Rope(config, device)
         self.mtp: Mtp | None = None
         if config.num_mtp_layers:
@@ -234,5 +261,4 @@ class DeepseekV3:
     @torch.inference_mode()
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 (fp64 for an fp64 model) [N, vocab_size]; ids past the tokenizer's are the sampler's to mask."""
-        logits_NV = linear(hidden_ND, self.head)
-        return logits_NV if self.dtype == torch.float64 else logits_NV.to(torch.float32)
+        return self.head.logits(hidden_ND)

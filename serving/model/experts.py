@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp, silu_mul
-from serving.kernels.gemm import linear
+from serving.kernels.gemm import linear, pack
 from serving.kernels.topk import gate_topk
 from serving.model.config import ModelConfig
 
@@ -17,6 +17,10 @@ class Mlp:
     def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device) -> None:
         self.gate_up = torch.empty(2 * intermediate, hidden, dtype=dtype, device=device)
         self.down = torch.empty(hidden, intermediate, dtype=dtype, device=device)
+
+    def pack(self) -> None:
+        """Once loaded: into the layout that the products read fastest."""
+        self.gate_up, self.down = pack(self.gate_up), pack(self.down)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return linear(silu_mul(linear(x_TD, self.gate_up)), self.down)
@@ -31,9 +35,18 @@ class Moe:
         # The gate decides in fp32 whatever the compute dtype.
         self.gate = torch.empty(num_experts, hidden, dtype=torch.float32, device=device)
         self.gate_bias = torch.empty(num_experts, dtype=torch.float32, device=device)
-        self.gate_up = torch.empty(num_experts, 2 * inner, hidden, dtype=dtype, device=device)
-        self.down = torch.empty(num_experts, hidden, inner, dtype=dtype, device=device)
+        # Stacked [E, 2I, D] and [E, D, I]; packed, one matrix an expert.
+        self.gate_up: Tensor | list[Tensor] = torch.empty(num_experts, 2 * inner, hidden, dtype=dtype, device=device)
+        self.down: Tensor | list[Tensor] = torch.empty(num_experts, hidden, inner, dtype=dtype, device=device)
         self.shared = Mlp(hidden, config.shared_intermediate_size, dtype, device)
+
+    def pack(self) -> None:
+        """Once loaded: into the layout that the products read fastest."""
+        self.gate = pack(self.gate)
+        self.shared.pack()
+        if self.gate.is_mkldnn:
+            self.gate_up = [pack(weight) for weight in self.gate_up]
+            self.down = [pack(weight) for weight in self.down]
 
     def forward(self, x_TD: Tensor) -> Tensor:
         experts_TK, weights_TK = self.choose(x_TD)

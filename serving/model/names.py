@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -30,26 +31,37 @@ class Target:
     repeats: str | None = None
 
 
+class Part(Protocol):
+    """A piece of the model that takes its final layout once all of its tensors are loaded."""
+
+    def pack(self) -> None: ...
+
+
 def name_table(model: DeepseekV3) -> dict[str, Target]:
     """Every tensor name of the model's checkpoint, in the order of the model. Works on the meta device too."""
-    return dict(_model(model))
+    return {name: target for _, targets in name_tables(model) for name, target in targets.items()}
 
 
-def _model(model: DeepseekV3) -> Iterator[tuple[str, Target]]:
-    yield "model.embed_tokens.weight", Target(into=model.embed)
+def name_tables(model: DeepseekV3) -> Iterator[tuple[Part | None, dict[str, Target]]]:
+    """`name_table` part by part. Only before the part is packed do its targets point at its memory."""
+    yield None, {"model.embed_tokens.weight": Target(into=model.embed)}
     for layer, block in enumerate(model.blocks):
-        yield from _block(f"model.layers.{layer}.", block)
-    yield "model.norm.weight", Target(into=model.norm)
-    yield "lm_head.weight", Target(into=model.head)
+        yield block, dict(_block(f"model.layers.{layer}.", block))
+    yield None, {"model.norm.weight": Target(into=model.norm)}
+    yield model.head, {"lm_head.weight": Target(into=model.head.weight)}
     if model.mtp is not None:
-        prefix = f"model.layers.{model.config.num_layers}."
-        yield prefix + "embed_tokens.weight", Target(into=model.embed, repeats="model.embed_tokens.weight")
-        yield prefix + "enorm.weight", Target(into=model.mtp.embed_norm)
-        yield prefix + "hnorm.weight", Target(into=model.mtp.hidden_norm)
-        yield prefix + "eh_proj.weight", Target(into=model.mtp.join, quantised=True)
-        yield from _block(prefix, model.mtp.block)
-        yield prefix + "shared_head.norm.weight", Target(into=model.mtp.norm)
-        yield prefix + "shared_head.head.weight", Target(into=model.head, repeats="lm_head.weight")
+        yield model.mtp, dict(_mtp(f"model.layers.{model.config.num_layers}.", model))
+
+
+def _mtp(prefix: str, model: DeepseekV3) -> Iterator[tuple[str, Target]]:
+    assert model.mtp is not None
+    yield prefix + "embed_tokens.weight", Target(into=model.embed, repeats="model.embed_tokens.weight")
+    yield prefix + "enorm.weight", Target(into=model.mtp.embed_norm)
+    yield prefix + "hnorm.weight", Target(into=model.mtp.hidden_norm)
+    yield prefix + "eh_proj.weight", Target(into=model.mtp.join, quantised=True)
+    yield from _block(prefix, model.mtp.block)
+    yield prefix + "shared_head.norm.weight", Target(into=model.mtp.norm)
+    yield prefix + "shared_head.head.weight", Target(into=model.head.weight, repeats="lm_head.weight")
 
 
 def _block(prefix: str, block: Block) -> Iterator[tuple[str, Target]]:
@@ -79,8 +91,8 @@ def _attention(prefix: str, attention: Attention) -> Iterator[tuple[str, Target]
 def _moe(prefix: str, moe: Moe) -> Iterator[tuple[str, Target]]:
     yield prefix + "gate.weight", Target(into=moe.gate)
     yield prefix + "gate.e_score_correction_bias", Target(into=moe.gate_bias)
-    for expert in range(moe.gate_up.shape[0]):
-        yield from _mlp(f"{prefix}experts.{expert}.", moe.gate_up[expert], moe.down[expert])
+    for expert, (gate_up, down) in enumerate(zip(moe.gate_up, moe.down, strict=True)):
+        yield from _mlp(f"{prefix}experts.{expert}.", gate_up, down)
     shared: Mlp = moe.shared
     yield from _mlp(prefix + "shared_experts.", shared.gate_up, shared.down)
 
