@@ -1,0 +1,176 @@
+"""Sequences, and an executor that computes with remembered rows instead of tensors, for tests of managers and schedulers.
+
+A row stands for a latent: it is a function of the row before it, read from the page, and of its token. A token is drawn from all rows of its
+sequence, read from the pages. So a page in two hands, a page freed too early or a wrong position changes the text or is caught in the act.
+`expected_tokens` is the same function without pages, slots or steps.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from kvcache.layout import PAGE_TOKENS
+from serving.core.request import SamplingParams, Sequence
+from serving.engine.plan import PrefillChunk, SampledToken, SlotSpec, StepPlan, StepResult
+
+VOCABULARY = 50
+
+
+def create_sequence(
+    job_id: str,
+    token_ids: Iterable[int],
+    *,
+    max_new_tokens: int = 8,
+    deadline_s: float = float("inf"),
+    stop_token_ids: Iterable[int] = (),
+) -> Sequence:
+    tokens = list(token_ids)
+    return Sequence(
+        job_id=job_id,
+        token_ids=tokens,
+        num_prompt_tokens=len(tokens),
+        sampling=SamplingParams(stop_token_ids=list(stop_token_ids)),
+        max_new_tokens=max_new_tokens,
+        deadline_s=deadline_s,
+    )
+
+
+def _row(before: int, token_id: int) -> int:
+    return zlib.crc32(b"%d %d" % (before, token_id))
+
+
+def _draw(rows: list[int]) -> int:
+    return zlib.crc32(repr(rows).encode()) % VOCABULARY
+
+
+def rows_of(token_ids: Iterable[int]) -> list[int]:
+    rows: list[int] = []
+    for token_id in token_ids:
+        rows.append(_row(rows[-1] if rows else 0, token_id))
+    return rows
+
+
+def expected_tokens(token_ids: Iterable[int], num_new_tokens: int) -> list[int]:
+    """What `num_new_tokens` draws after `token_ids` give."""
+    tokens = list(token_ids)
+    num_tokens, rows = len(tokens), rows_of(tokens)
+    while len(tokens) < num_tokens + num_new_tokens:
+        tokens.append(_draw(rows))
+        rows.append(_row(rows[-1], tokens[-1]))
+    return tokens[num_tokens:]
+
+
+class RowStore:
+    """The pages of one pool. A row is written once between two moments at which its page was free; what nobody wrote cannot be read."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, int], int] = {}
+
+    def clear(self, page_id: int) -> None:
+        """`KVManager(on_free=...)`."""
+        for offset in range(PAGE_TOKENS):
+            self._rows.pop((page_id, offset), None)
+
+    def write(self, page_ids: list[int], position: int, row: int) -> None:
+        at = (page_ids[position // PAGE_TOKENS], position % PAGE_TOKENS)
+        assert self._rows.setdefault(at, row) == row, f"row {at} belongs to somebody else"
+
+    def read(self, page_ids: list[int], num_rows: int) -> list[int]:
+        return [self._rows[page_ids[i // PAGE_TOKENS], i % PAGE_TOKENS] for i in range(num_rows)]
+
+    def spoil(self, page_id: int) -> None:
+        """Another value in row 0, for negative controls."""
+        self._rows[page_id, 0] += 1
+
+
+@dataclass
+class _Slot:
+    token_id: int
+    page_ids: list[int]
+
+
+@dataclass
+class FakeLaunched:
+    plan: StepPlan
+    tokens: list[SampledToken] | None = field(default=None)
+
+
+class FakeExecutor:
+    """In order, like a device. `eager`: a step runs when it is launched; otherwise as late as possible, when it is settled."""
+
+    def __init__(self, store: RowStore, *, eager: bool = False) -> None:
+        self._store = store
+        self._eager = eager
+        self._slots: dict[int, _Slot] = {}
+        self._queue: deque[Callable[[], None]] = deque()
+
+    def open_slot(self, slot: int, spec: SlotSpec) -> None:
+        state = _Slot(spec.token_ids[-1], list(spec.page_ids))
+        self._submit(lambda: self._slots.__setitem__(slot, state))
+
+    def close_slot(self, slot: int) -> None:
+        self._submit(lambda: self._slots.__delitem__(slot))
+
+    def launch(self, plan: StepPlan) -> FakeLaunched:
+        assert plan.num_tokens > 0, "an empty step is not launched"
+        slots = [work.slot for work in (*plan.chunks, *plan.rows)]
+        assert len(set(slots)) == len(slots), "a slot appears twice in a step"
+        launched = FakeLaunched(plan)
+        self._submit(lambda: self._run(launched))
+        return launched
+
+    def settle(self, launched: FakeLaunched) -> StepResult:
+        while launched.tokens is None:
+            self._queue.popleft()()
+        return StepResult(tokens=tuple(launched.tokens))
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        self._queue.append(work)
+        while self._eager and self._queue:
+            self._queue.popleft()()
+
+    def _run(self, launched: FakeLaunched) -> None:
+        tokens: list[SampledToken] = []
+        for chunk in launched.plan.chunks:
+            rows = self._prefill(chunk)
+            if chunk.sample:
+                tokens.append(self._sample(chunk.slot, rows))
+        for row in launched.plan.rows:
+            slot = self._slots[row.slot]
+            if row.new_page_id is not None:
+                slot.page_ids.append(row.new_page_id)
+            rows = self._store.read(slot.page_ids, row.position)
+            rows.append(_row(rows[-1], slot.token_id))
+            self._store.write(slot.page_ids, row.position, rows[-1])
+            tokens.append(self._sample(row.slot, rows))
+        launched.tokens = tokens
+
+    def _prefill(self, chunk: PrefillChunk) -> list[int]:
+        rows = self._store.read(chunk.page_ids, chunk.start)
+        for position, token_id in enumerate(chunk.token_ids, chunk.start):
+            rows.append(_row(rows[-1] if rows else 0, token_id))
+            if position >= chunk.store_from:
+                self._store.write(chunk.page_ids, position, rows[-1])
+        return rows
+
+    def _sample(self, slot: int, rows: list[int]) -> SampledToken:
+        self._slots[slot].token_id = _draw(rows)
+        return SampledToken(slot=slot, token_id=self._slots[slot].token_id)
+
+
+def open_slots(executor: FakeExecutor, opened: Iterable[Sequence]) -> None:
+    """What a worker does with the `opened` of a plan."""
+    for sequence in opened:
+        assert sequence.slot is not None
+        executor.open_slot(
+            sequence.slot,
+            SlotSpec(
+                sampling=sequence.sampling,
+                token_ids=list(sequence.token_ids),
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                page_ids=list(sequence.page_ids),
+            ),
+        )

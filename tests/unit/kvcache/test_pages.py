@@ -1,0 +1,97 @@
+"""States and epochs."""
+
+import itertools
+
+import pytest
+
+from kvcache.pages import LEGAL_MOVES, Pages, PageState
+from serving.core.errors import StaleError
+
+WAY = {
+    PageState.CACHED: [PageState.OWNED, PageState.CACHED],
+    PageState.RESERVED: [PageState.RESERVED],
+    PageState.EXPOSED: [PageState.RESERVED, PageState.EXPOSED],
+    PageState.FILLED: [PageState.RESERVED, PageState.EXPOSED, PageState.FILLED],
+    PageState.OWNED: [PageState.OWNED],
+    PageState.DRAINING: [PageState.RESERVED, PageState.EXPOSED, PageState.DRAINING],
+    PageState.QUARANTINED: [PageState.RESERVED, PageState.EXPOSED, PageState.DRAINING, PageState.QUARANTINED],
+}
+
+
+def page_in(state: PageState) -> tuple[Pages, int]:
+    pages = Pages(3)
+    page_id = pages.take(WAY[state][0])
+    for step in WAY[state][1:]:
+        pages.move(page_id, step)
+    return pages, page_id
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(WAY, PageState)))
+def test_a_page_moves_along_the_diagram_and_nowhere_else(before: PageState, after: PageState) -> None:
+    pages, page_id = page_in(before)
+    if after in LEGAL_MOVES[before]:
+        pages.move(page_id, after)
+        assert pages.state(page_id) is after
+        pages.check()
+    else:
+        with pytest.raises(AssertionError, match="cannot go from"):
+            pages.move(page_id, after)
+
+
+def test_what_a_peer_may_still_write_is_freed_only_through_its_closing() -> None:
+    writable = {PageState.EXPOSED, PageState.DRAINING, PageState.QUARANTINED}
+    assert {state for state in writable if PageState.FREE in LEGAL_MOVES[state]} == {PageState.DRAINING, PageState.QUARANTINED}
+    assert all(PageState.CACHED not in LEGAL_MOVES[state] for state in writable)
+
+
+def test_the_epoch_rises_with_every_use() -> None:
+    pages = Pages(1)
+    epochs = []
+    for state in (PageState.OWNED, PageState.RESERVED, PageState.OWNED):
+        epochs.append(pages.epoch(pages.take(state)))
+        pages.move(0, PageState.FREE)
+    assert epochs == sorted(set(epochs))
+
+
+def test_an_old_epoch_is_refused() -> None:
+    pages, page_id = page_in(PageState.EXPOSED)
+    epoch = pages.epoch(page_id)
+    pages.require_exposed(page_id, epoch)
+    for state in (PageState.DRAINING, PageState.FREE):
+        pages.move(page_id, state)
+        with pytest.raises(StaleError, match="not exposed in epoch"):
+            pages.require_exposed(page_id, epoch)
+    assert pages.take(PageState.RESERVED) == page_id
+    pages.move(page_id, PageState.EXPOSED)
+    with pytest.raises(StaleError, match=f"not exposed in epoch {epoch}"):
+        pages.require_exposed(page_id, epoch)
+    pages.require_exposed(page_id, epoch + 1)
+
+
+@pytest.mark.parametrize("page_id", [-1, 3])
+def test_a_page_that_does_not_exist_is_a_peers_fault(page_id: int) -> None:
+    with pytest.raises(StaleError, match="does not exist"):
+        Pages(3).require_exposed(page_id, 1)
+
+
+def test_low_pages_are_used_first() -> None:
+    pages = Pages(5)
+    assert [pages.take(PageState.OWNED) for _ in range(3)] == [0, 1, 2]
+    pages.move(1, PageState.FREE)
+    assert pages.take(PageState.OWNED) == 1
+
+
+def test_a_lost_page_is_noticed() -> None:
+    pages = Pages(3)
+    pages.take(PageState.OWNED)
+    pages.check()
+    pages._states[2] = PageState.DRAINING
+    with pytest.raises(AssertionError, match="counts drifted"):
+        pages.check()
+
+
+def test_a_page_that_is_free_twice_is_noticed() -> None:
+    pages = Pages(3)
+    pages._free.append(1)
+    with pytest.raises(AssertionError, match="free list"):
+        pages.check()
