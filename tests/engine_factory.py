@@ -26,15 +26,16 @@ def create_engine(
     if not (folder / "config.json").exists():
         make_checkpoint(folder, seed, **overrides)
     engine = build_engine(folder, max_num_seqs=max_num_seqs, num_pages=num_pages, dtype="float32", device="cpu")
-    engine.pool.poison(range(num_pages))
+    engine.pool.poison_all()
     return engine
 
 
 def create_loop(
     engine: Engine, *, num_pages: int | None = None, prefix_cache: bool = True, **options: Any
 ) -> Aggregated:
-    """`options`: those of Aggregated; a small `num_pages` makes room scarce."""
-    manager = KVManager(engine.pool.num_pages if num_pages is None else num_pages, prefix_cache=prefix_cache)
+    """`options`: those of Aggregated; a page that becomes free is NaN again; a small `num_pages` makes room scarce."""
+    num_pages = engine.pool.num_pages if num_pages is None else num_pages
+    manager = KVManager(num_pages, prefix_cache=prefix_cache, on_free=engine.pool.poison)
     defaults = {"num_slots": engine.max_num_seqs, "max_batched_tokens": 256, "max_model_len": engine.max_model_len}
     return Aggregated(engine.runner, manager, **(defaults | options))
 

@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,15 @@ def measure(
     new_tokens: int,
     repeats: int,
     seed: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Figure], dict[str, float]]:
     """Figures in the order of batches and systems, and for each peer the share of texts that equal the first system's."""
+
+    def timed(system: System, num_new_tokens: int) -> float:
+        begin = clock()
+        system.generate(prompts, num_new_tokens)
+        return clock() - begin
+
     figures: list[Figure] = []
     same: dict[str, list[bool]] = {system.name: [] for system in systems[1:]}
     for batch in batches:
@@ -88,7 +95,7 @@ def measure(
         raw: list[list[tuple[float, float]]] = [[] for _ in systems]
         for _ in range(repeats):
             for times, system in zip(raw, systems, strict=True):
-                times.append((_timed(system, prompts, 1), _timed(system, prompts, new_tokens)))
+                times.append((timed(system, 1), timed(system, new_tokens)))
         figures += [
             _figure(system.name, batch, prompt_tokens, new_tokens, times)
             for system, times in zip(systems, raw, strict=True)
@@ -176,12 +183,6 @@ def _prompts(batch: int, num_tokens: int, vocab_size: int, seed: int) -> list[li
     generator = torch.Generator().manual_seed(seed + 1)
     prompts: list[list[int]] = torch.randint(2, vocab_size, (batch, num_tokens), generator=generator).tolist()
     return prompts
-
-
-def _timed(system: System, prompts: list[list[int]], num_new_tokens: int) -> float:
-    begin = time.perf_counter()
-    system.generate(prompts, num_new_tokens)
-    return time.perf_counter() - begin
 
 
 def _figure(name: str, batch: int, prompt_tokens: int, new_tokens: int, times: list[tuple[float, float]]) -> Figure:

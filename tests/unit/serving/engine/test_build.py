@@ -1,0 +1,93 @@
+"""Building an engine: sizes that follow from the folder and the memory, and an identity that only equal engines share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kvcache.layout import PageLayout
+from serving.core.errors import ConfigError, ModelFolderError
+from serving.engine.build import Engine, build_engine, identity, tokenizer_size
+from tests.engine_factory import GREEDY, create_loop
+from tests.model_factory import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_checkpoint(folder, seed=0)
+    return folder
+
+
+def _build(folder: Path, **options: Any) -> Engine:
+    return build_engine(folder, **({"max_num_seqs": 2, "num_pages": 4, "dtype": "float32", "device": "cpu"} | options))
+
+
+def test_the_page_layout_follows_model_and_dtype(folder: Path) -> None:
+    wide = PageLayout(num_layers=3, num_mtp_layers=1, row_width=48, element_bytes=4)
+    assert _build(folder).layout == wide
+    narrow = _build(folder, dtype="bfloat16", mtp=False)
+    assert narrow.layout == PageLayout(num_layers=3, num_mtp_layers=0, row_width=48, element_bytes=2)
+    assert narrow.pool.tensor.dtype == torch.bfloat16
+    assert len(create_loop(narrow).generate([[5, 6]], GREEDY, 3)[0]) == 3
+
+
+def test_the_longest_text_is_what_model_pool_and_configuration_allow(folder: Path) -> None:
+    assert _build(folder, num_pages=4).max_model_len == 256
+    assert _build(folder, num_pages=100).max_model_len == 4096
+    assert _build(folder, num_pages=4, max_model_len=100).max_model_len == 100
+
+
+def test_the_pool_is_sized_from_free_memory_when_no_number_is_given(folder: Path) -> None:
+    small = _build(folder, num_pages=0, memory_fraction=1e-4)
+    assert 1 <= small.pool.num_pages < _build(folder, num_pages=0, memory_fraction=1e-3).pool.num_pages
+    with pytest.raises(ConfigError, match="memory_fraction"):
+        _build(folder, num_pages=0, memory_fraction=1e-12)
+
+
+def test_a_copy_of_the_folder_has_the_same_identity_and_anything_else_another(folder: Path, tmp_path: Path) -> None:
+    layout = PageLayout(num_layers=3, num_mtp_layers=1, row_width=48, element_bytes=4)
+
+    def identity_of(folder: Path, layout: PageLayout = layout, dtype: torch.dtype = torch.float32) -> str:
+        return identity(folder, layout, dtype=dtype)
+
+    shutil.copytree(folder, tmp_path / "copy")
+    assert identity_of(tmp_path / "copy") == identity_of(folder) == _build(folder).identity
+    make_checkpoint(tmp_path / "tuned", seed=1)
+    make_checkpoint(tmp_path / "rope", seed=0, rope_theta=20000)
+    others = [
+        identity_of(tmp_path / "tuned"),
+        identity_of(tmp_path / "rope"),
+        identity_of(folder, dtype=torch.bfloat16),
+        identity_of(folder, PageLayout(num_layers=3, num_mtp_layers=0, row_width=48, element_bytes=4)),
+    ]
+    assert len({identity_of(folder), *others}) == 5
+
+
+def test_ids_from_the_tokenizers_size_on_are_never_sampled(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    spec = {"model": {"vocab": {chr(i): i for i in range(40)}}, "added_tokens": [{"id": 45, "content": "<x>"}]}
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
+    assert tokenizer_size(tmp_path / "model") == 46
+    prompts = [[i, i + 1, 7] for i in range(16)]
+    free = create_loop(_build(folder, num_pages=16)).generate(prompts, GREEDY, 8)
+    bounded = create_loop(_build(tmp_path / "model", num_pages=16)).generate(prompts, GREEDY, 8)
+    assert max(map(max, free)) >= 46
+    assert max(map(max, bounded)) < 46
+
+
+def test_a_broken_tokenizer_and_a_missing_gpu_are_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelFolderError, match=r"tokenizer\.json"):
+        _build(tmp_path / "model")
+    with pytest.raises(ConfigError, match="float8"):
+        _build(folder, dtype="float8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no GPU"):
+            _build(folder, device="cuda")
