@@ -74,6 +74,11 @@ def load_weights(
     return model
 
 
+def check_weights(folder: str | Path, config: ModelConfig) -> None:
+    """Compare the headers of the folder's shards with the model; reads no weights. Raises what `load_weights` raises."""
+    _check(Path(folder), read_entries(Path(folder)), config)
+
+
 def _load(name: str, target: Target, entries: dict[str, TensorEntry], reader: ShardReader, config: ModelConfig) -> int:
     """Fill one target; bytes of the files that this took."""
     if name not in entries:
