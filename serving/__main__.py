@@ -1,0 +1,7 @@
+"""`python -m serving` is `baton`."""
+
+import sys
+
+from serving.cli import main
+
+sys.exit(main())

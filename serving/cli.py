@@ -1,0 +1,157 @@
+"""`baton`: reads the command line and calls whoever does it. Imports as little as the command needs.
+
+A BatonError is one line on standard error and its exit code; anything else is our bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from serving.core.config import Config, load_config, to_dict
+from serving.core.errors import BatonError, ConfigError
+
+_PASSED_ON = ("bench", "chat")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code of the command."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments and arguments[0] in _PASSED_ON:
+            return _pass_on(arguments[0], arguments[1:])
+        options = _parser().parse_args(arguments)
+        if options.command is None:
+            _parser().print_help()
+            return 2
+        return _COMMANDS[options.command](options)
+    except BatonError as error:
+        print(f"baton: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _pass_on(command: str, arguments: list[str]) -> int:
+    """Commands with a command line of their own."""
+    if command == "chat":
+        from serving.chat import main as chat
+
+        return chat(arguments)
+    what = arguments[0] if arguments else ""
+    if what == "engine":
+        from serving.bench.engine import main as engine
+
+        return engine(arguments[1:])
+    if what == "idle":
+        from serving.cluster.idle import main as idle
+
+        return idle(arguments[1:])
+    if what in ("-h", "--help"):
+        print(
+            "usage: baton bench {engine,idle} [options]\n\nengine: the engine alone, beside peers\nidle: CPU of a server without requests"
+        )
+        return 0
+    raise ConfigError(f"baton bench {what!r}: there is no such benchmark; choose engine or idle")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from serving.cluster.display import Display
+    from serving.cluster.launch import serve
+
+    return serve(_config(options), Display())
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from serving.cluster.demo import run_demo
+
+    return run_demo(_server_arguments(options))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from serving.cluster.doctor import examine
+
+    return examine(_config(options))
+
+
+def _check_config(options: argparse.Namespace) -> int:
+    config = load_config(options.file)
+    for table, keys in to_dict(config).items():
+        print(f"[{table}]")
+        for key, value in keys.items():
+            print(f"{key} = {_toml(value)}")
+    return 0
+
+
+_COMMANDS = {"serve": _serve, "demo": _demo, "doctor": _doctor, "check-config": _check_config}
+
+
+def _config(options: argparse.Namespace) -> Config:
+    named = {"model.dir": options.model, "router.host": options.host, "router.port": options.port}
+    overrides = [f"{key}={value}" for key, value in named.items() if value is not None]
+    return load_config(options.config, environment=os.environ, overrides=[*options.set, *overrides])
+
+
+def _server_arguments(options: argparse.Namespace) -> list[str]:
+    """The options as they were given, for a `baton serve` in another process."""
+    named = {"--config": options.config, "--model": options.model, "--host": options.host, "--port": options.port}
+    pairs = [part for name, value in named.items() if value is not None for part in (name, str(value))]
+    return pairs + [part for text in options.set for part in ("--set", text)]
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="baton", description="Disaggregated inference server for DeepSeek-V3-architecture models."
+    )
+    parser.add_argument("--version", action="version", version=f"baton {_Version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    serve = commands.add_parser("serve", help="start workers and router, and serve until SIGTERM or Ctrl-C")
+    demo = commands.add_parser("demo", help="start a server, stream one answer, check it, shut down")
+    doctor = commands.add_parser("doctor", help="what this machine has, and what to do about what it lacks")
+    for command in (serve, demo, doctor):
+        _add_server_options(command)
+    commands.add_parser("chat", help="talk to a server", add_help=False)
+    commands.add_parser(
+        "bench", help="engine: the engine beside peers; idle: CPU of a server without requests", add_help=False
+    )
+    check = commands.add_parser("check-config", help="read a configuration file and print all settings in force")
+    check.add_argument("file", type=Path, metavar="FILE")
+    return parser
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file; without it, the defaults")
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face folder; without it, the embedded model")
+    parser.add_argument("--host", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", help="port to listen on (8000); 0 takes a free one")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="table.key=value",
+        help="overrides file and environment; repeatable",
+    )
+
+
+class _Version:
+    """Looked up only when it is printed."""
+
+    def __str__(self) -> str:
+        from importlib.metadata import version
+
+        return version("baton-serving")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

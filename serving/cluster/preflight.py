@@ -1,0 +1,74 @@
+"""What can be known to be wrong before a single process is started: the model folder and the ports.
+
+Every fault is a BatonError of one line that says what to do.
+"""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from serving.core.config import Config
+from serving.core.errors import ModelFolderError, StartupError
+
+
+def embedded_model_dir() -> Path:
+    """The folder of the model that is part of the distribution."""
+    return Path(__file__).resolve().parent.parent / "demo" / "model"
+
+
+def resolve_model_dir(config: Config) -> Path:
+    """The folder that the configuration names, or the embedded model's. Raises ModelFolderError if there is none."""
+    folder = Path(config.model.dir).expanduser().resolve() if config.model.dir else embedded_model_dir()
+    if not folder.is_dir():
+        raise ModelFolderError(
+            f"{folder} is not a folder; give the folder of a Hugging Face checkpoint with --model DIR"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelFolderError(
+            f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint with --model DIR"
+        )
+    return folder
+
+
+def check_model_folder(folder: Path, config: Config) -> None:
+    """Configuration, tokenizer, and the header of every weight file. Raises ModelFolderError. Reads no weights."""
+    from serving.model.config import ModelConfig
+    from serving.model.weights import check_weights
+    from serving.text.tokenizer import Tokenizer
+
+    check_weights(folder, ModelConfig.from_folder(folder))
+    Tokenizer.from_folder(folder)
+
+
+def router_ports(config: Config) -> list[int]:
+    """Consecutive ports of the router processes; port 0 lets each take a free one."""
+    first = config.router.port
+    return [first + index if first else 0 for index in range(config.router.processes)]
+
+
+def check_ports(config: Config) -> None:
+    """Raises StartupError if a router could not listen on its port."""
+    for port in router_ports(config):
+        check_port(config.router.host, port)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises StartupError if `host`:`port` cannot be bound now."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, OverflowError) as error:
+        raise StartupError(
+            f"{host}:{port} is no address to listen on ({error}); give --host and --port of this machine"
+        ) from None
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except PermissionError:
+            raise StartupError(f"port {port} needs privileges; choose one above 1023 with --port") from None
+        except OSError as error:
+            reason = "is in use" if error.errno == 98 else f"cannot be bound ({error.strerror})"
+            raise StartupError(
+                f"port {port} of {host} {reason}; stop what listens there, or choose another with --port"
+            ) from None

@@ -1,0 +1,121 @@
+"""One rank as a Ray actor: builds its worker, runs it in a thread of its own, and tells the supervisor what happens to it.
+
+    loading -> ready(address) -> ended            loading | ready -> failed(reason): the actor exits
+
+`run` is a generator that occupies the actor's main thread for the worker's whole life: Ray polls an actor that waits for a call a hundred
+times a second (0.7 % of a core), one inside a call not at all. Nothing of a request passes here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from serving.core.errors import BatonError
+from serving.core.messages import PeerAddress
+from serving.core.spec import WorkerSpec
+
+_PROGRESS_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEvent:
+    """`state` as above; `detail` for people; `pid` of the actor's process; `address` once it is ready."""
+
+    state: str
+    pid: int
+    detail: str = ""
+    address: PeerAddress | None = None
+
+
+class Worker(Protocol):
+    """What a rank runs. Constructing it loads the model and binds its socket; `run` returns when it was drained."""
+
+    @property
+    def address(self) -> PeerAddress: ...
+
+    def run(self) -> None: ...
+
+
+class LoadProgress:
+    """Receives the progress of loading (serving.model.weights.Progress) and passes on a line now and then."""
+
+    def __init__(self, events: queue.SimpleQueue[RankEvent | None]) -> None:
+        self._events = events
+        self._total = self._done = 0
+        self._started_s = self._next_s = 0.0
+
+    def start(self, total_bytes: int) -> None:
+        self._total = total_bytes
+        self._started_s = time.monotonic()
+        self._next_s = self._started_s + _PROGRESS_EVERY_S
+
+    def advance(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        if time.monotonic() >= self._next_s:
+            self._next_s += _PROGRESS_EVERY_S
+            self._tell()
+
+    def finish(self) -> None:
+        self._tell()
+
+    def _tell(self) -> None:
+        rate = self._done / max(time.monotonic() - self._started_s, 1e-6)
+        text = f"loading weights: {self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB at {rate / 1e6:.0f} MB/s"
+        self._events.put(RankEvent(state="loading", pid=os.getpid(), detail=text))
+
+
+class Rank:
+    """One life of one worker."""
+
+    def run(self, spec: WorkerSpec) -> Iterator[RankEvent]:
+        """Ends when the worker was drained; after a failure the process exits."""
+        logging.basicConfig(
+            stream=sys.stderr,
+            level=spec.config.telemetry.log_level.upper(),
+            format="%(asctime)s %(name)s %(levelname)s %(message)s",
+        )
+        events: queue.SimpleQueue[RankEvent | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._live, args=(spec, events), name=f"worker-{spec.worker_id}", daemon=True)
+        thread.start()
+        yield RankEvent(state="loading", pid=os.getpid(), detail="importing")
+        while (event := events.get()) is not None:
+            yield event
+        thread.join()
+
+    def _live(self, spec: WorkerSpec, events: queue.SimpleQueue[RankEvent | None]) -> None:
+        pid = os.getpid()
+        try:
+            worker = _build(spec, LoadProgress(events))
+            events.put(RankEvent(state="ready", pid=pid, detail="serving", address=worker.address))
+            worker.run()
+            events.put(RankEvent(state="ended", pid=pid, detail="drained"))
+        except BatonError as error:
+            events.put(RankEvent(state="failed", pid=pid, detail=str(error)))
+        except BaseException as error:
+            logging.getLogger("baton.rank").exception("%s has failed", spec.worker_id)
+            events.put(RankEvent(state="failed", pid=pid, detail=f"{type(error).__name__}: {error}"))
+        finally:
+            events.put(None)
+
+
+def _build(spec: WorkerSpec, progress: LoadProgress) -> Worker:
+    """Imports only what the role needs."""
+    if spec.role == "prefill":
+        from prefill.worker import PrefillWorker
+
+        return PrefillWorker(spec)
+    if spec.role == "decode":
+        from decode.worker import DecodeWorker
+
+        return DecodeWorker(spec)
+    from serving.aggregated_worker import AggregatedWorker
+
+    return AggregatedWorker(spec)
