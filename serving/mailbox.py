@@ -111,6 +111,7 @@ class Mailbox(Generic[T]):
         self._commands: deque[Callable[[], None]] = deque()
         self._peers: dict[str, _Peer] = {}
         self._latest: dict[str, int] = {}
+        self._silent_routes: dict[str, bytes] = {}
         self._dealers: dict[zmq.Socket[bytes], str] = {}
         self._progress, self._step_budget_s = 0, 0.0
         self._beat_s, self._beat_due_s = 0.0, 0.0
@@ -154,7 +155,7 @@ class Mailbox(Generic[T]):
         self._inbound.put(None)
 
     def post(self, peer: str, message: AnyMessage) -> None:
-        """Sends to a peer, in order; a peer that is gone hears nothing, and `PeerGone` has said so."""
+        """Sends to a peer, in order. One that is gone hears nothing, or what waits for it if it was only silent."""
         self.call(lambda: self._send(peer, message))
 
     def connect(self, address: PeerAddress) -> None:
@@ -263,6 +264,7 @@ class Mailbox(Generic[T]):
             self._metrics.add("baton_kv_stale_total")
             return
         self._renew(name, incarnation)
+        self._silent_routes.pop(name, None)
         peer = self._peers.setdefault(name, _Peer(incarnation, 0.0))
         peer.heard_s = time.monotonic()
         if route is not None:
@@ -294,9 +296,7 @@ class Mailbox(Generic[T]):
             self._send(name, self._heartbeat())
 
     def _send(self, name: str, message: AnyMessage) -> None:
-        peer = self._peers.get(name)
-        if peer is None:
-            return
+        peer = self._peers.get(name) or _Peer(0, 0.0, route=self._silent_routes.get(name))
         frame = self._codec.encode(message)
         try:
             if peer.dealer is not None:
@@ -304,8 +304,10 @@ class Mailbox(Generic[T]):
             elif peer.route is not None:
                 self._router.send_multipart([peer.route, frame], zmq.NOBLOCK)
         except zmq.Again:
-            self._forget(name, PeerGone(name, peer.incarnation, False, f"{name} does not read its messages"))
+            if name in self._peers:
+                self._forget(name, PeerGone(name, peer.incarnation, False, f"{name} does not read its messages"))
         except zmq.ZMQError as error:  # EHOSTUNREACH: its connection has closed; it may come back by another one
+            self._silent_routes.pop(name, None)
             self._log.debug("%s is not connected: %s", name, error)
 
     def _beat(self, now_s: float) -> None:
@@ -323,6 +325,8 @@ class Mailbox(Generic[T]):
 
     def _forget(self, name: str, gone: PeerGone) -> None:
         peer = self._peers.pop(name, None)
+        if peer is not None and peer.route is not None and not gone.proven:
+            self._silent_routes[name] = peer.route
         if peer is not None and peer.dealer is not None:
             self._poller.unregister(peer.dealer)
             del self._dealers[peer.dealer]

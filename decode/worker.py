@@ -1,0 +1,420 @@
+"""The decode worker: latents in from prefill workers, tokens out to the routers, all running sequences in every step.
+
+    DecodeJob -> credit -> pages exposed -> latents verified -> waiting -> running -> last token -> gone
+       |  no room (Preempted), aborted, or failed (JobFailed), anywhere on the way
+
+One step loop owns scheduler, pages and engine: take what has arrived, promise pages, launch a step, settle the one
+before (or this one, where the device is the CPU and has finished when `launch` returns), send one TokenBatch a router.
+With nothing to do it waits for messages. A wrong peer never stops it; an exception of our own does, loudly.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from decode.arrivals import Arrivals, Arrived, Outcome
+from decode.notices import Notices
+from decode.scheduler import DecodeScheduler, TokenEvent
+from kvcache.layout import num_pages_for
+from kvcache.manager import KVManager
+from kvcache.transfer.base import PageTarget
+from kvcache.transfer.nixl import NixlTarget
+from serving.core.errors import ConfigError, PagesExhausted, PeerError, StaleError
+from serving.core.messages import (
+    Abort,
+    AnyMessage,
+    Attach,
+    DecodeJob,
+    Drain,
+    JobTokens,
+    KVBind,
+    KVClosed,
+    KVReady,
+    MetricsQuery,
+    Preempted,
+    Roster,
+    TokenBatch,
+    WorkerState,
+)
+from serving.core.request import Sequence
+from serving.core.spec import WorkerSpec
+from serving.engine.build import Engine, build_engine
+from serving.engine.plan import Launched, SlotSpec
+from serving.engine.slots import Slots
+from serving.jobs import sequence_of
+from serving.mailbox import Driven, Mailbox, PeerGone, Received
+from serving.metrics import Metrics
+from serving.reporter import Reporter
+
+_QUARANTINE_SHARE = 0.5
+_QUARANTINE_S = 30.0
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the worker adds to a running sequence: who hears its tokens, and the stages of its hand-off gap."""
+
+    router: str
+    hidden: bytes
+    exposed_s: float
+    arrived_s: float
+    opened_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    launched: Launched
+    launched_s: float
+
+
+class DecodeWorker:
+    """Constructing loads the model, makes the pool and binds the socket; `run` serves until drained or stopped.
+
+    `engine` and `target` are made from `spec` unless they are given (both workers in one process). `run_ahead` None: as
+    configured, except on a CPU, where it would only delay tokens.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        engine: Engine | None = None,
+        target: PageTarget | None = None,
+        run_ahead: bool | None = None,
+    ) -> None:
+        """Raises ModelFolderError, ConfigError, StartupError."""
+        config = spec.config
+        self._engine = engine or _engine(spec)
+        self._log = logging.getLogger(f"baton.{spec.worker_id}")
+        self._metrics = Metrics("worker", worker=spec.worker_id)
+        notices = Notices(target or _target(spec, self._engine))
+        self._mailbox: Mailbox[bytes] = Mailbox(
+            worker_id=spec.worker_id,
+            incarnation=spec.incarnation,
+            host=spec.host,
+            secret=spec.secret,
+            heartbeat_s=config.telemetry.heartbeat_s,
+            metrics=self._metrics,
+            driver=notices,
+        )
+        self.address = self._mailbox.address
+        self._manager = KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
+        self._scheduler = DecodeScheduler(
+            self._manager,
+            Slots(self._engine.max_num_seqs, on_give=self._engine.runner.close_slot),
+            max_num_seqs=self._engine.max_num_seqs,
+            max_model_len=self._engine.max_model_len,
+        )
+        model = self._engine.model_config
+        self._arrivals = Arrivals(
+            self._mailbox,
+            notices,
+            self._manager,
+            self._engine.pool,
+            self._metrics,
+            config.transfer,
+            identity=self._engine.identity,
+            hidden_bytes=model.hidden_size * self._engine.layout.element_bytes if model.num_mtp_layers else 0,
+            vocab_size=model.vocab_size,
+        )
+        self._expected_new_tokens = config.kv.expected_new_tokens
+        self._reporter = Reporter(self._mailbox, self._metrics, self._state)
+        on_cpu = not self._engine.pool.tensor.is_cuda
+        self._run_ahead = int(config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead)
+        self._jobs: dict[str, _Job] = {}
+        self._in_flight: deque[_Step] = deque()
+        self._draining = False
+        self._stopping = False
+        self._moved = False
+        self._checked = True
+        self._crowded_s: float | None = None
+
+    def run(self) -> None:
+        """Blocks until drained or stopped. An exception is our bug: every job is failed loudly before it is raised."""
+        self._mailbox.start()
+        try:
+            while not self._stopping and not (self._draining and self._is_empty()):
+                self._turn()
+        except BaseException:
+            self._log.exception("the decode worker stops")
+            self._fail_all("the decode worker has failed")
+            raise
+        finally:
+            self._mailbox.close()
+
+    def stop(self) -> None:
+        """From any thread: `run` returns after the step in flight, whatever is unfinished."""
+        self._stopping = True
+        self._mailbox.wake()
+
+    def pages(self) -> dict[str, int]:
+        """Pages by state; for tests, and exact only while nothing runs."""
+        return self._manager.counts()
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self._metrics.value(name, **labels)
+
+    def _turn(self) -> None:
+        for event in self._mailbox.get(self._patience_s()):
+            self._take(event)
+        now_s = time.monotonic()
+        if self._scheduler.num_stalled == 0:
+            self._arrivals.grant(now_s)
+        self._arrivals.expire(now_s)
+        for outcome in self._arrivals.outcomes():
+            self._conclude(outcome, now_s)
+        step = self._launch(now_s)
+        if step is not None:
+            self._in_flight.append(step)
+        self._moved = step is not None or bool(self._in_flight)
+        if self._in_flight and (step is None or len(self._in_flight) > self._run_ahead):
+            self._settle(self._in_flight.popleft())
+        self._check(now_s)
+        self._reporter.tick(time.monotonic())
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for a message: not at all after a turn that changed something, None if nothing else can happen."""
+        if self._moved:
+            return 0.0
+        due = [due_s for due_s in (self._reporter.due_s(), self._arrivals.due_s()) if due_s is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    # Messages.
+
+    def _take(self, event: Received | PeerGone | Driven[bytes]) -> None:
+        self._reporter.touch()
+        now_s = time.monotonic()
+        try:
+            if isinstance(event, Driven):
+                self._arrivals.notice(event.item, now_s)
+            elif isinstance(event, PeerGone):
+                self._on_gone(event, now_s)
+            else:
+                self._on_message(event, event.message, now_s)
+        except PeerError as error:
+            stale = isinstance(error, StaleError)
+            self._metrics.add("baton_kv_stale_total" if stale else "baton_frames_refused_total")
+            self._log.warning("%s", error)
+
+    def _on_message(self, event: Received, message: AnyMessage, now_s: float) -> None:
+        sender, incarnation = event.sender, event.incarnation
+        match message:
+            case DecodeJob():
+                self._on_job(sender, message, now_s)
+            case Abort():
+                self._abort(message.job_id, now_s)
+            case KVBind():
+                self._arrivals.bind(sender, incarnation, message, now_s)
+            case KVReady():
+                self._arrivals.ready(sender, incarnation, message, now_s)
+            case KVClosed():
+                self._arrivals.closed(sender, incarnation, message.job_id)
+            case Roster():
+                self._on_roster(message, now_s)
+            case Attach():
+                self._reporter.attach(sender)
+            case MetricsQuery():
+                self._reporter.answer(sender, message)
+            case Drain():
+                self._draining = True
+            case _:
+                raise PeerError(f"a decode worker has no use for {type(message).__name__} of {sender}; dropped")
+
+    def _on_job(self, router: str, job: DecodeJob, now_s: float) -> None:
+        if job.job_id in self._jobs or job.job_id in self._arrivals:
+            raise StaleError(f"job {job.job_id} is here already; a job id is used once, drop the message")
+        if self._draining:
+            self._reporter.fail(router, job.job_id, "the worker drains", retryable=True)
+            return
+        try:
+            sequence = sequence_of(job, vocab_size=self._engine.model_config.vocab_size, now_s=now_s)
+            num_credit = self._num_credit(sequence)
+        except (PeerError, PagesExhausted) as error:
+            self._reporter.fail(router, job.job_id, str(error), retryable=False)
+            return
+        self._arrivals.offer(sequence, router, num_credit)
+
+    def _num_credit(self, sequence: Sequence) -> int:
+        """The prompt's pages and the growth that is likely. Raises PagesExhausted if the pool could never hold the job."""
+        num_pages = self._manager.num_pages
+        num_tokens = min(sequence.num_tokens + sequence.max_new_tokens, self._engine.max_model_len)
+        num_needed = num_pages_for(max(num_tokens - 1, sequence.num_tokens))
+        if num_needed > num_pages:
+            raise PagesExhausted(
+                f"{num_tokens} tokens need {num_needed} pages, the decode pool has {num_pages}; "
+                "raise kv.decode_pages or lower model.max_model_len"
+            )
+        growth = min(sequence.max_new_tokens, self._expected_new_tokens)
+        return min(num_pages_for(sequence.num_tokens + growth), num_pages)
+
+    def _abort(self, job_id: str, now_s: float) -> None:
+        self._arrivals.abort(job_id, now_s)
+        if self._jobs.pop(job_id, None) is not None:
+            self._scheduler.abort(job_id)
+
+    def _on_gone(self, event: PeerGone, now_s: float) -> None:
+        self._log.warning("%s", event.reason)
+        self._reporter.gone(event)
+        self._arrivals.writer_gone(event.peer, event.incarnation, proven=event.proven, reason=event.reason, now_s=now_s)
+        self._arrivals.router_gone(event.peer, event.reason, now_s)
+        for job_id in [job_id for job_id, job in self._jobs.items() if job.router == event.peer]:
+            self._scheduler.abort(job_id)
+            self._fail(job_id, event.reason, retryable=True)
+
+    def _on_roster(self, roster: Roster, now_s: float) -> None:
+        """Who is listed as dead, or in a later life, has ended: its supervisor has seen the exit."""
+        for worker in roster.workers:
+            incarnation = worker.address.incarnation - (worker.state != "dead")
+            reason = f"{worker.address.worker_id} has ended: {worker.detail or worker.state}"
+            self._arrivals.writer_gone(worker.address.worker_id, incarnation, proven=True, reason=reason, now_s=now_s)
+
+    def _conclude(self, outcome: Outcome, now_s: float) -> None:
+        if isinstance(outcome, Arrived):
+            self._admit(outcome, now_s)
+        elif outcome.no_room:
+            self._mailbox.post(outcome.router, Preempted(job_id=outcome.job_id))
+        else:
+            self._log.warning("job %s: %s", outcome.job_id, outcome.reason)
+            self._reporter.fail(outcome.router, outcome.job_id, outcome.reason, retryable=outcome.retryable)
+
+    def _admit(self, arrived: Arrived, now_s: float) -> None:
+        sequence = arrived.sequence
+        try:
+            self._scheduler.add(sequence)
+        except (PeerError, PagesExhausted) as error:
+            self._manager.cancel(sequence.job_id)
+            self._manager.release(sequence.page_ids)
+            self._reporter.fail(arrived.router, sequence.job_id, str(error), retryable=False)
+            return
+        self._jobs[sequence.job_id] = _Job(arrived.router, arrived.hidden, arrived.exposed_s, now_s)
+
+    # Steps.
+
+    def _launch(self, now_s: float) -> _Step | None:
+        plan = self._scheduler.schedule(now_s)
+        if plan is None:
+            return None
+        for sequence in plan.preempted:
+            self._metrics.add("baton_preemptions_total")
+            self._mailbox.post(self._jobs.pop(sequence.job_id).router, Preempted(job_id=sequence.job_id))
+        for sequence in plan.opened:
+            self._open(sequence, now_s)
+        if not plan.step.rows:
+            return None
+        self._reporter.launched(plan.step.num_tokens)
+        return _Step(self._engine.runner.launch(plan.step), now_s)
+
+    def _open(self, sequence: Sequence, now_s: float) -> None:
+        assert sequence.slot is not None
+        job = self._jobs[sequence.job_id]
+        spec = SlotSpec(
+            sampling=sequence.sampling,
+            token_ids=list(sequence.token_ids),
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            page_ids=list(sequence.page_ids),
+            hidden=job.hidden,
+        )
+        self._engine.runner.open_slot(sequence.slot, spec)
+        job.opened_s, job.hidden = now_s, b""
+
+    def _settle(self, step: _Step) -> None:
+        result = self._engine.runner.settle(step.launched)
+        events = self._scheduler.settle(step.launched.plan, result)
+        now_s = time.monotonic()
+        num_tokens = step.launched.plan.num_tokens
+        self._metrics.add("baton_tokens_total", num_tokens, phase="decode")
+        self._reporter.settled(num_tokens, now_s - step.launched_s)
+        self._send_tokens(events, now_s)
+
+    def _send_tokens(self, events: list[TokenEvent], now_s: float) -> None:
+        jobs: dict[str, list[JobTokens]] = {}
+        stages: dict[str, dict[str, dict[str, float]]] = {}
+        for event in events:
+            job_id = event.sequence.job_id
+            job = self._jobs[job_id]
+            logprobs = None if event.logprobs is None else [event.logprobs]
+            tokens = JobTokens(job_id=job_id, token_ids=[event.token_id], logprobs=logprobs, finish=event.finish)
+            jobs.setdefault(job.router, []).append(tokens)
+            if event.sequence.num_new_tokens == 2:
+                stages.setdefault(job.router, {})[job_id] = {
+                    "transfer_exposed": job.exposed_s,
+                    "decode_join": job.opened_s - job.arrived_s,
+                    "first_step": now_s - job.opened_s,
+                }
+            if event.finish is not None:
+                del self._jobs[job_id]
+        for router, batch in jobs.items():
+            self._mailbox.post(router, TokenBatch(jobs=batch, stages=stages.get(router, {})))
+
+    # Bookkeeping.
+
+    def _fail(self, job_id: str, reason: str, *, retryable: bool) -> None:
+        job = self._jobs.pop(job_id)
+        self._log.warning("job %s: %s", job_id, reason)
+        self._reporter.fail(job.router, job_id, reason, retryable=retryable)
+
+    def _fail_all(self, reason: str) -> None:
+        for job_id in list(self._jobs):
+            self._fail(job_id, reason, retryable=True)
+        for job_id, router in self._arrivals.jobs():
+            self._reporter.fail(router, job_id, reason, retryable=True)
+
+    def _is_empty(self) -> bool:
+        return not (self._jobs or self._in_flight or self._arrivals.num_waiting or self._arrivals.num_closing)
+
+    def _check(self, now_s: float) -> None:
+        """The sum after every step, every page when the work ends, and the budget of the quarantine: a violation stops the worker."""
+        counts = self._manager.counts()
+        assert sum(counts.values()) == self._manager.num_pages
+        if counts["quarantined"] <= _QUARANTINE_SHARE * self._manager.num_pages:
+            self._crowded_s = None
+        elif self._crowded_s is None:
+            self._crowded_s = now_s
+        elif now_s - self._crowded_s > _QUARANTINE_S:
+            raise PagesExhausted(
+                f"{counts['quarantined']} pages wait for writers that do not answer; restart with new memory"
+            )
+        if not self._is_empty():
+            self._checked = False
+        elif not self._checked:
+            self._manager.check()
+            self._checked = True
+
+    def _state(self, step_s: float) -> WorkerState:
+        may_promise = self._scheduler.num_stalled == 0
+        return WorkerState(
+            role="decode",
+            ready=not self._draining,
+            draining=self._draining,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting + self._arrivals.num_waiting,
+            waiting_tokens=self._arrivals.num_waiting_tokens,
+            num_pages=self._manager.num_pages,
+            credit_pages=self._arrivals.num_unpromised if may_promise else 0,
+            page_states=self._manager.counts(),
+            step_s=step_s,
+        )
+
+
+def _engine(spec: WorkerSpec) -> Engine:
+    config = spec.config
+    return build_engine(
+        spec.model_dir,
+        max_num_seqs=config.decode.max_num_seqs,
+        num_pages=config.kv.decode_pages,
+        memory_fraction=config.kv.memory_fraction,
+        max_model_len=config.model.max_model_len,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        mtp=config.model.mtp,
+        num_threads=spec.num_threads,
+    )
+
+
+def _target(spec: WorkerSpec, engine: Engine) -> PageTarget:
+    if spec.config.transfer.backend != "nixl":
+        raise ConfigError('transfer.backend = "local" works inside one process only; set it to "nixl"')
+    return NixlTarget(f"{spec.worker_id}.{spec.incarnation}.target", engine.pool)

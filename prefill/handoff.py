@@ -1,0 +1,300 @@
+"""The prefill side of the hand-offs: from KVBind to the last completed write.
+
+    begin --KVBind--> bound --KVTicket--> writing --last page, KVReady--> ready --all writes complete--> Done
+      any of them --KVRefused, failed or stuck write, KVClose, abandon--> closing --nothing in flight--> KVClosed, gone
+
+Pages are written as they become complete, one transfer a step and job. The source pages of a write are held until it
+is over, whatever becomes of the job. Owned by the step loop; sends through the mailbox, learns of completions by
+`written`. Knows neither the scheduler nor the engine: the worker asks for `outcomes` and acts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from kvcache.layout import PAGE_TOKENS, num_pages_for
+from kvcache.manager import KVManager
+from kvcache.pool import KVPool
+from kvcache.transfer.manifest import (
+    WriteNotice,
+    checked_pages,
+    encode_notice,
+    page_checksum,
+    rows_of_page,
+)
+from prefill.writes import WriteDone, WriteOrder, Writes
+from serving.core.config import TransferTable
+from serving.core.errors import PeerError, StaleError
+from serving.core.messages import KVBind, KVClose, KVClosed, KVReady, KVRefused, KVTicket, PeerAddress
+from serving.core.request import Sequence
+from serving.engine.plan import SampledToken
+from serving.mailbox import Mailbox
+from serving.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffDone:
+    """Every page is in the decode pool; ours may be given back."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffFailed:
+    """The job cannot go on with this decode worker."""
+
+    job_id: str
+    reason: str
+    retryable: bool
+
+
+Outcome = HandoffDone | HandoffFailed
+
+
+@dataclass(slots=True, eq=False)
+class _Handoff:
+    """One job's. `num_sent` pages of the ticket are written or being written; `moved_s`: when a write last ended or the first began."""
+
+    job_id: str
+    sequence: Sequence
+    num_tokens: int
+    decode: PeerAddress
+    ticket: KVTicket | None = None
+    checked: frozenset[int] = frozenset()
+    first: SampledToken | None = None
+    num_sent: int = 0
+    num_open: int = 0
+    num_writes: int = 0
+    num_bytes: int = 0
+    checksums: dict[int, int] = field(default_factory=dict)
+    began_s: float = 0.0
+    moved_s: float = 0.0
+    ready: bool = False
+    closing: bool = False
+
+
+class Handoffs:
+    """All hand-offs of one prefill worker. `identity` is what both pools must agree on."""
+
+    def __init__(
+        self,
+        mailbox: Mailbox[WriteDone],
+        writes: Writes,
+        manager: KVManager,
+        pool: KVPool,
+        metrics: Metrics,
+        config: TransferTable,
+        identity: str,
+    ) -> None:
+        self._mailbox = mailbox
+        self._writes = writes
+        self._manager = manager
+        self._pool = pool
+        self._metrics = metrics
+        self._config = config
+        self._identity = identity
+        self._handoffs: dict[str, _Handoff] = {}
+        self._outcomes: list[Outcome] = []
+
+    @property
+    def num_open(self) -> int:
+        """Hand-offs that are not done, those that close included."""
+        return len(self._handoffs)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._handoffs
+
+    def outcomes(self) -> list[Outcome]:
+        """What has come to an end since the last call."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def begin(self, sequence: Sequence, decode: PeerAddress) -> None:
+        """The first chunk is planned: ask for pages."""
+        assert sequence.job_id not in self._handoffs
+        self._handoffs[sequence.job_id] = _Handoff(sequence.job_id, sequence, sequence.num_tokens, decode)
+        self._mailbox.connect(decode)
+        self._mailbox.post(decode.worker_id, KVBind(job_id=sequence.job_id, identity=self._identity))
+
+    def ticket(self, sender: str, ticket: KVTicket, now_s: float) -> None:
+        """Raises PeerError; a ticket for a job that is over here is dropped: KVClosed is on its way."""
+        handoff = self._of(sender, ticket.job_id)
+        if handoff is None or handoff.closing:
+            return
+        if handoff.ticket is not None:
+            raise StaleError(f"job {ticket.job_id} has a ticket already; drop the second")
+        num_pages = num_pages_for(handoff.num_tokens)
+        if not (
+            0 <= ticket.first_page <= num_pages
+            and num_pages - ticket.first_page == len(ticket.page_ids) == len(ticket.epochs)
+        ):
+            self._fail(handoff, "the ticket does not fit the prompt", retryable=False)
+            raise PeerError(
+                f"job {ticket.job_id}: a ticket for {len(ticket.page_ids)} pages from {ticket.first_page} of {num_pages}"
+            )
+        handoff.ticket = ticket
+        handoff.checked = checked_pages(ticket.job_id, len(ticket.page_ids), self._config.checksum)
+        self._advance(handoff, now_s)
+
+    def refused(self, sender: str, message: KVRefused) -> None:
+        handoff = self._of(sender, message.job_id)
+        if handoff is not None and not handoff.closing:
+            self._fail(handoff, f"{sender} refused the hand-off: {message.reason}", retryable=True)
+
+    def close(self, sender: str, message: KVClose) -> None:
+        """The decode worker gives up. It hears KVClosed when nothing is in flight, at once if the job is over here."""
+        handoff = self._of(sender, message.job_id)
+        if handoff is None:
+            self._mailbox.post(sender, KVClosed(job_id=message.job_id))
+        elif not handoff.closing:
+            self._fail(handoff, f"{sender} gave the hand-off up", retryable=True)
+
+    def advance(self, job_id: str, now_s: float) -> None:
+        """A chunk has settled: write what is complete now."""
+        handoff = self._handoffs.get(job_id)
+        if handoff is not None and not handoff.closing:
+            self._advance(handoff, now_s)
+
+    def complete(self, job_id: str, first: SampledToken, now_s: float) -> None:
+        """The prompt is computed: the last page can go, and the manifest with it."""
+        handoff = self._handoffs.get(job_id)
+        if handoff is not None and not handoff.closing:
+            handoff.first = first
+            self._advance(handoff, now_s)
+
+    def abandon(self, job_id: str) -> None:
+        """The job ends without a hand-off: write nothing more, and say so when nothing is in flight."""
+        handoff = self._handoffs.get(job_id)
+        if handoff is not None:
+            self._close(handoff)
+
+    def written(self, done: WriteDone, now_s: float) -> None:
+        order = done.order
+        self._manager.release(order.source_page_ids)
+        handoff = self._handoffs[order.job_id]
+        handoff.num_open -= 1
+        handoff.moved_s = now_s
+        if done.error is not None and not handoff.closing:
+            self._fail(handoff, f"writing to {order.worker_id} failed: {done.error}", retryable=True)
+        elif handoff.closing:
+            self._close(handoff)
+        else:
+            self._finish_if_done(handoff, now_s)
+
+    def peer_gone(self, worker_id: str, reason: str) -> None:
+        """Nobody waits for our word any more; writes in flight end by themselves."""
+        self._mailbox.call(lambda: self._writes.part(worker_id))
+        for handoff in [handoff for handoff in self._handoffs.values() if handoff.decode.worker_id == worker_id]:
+            if not handoff.closing:
+                self._fail(handoff, reason, retryable=True)
+
+    def expire(self, now_s: float) -> None:
+        """Fails hand-offs whose writes have not moved for too long. Their pages stay held until the writes are over."""
+        for handoff in self._stuck_after(now_s - self._config.progress_timeout_s):
+            self._fail(
+                handoff,
+                f"nothing moved to {handoff.decode.worker_id} for {self._config.progress_timeout_s:g} s",
+                retryable=True,
+            )
+
+    def due_s(self) -> float | None:
+        """When `expire` may have something to do."""
+        moved_s = [
+            handoff.moved_s for handoff in self._handoffs.values() if handoff.num_open > 0 and not handoff.closing
+        ]
+        return min(moved_s) + self._config.progress_timeout_s if moved_s else None
+
+    def _stuck_after(self, moved_s: float) -> list[_Handoff]:
+        return [h for h in self._handoffs.values() if h.num_open > 0 and not h.closing and h.moved_s <= moved_s]
+
+    def _of(self, sender: str, job_id: str) -> _Handoff | None:
+        handoff = self._handoffs.get(job_id)
+        if handoff is not None and handoff.decode.worker_id != sender:
+            raise PeerError(f"{sender} speaks of job {job_id}, which goes to {handoff.decode.worker_id}; dropped")
+        return handoff
+
+    def _advance(self, handoff: _Handoff, now_s: float) -> None:
+        ticket = handoff.ticket
+        if ticket is None:
+            return
+        computed = handoff.first is not None
+        num_complete = num_pages_for(handoff.num_tokens) if computed else handoff.sequence.num_computed // PAGE_TOKENS
+        end = num_complete - ticket.first_page
+        if end > handoff.num_sent:
+            self._write(handoff, ticket, end, now_s)
+        if computed and not handoff.ready:
+            self._send_manifest(handoff, ticket)
+            self._finish_if_done(handoff, now_s)
+
+    def _write(self, handoff: _Handoff, ticket: KVTicket, end: int, now_s: float) -> None:
+        """Pages [num_sent, end) of the ticket, as one transfer."""
+        start, first_page = handoff.num_sent, ticket.first_page
+        page_ids = handoff.sequence.page_ids[first_page + start : first_page + end]
+        for index in handoff.checked.intersection(range(start, end)):
+            num_rows = rows_of_page(first_page + index, handoff.num_tokens)
+            handoff.checksums[index] = page_checksum(self._pool, page_ids[index - start], num_rows)
+        num_bytes = len(page_ids) * self._pool.layout.page_bytes
+        notice = WriteNotice(handoff.job_id, handoff.num_writes, start, ticket.epochs[start:end], num_bytes)
+        order = WriteOrder(
+            job_id=handoff.job_id,
+            worker_id=handoff.decode.worker_id,
+            agent=ticket.agent,
+            source_page_ids=page_ids,
+            target_page_ids=ticket.page_ids[start:end],
+            notice=encode_notice(notice),
+        )
+        self._manager.hold(page_ids)
+        self._mailbox.call(lambda: self._writes.submit(order))
+        handoff.began_s = handoff.began_s or now_s
+        handoff.moved_s = handoff.moved_s if handoff.num_open else now_s
+        handoff.num_sent = end
+        handoff.num_open += 1
+        handoff.num_writes += 1
+        handoff.num_bytes += num_bytes
+        self._count(handoff, first_page + start, first_page + end)
+
+    def _count(self, handoff: _Handoff, start_page: int, end_page: int) -> None:
+        layout = self._pool.layout
+        num_tokens = min(end_page * PAGE_TOKENS, handoff.num_tokens) - start_page * PAGE_TOKENS
+        for kind, num_bytes in (
+            ("latent", layout.latent_bytes(num_tokens)),
+            ("mtp", layout.mtp_bytes(num_tokens)),
+            ("padding", layout.padding_bytes(num_tokens)),
+        ):
+            self._metrics.add("baton_kv_handoff_bytes_total", num_bytes, kind=kind)
+
+    def _send_manifest(self, handoff: _Handoff, ticket: KVTicket) -> None:
+        assert handoff.first is not None
+        manifest = KVReady(
+            job_id=handoff.job_id,
+            epochs=ticket.epochs,
+            num_tokens=handoff.num_tokens,
+            num_writes=handoff.num_writes,
+            num_bytes=handoff.num_bytes,
+            checksums=handoff.checksums,
+            first_token=handoff.first.token_id,
+            hidden=handoff.first.hidden,
+        )
+        self._mailbox.post(handoff.decode.worker_id, manifest)
+        self._metrics.add("baton_kv_handoff_bytes_total", len(msgspec.msgpack.encode(manifest)), kind="manifest")
+        handoff.ready = True
+
+    def _finish_if_done(self, handoff: _Handoff, now_s: float) -> None:
+        if handoff.ready and handoff.num_open == 0:
+            del self._handoffs[handoff.job_id]
+            if handoff.num_writes:
+                self._metrics.observe("baton_kv_handoff_seconds", now_s - handoff.began_s)
+            self._outcomes.append(HandoffDone(handoff.job_id))
+
+    def _fail(self, handoff: _Handoff, reason: str, *, retryable: bool) -> None:
+        self._metrics.add("baton_kv_handoff_failures_total", reason="prefill")
+        self._outcomes.append(HandoffFailed(handoff.job_id, reason, retryable))
+        self._close(handoff)
+
+    def _close(self, handoff: _Handoff) -> None:
+        handoff.closing = True
+        if handoff.num_open == 0:
+            del self._handoffs[handoff.job_id]
+            self._mailbox.post(handoff.decode.worker_id, KVClosed(job_id=handoff.job_id))

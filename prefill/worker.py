@@ -1,0 +1,381 @@
+"""The prefill worker: prompts in, first tokens to the router, latents to the decode workers.
+
+    PrefillJob -> waiting -> chunks (KVBind with the first) -> first token (TokenBatch) -> handing off -> gone
+       |  late, aborted, refused, failed: JobFailed where the router does not know it already
+
+One step loop owns scheduler, pages and engine: take what has arrived, launch a step, settle the one before (or this
+one, where the device is the CPU and has finished when `launch` returns), write what became complete, report. With
+nothing to do it waits for messages. A wrong peer never stops it; an exception of our own does, loudly.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from kvcache.manager import KVManager
+from kvcache.transfer.base import PageSource
+from kvcache.transfer.nixl import NixlSource
+from prefill.handoff import HandoffDone, Handoffs, Outcome
+from prefill.scheduler import FirstToken, PrefillScheduler
+from prefill.writes import WriteDone, Writes
+from serving.core.errors import ConfigError, PagesExhausted, PeerError, StaleError
+from serving.core.messages import (
+    Abort,
+    AnyMessage,
+    Attach,
+    Drain,
+    JobTokens,
+    KVClose,
+    KVRefused,
+    KVTicket,
+    MetricsQuery,
+    PeerAddress,
+    PrefillJob,
+    TokenBatch,
+    WorkerState,
+)
+from serving.core.request import Sequence
+from serving.core.spec import WorkerSpec
+from serving.engine.build import Engine, build_engine
+from serving.engine.plan import Launched, SlotSpec
+from serving.engine.slots import Slots
+from serving.jobs import sequence_of
+from serving.mailbox import Driven, Mailbox, PeerGone, Received
+from serving.metrics import Metrics
+from serving.reporter import Reporter
+
+_WAITING_S = 0.1  # how often late jobs are looked for while some wait
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the worker adds to a sequence: who asked, where it goes, and when things happened."""
+
+    router: str
+    decode: PeerAddress | None
+    received_s: float
+    opened_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    launched: Launched
+    launched_s: float
+
+
+class PrefillWorker:
+    """Constructing loads the model, makes the pool and binds the socket; `run` serves until drained or stopped.
+
+    `engine` and `source` are made from `spec` unless they are given (both workers in one process). `run_ahead` None: as
+    configured, except on a CPU, where it would only delay tokens.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        engine: Engine | None = None,
+        source: PageSource | None = None,
+        run_ahead: bool | None = None,
+    ) -> None:
+        """Raises ModelFolderError, ConfigError, StartupError."""
+        config = spec.config
+        self._engine = engine or _engine(spec)
+        self._log = logging.getLogger(f"baton.{spec.worker_id}")
+        self._metrics = Metrics("worker", worker=spec.worker_id)
+        self._writes = Writes(source or _source(spec, self._engine))
+        self._mailbox: Mailbox[WriteDone] = Mailbox(
+            worker_id=spec.worker_id,
+            incarnation=spec.incarnation,
+            host=spec.host,
+            secret=spec.secret,
+            heartbeat_s=config.telemetry.heartbeat_s,
+            metrics=self._metrics,
+            driver=self._writes,
+        )
+        self.address = self._mailbox.address
+        self._manager = KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
+        self._max_model_len = config.model.max_model_len or self._engine.model_config.max_position_embeddings
+        self._scheduler = PrefillScheduler(
+            self._manager,
+            Slots(self._engine.max_num_seqs, on_give=self._engine.runner.close_slot),
+            max_num_seqs=self._engine.max_num_seqs,
+            max_batched_tokens=config.prefill.max_batched_tokens,
+            max_model_len=self._max_model_len,
+        )
+        self._handoffs = Handoffs(
+            self._mailbox,
+            self._writes,
+            self._manager,
+            self._engine.pool,
+            self._metrics,
+            config.transfer,
+            self._engine.identity,
+        )
+        self._reporter = Reporter(self._mailbox, self._metrics, self._state)
+        on_cpu = not self._engine.pool.tensor.is_cuda
+        self._run_ahead = int(config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead)
+        self._jobs: dict[str, _Job] = {}
+        self._in_flight: deque[_Step] = deque()
+        self._draining = False
+        self._stopping = False
+        self._checked = True
+        self._moved = False
+
+    def run(self) -> None:
+        """Blocks until drained or stopped. An exception is our bug: every job is failed loudly before it is raised."""
+        self._mailbox.start()
+        try:
+            while not self._stopping and not (self._draining and self._is_empty()):
+                self._turn()
+        except BaseException:
+            self._log.exception("the prefill worker stops")
+            self._fail_all("the prefill worker has failed")
+            raise
+        finally:
+            self._mailbox.close()
+
+    def stop(self) -> None:
+        """From any thread: `run` returns after the step in flight, whatever is unfinished."""
+        self._stopping = True
+        self._mailbox.wake()
+
+    def pages(self) -> dict[str, int]:
+        """Pages by state; for tests, and exact only while nothing runs."""
+        return self._manager.counts()
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self._metrics.value(name, **labels)
+
+    def _turn(self) -> None:
+        for event in self._mailbox.get(self._patience_s()):
+            self._take(event)
+        step = self._launch(time.monotonic())
+        if step is not None:
+            self._in_flight.append(step)
+        self._moved = step is not None or bool(self._in_flight)
+        if self._in_flight and (step is None or len(self._in_flight) > self._run_ahead):
+            self._settle(self._in_flight.popleft())
+        now_s = time.monotonic()
+        self._handoffs.expire(now_s)
+        for outcome in self._handoffs.outcomes():
+            self._moved = True
+            self._conclude(outcome)
+        self._check()
+        self._reporter.tick(now_s)
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for a message: not at all after a turn that changed something, None if nothing else can happen."""
+        if self._moved:
+            return 0.0
+        due = [due_s for due_s in (self._reporter.due_s(), self._handoffs.due_s()) if due_s is not None]
+        if self._scheduler.num_waiting:
+            due.append(time.monotonic() + _WAITING_S)
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    # Messages.
+
+    def _take(self, event: Received | PeerGone | Driven[WriteDone]) -> None:
+        self._reporter.touch()
+        now_s = time.monotonic()
+        if isinstance(event, Driven):
+            self._handoffs.written(event.item, now_s)
+        elif isinstance(event, PeerGone):
+            self._on_gone(event)
+        else:
+            try:
+                self._on_message(event.sender, event.message, now_s)
+            except PeerError as error:
+                stale = isinstance(error, StaleError)
+                self._metrics.add("baton_kv_stale_total" if stale else "baton_frames_refused_total")
+                self._log.warning("%s: %s", event.sender, error)
+
+    def _on_message(self, sender: str, message: AnyMessage, now_s: float) -> None:
+        match message:
+            case PrefillJob():
+                self._on_job(sender, message, now_s)
+            case Abort():
+                self._abort(message.job_id)
+            case KVTicket():
+                self._handoffs.ticket(sender, message, now_s)
+            case KVRefused():
+                self._handoffs.refused(sender, message)
+            case KVClose():
+                self._handoffs.close(sender, message)
+            case Attach():
+                self._reporter.attach(sender)
+            case MetricsQuery():
+                self._reporter.answer(sender, message)
+            case Drain():
+                self._draining = True
+            case _:
+                raise PeerError(f"a prefill worker has no use for {type(message).__name__}")
+
+    def _on_job(self, router: str, job: PrefillJob, now_s: float) -> None:
+        if job.job_id in self._jobs or job.job_id in self._handoffs:
+            raise PeerError(f"job {job.job_id} is here already; a job id is used once")
+        if self._draining:
+            self._reporter.fail(router, job.job_id, "the worker drains", retryable=True)
+            return
+        try:
+            sequence = sequence_of(job, vocab_size=self._engine.model_config.vocab_size, now_s=now_s)
+            self._scheduler.add(sequence)
+        except (PeerError, PagesExhausted) as error:
+            self._reporter.fail(router, job.job_id, str(error), retryable=False)
+            return
+        self._jobs[job.job_id] = _Job(router, job.decode, now_s)
+
+    def _abort(self, job_id: str) -> None:
+        if self._jobs.pop(job_id, None) is not None:
+            self._scheduler.abort(job_id)
+            self._handoffs.abandon(job_id)
+
+    def _on_gone(self, event: PeerGone) -> None:
+        self._log.warning("%s", event.reason)
+        self._reporter.gone(event)
+        self._handoffs.peer_gone(event.peer, event.reason)
+        for job_id in [job_id for job_id, job in self._jobs.items() if job.router == event.peer]:
+            self._scheduler.abort(job_id)
+            self._handoffs.abandon(job_id)
+            self._fail(job_id, event.reason, retryable=True)
+
+    # Steps.
+
+    def _launch(self, now_s: float) -> _Step | None:
+        plan = self._scheduler.schedule(now_s)
+        if plan is None:
+            return None
+        for sequence in plan.late:
+            self._fail(sequence.job_id, "the prompt was not started within its time budget", retryable=False)
+        for sequence in plan.opened:
+            self._open(sequence, now_s)
+        if not plan.step.chunks:
+            return None
+        self._reporter.launched(plan.step.num_tokens)
+        return _Step(self._engine.runner.launch(plan.step), now_s)
+
+    def _open(self, sequence: Sequence, now_s: float) -> None:
+        assert sequence.slot is not None
+        spec = SlotSpec(
+            sampling=sequence.sampling,
+            token_ids=list(sequence.token_ids),
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            page_ids=list(sequence.page_ids),
+        )
+        self._engine.runner.open_slot(sequence.slot, spec)
+        self._metrics.add("baton_prefix_hit_tokens_total", sequence.num_computed)
+        job = self._jobs[sequence.job_id]
+        job.opened_s = now_s
+        if job.decode is not None:
+            self._handoffs.begin(sequence, job.decode)
+
+    def _settle(self, step: _Step) -> None:
+        result = self._engine.runner.settle(step.launched)
+        settled = self._scheduler.settle(step.launched.plan, result)
+        now_s = time.monotonic()
+        num_tokens = step.launched.plan.num_tokens
+        self._metrics.add("baton_tokens_total", num_tokens, phase="prefill")
+        self._reporter.settled(num_tokens, now_s - step.launched_s)
+        self._send_tokens(settled.finished, now_s)
+        for first in settled.finished:
+            self._hand_off(first, now_s)
+        for chunk in settled.chunks:
+            self._handoffs.advance(chunk.sequence.job_id, now_s)
+
+    def _send_tokens(self, finished: tuple[FirstToken, ...], now_s: float) -> None:
+        """One message a router, before anything else: the first token does not wait for the hand-off."""
+        jobs: dict[str, list[JobTokens]] = {}
+        stages: dict[str, dict[str, dict[str, float]]] = {}
+        for first in finished:
+            job_id, token = first.sequence.job_id, first.token
+            job = self._jobs[job_id]
+            logprobs = None if token.logprobs is None else [token.logprobs]
+            tokens = JobTokens(job_id=job_id, token_ids=[token.token_id], logprobs=logprobs, finish=first.finish)
+            jobs.setdefault(job.router, []).append(tokens)
+            stages.setdefault(job.router, {})[job_id] = {
+                "prefill_queue": job.opened_s - job.received_s,
+                "prefill": now_s - job.opened_s,
+            }
+        for router, batch in jobs.items():
+            self._mailbox.post(router, TokenBatch(jobs=batch, stages=stages[router]))
+
+    def _hand_off(self, first: FirstToken, now_s: float) -> None:
+        job_id = first.sequence.job_id
+        if first.finish is None and self._jobs[job_id].decode is not None:
+            self._handoffs.complete(job_id, first.token, now_s)
+            return
+        del self._jobs[job_id]
+        self._handoffs.abandon(job_id)
+        self._scheduler.finish(job_id)
+
+    def _conclude(self, outcome: Outcome) -> None:
+        job_id = outcome.job_id
+        if job_id not in self._jobs:
+            return  # aborted in the same turn
+        if isinstance(outcome, HandoffDone):
+            del self._jobs[job_id]
+            self._scheduler.finish(job_id)
+        else:
+            self._scheduler.abort(job_id)
+            self._fail(job_id, outcome.reason, retryable=outcome.retryable)
+
+    # Bookkeeping.
+
+    def _fail(self, job_id: str, reason: str, *, retryable: bool) -> None:
+        job = self._jobs.pop(job_id)
+        self._log.warning("job %s: %s", job_id, reason)
+        self._reporter.fail(job.router, job_id, reason, retryable=retryable)
+
+    def _fail_all(self, reason: str) -> None:
+        for job_id in list(self._jobs):
+            self._fail(job_id, reason, retryable=True)
+
+    def _is_empty(self) -> bool:
+        return not (self._jobs or self._in_flight or self._handoffs.num_open)
+
+    def _check(self) -> None:
+        """The sum after every step, every page when the work ends: a violation stops the worker."""
+        assert sum(self._manager.counts().values()) == self._manager.num_pages
+        if not self._is_empty():
+            self._checked = False
+        elif not self._checked:
+            self._manager.check()
+            self._checked = True
+
+    def _state(self, step_s: float) -> WorkerState:
+        return WorkerState(
+            role="prefill",
+            ready=not self._draining,
+            draining=self._draining,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            waiting_tokens=self._scheduler.num_waiting_tokens,
+            num_pages=self._manager.num_pages,
+            credit_pages=self._manager.num_available,
+            page_states=self._manager.counts(),
+            step_s=step_s,
+        )
+
+
+def _engine(spec: WorkerSpec) -> Engine:
+    config = spec.config
+    return build_engine(
+        spec.model_dir,
+        max_num_seqs=config.prefill.max_num_seqs,
+        num_pages=config.kv.prefill_pages,
+        memory_fraction=config.kv.memory_fraction,
+        max_model_len=config.model.max_model_len,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        mtp=config.model.mtp,
+        num_threads=spec.num_threads,
+    )
+
+
+def _source(spec: WorkerSpec, engine: Engine) -> PageSource:
+    if spec.config.transfer.backend != "nixl":
+        raise ConfigError('transfer.backend = "local" works inside one process only; set it to "nixl"')
+    return NixlSource(f"{spec.worker_id}.{spec.incarnation}.source", engine.pool)
