@@ -70,16 +70,20 @@ class Attention:
         if config.q_lora_rank:
             self.q_norm = torch.empty(config.q_lora_rank, dtype=dtype, device=device)
             self.q_b = torch.empty(heads * config.qk_head_dim, config.q_lora_rank, dtype=dtype, device=device)
-        self.kv_b = torch.empty(
-            heads * (config.qk_nope_head_dim + config.v_head_dim), latent, dtype=dtype, device=device
-        )
+        # As the file has it, W_uk and W_uv of a head one below the other; `pack` parts them and lets it go.
+        per_head = config.qk_nope_head_dim + config.v_head_dim
+        self.kv_b: Tensor | None = torch.empty(heads * per_head, latent, dtype=dtype, device=device)
+        self.w_uk_HNC = self.kv_b.view(heads, per_head, latent)[:, : config.qk_nope_head_dim]
+        self.w_uv_HVC = self.kv_b.view(heads, per_head, latent)[:, config.qk_nope_head_dim :]
         self.out = torch.empty(hidden, heads * config.v_head_dim, dtype=dtype, device=device)
 
     def pack(self) -> None:
-        """Once loaded: into the layout that the products read fastest. W_uk and W_uv stay plain: decode views them."""
+        """Once loaded: into the layout that the products read fastest."""
         self.qkv_a, self.out = pack(self.qkv_a), pack(self.out)
         if self.q_b is not None:
             self.q_b = pack(self.q_b)
+        # bf16 on CPU multiplies strided heads at an eighth of the rate.
+        self.w_uk_HNC, self.w_uv_HVC, self.kv_b = self.w_uk_HNC.contiguous(), self.w_uv_HVC.contiguous(), None
 
     def prefill(
         self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, seqs: tuple[SeqChunk, ...], kv_pool: Tensor
@@ -109,11 +113,10 @@ class Attention:
         q_BHQ, latent_BW = self._query_and_latent(x_BD, rope_B)
         store_rows(kv_pool, self.layer, slots_B, latent_BW)
         nope, latent = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        w_uk_HNC, w_uv_HVC = self._per_head()
-        q_HBC = torch.bmm(q_BHQ[:, :, :nope].transpose(0, 1), w_uk_HNC)
+        q_HBC = torch.bmm(q_BHQ[:, :, :nope].transpose(0, 1), self.w_uk_HNC)
         q_BHW = torch.cat([q_HBC.transpose(0, 1), q_BHQ[:, :, nope:]], dim=-1)
         out_BHC, _ = mla.decode_latent(q_BHW, kv_pool, self.layer, plan, latent=latent, scale=self.config.softmax_scale)
-        out_HBV = torch.bmm(out_BHC.transpose(0, 1), w_uv_HVC.transpose(1, 2))
+        out_HBV = torch.bmm(out_BHC.transpose(0, 1), self.w_uv_HVC.transpose(1, 2))
         return linear(out_HBV.transpose(0, 1).flatten(1), self.out)
 
     def store(self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
@@ -136,25 +139,20 @@ class Attention:
         c_TC = rms_norm(kv_TW[:, :latent], self.kv_norm, _LATENT_NORM_EPS)
         return torch.cat([c_TC, rope_(kv_TW[:, latent:], rope_T)], dim=-1)
 
-    def _per_head(self) -> tuple[Tensor, Tensor]:
-        """W_uk [H, nope, C] and W_uv [H, V, C], views of the stored matrix."""
-        nope, v_dim = self.config.qk_nope_head_dim, self.config.v_head_dim
-        per_head = self.kv_b.view(self.config.num_heads, nope + v_dim, -1)
-        return per_head[:, :nope], per_head[:, nope:]
-
     def _expand(self, latent_SW: Tensor) -> tuple[Tensor, Tensor]:
         """Keys [S, H, Q] and values [S, H, V] of every head from rows [S, W]."""
-        heads, nope, latent = self.config.num_heads, self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        kv_SHX = linear(latent_SW[:, :latent], self.kv_b).unflatten(1, (heads, -1))
-        rope_SHR = latent_SW[:, None, latent:].expand(-1, heads, -1)
-        return torch.cat([kv_SHX[:, :, :nope], rope_SHR], dim=-1), kv_SHX[:, :, nope:]
+        heads, latent = self.config.num_heads, self.config.kv_lora_rank
+        c_SC, rope_SR = latent_SW[:, :latent], latent_SW[:, latent:]
+        k_SHN = linear(c_SC, self.w_uk_HNC.flatten(0, 1)).unflatten(1, (heads, -1))
+        v_SHV = linear(c_SC, self.w_uv_HVC.flatten(0, 1)).unflatten(1, (heads, -1))
+        return torch.cat([k_SHN, rope_SR[:, None].expand(-1, heads, -1)], dim=-1), v_SHV
 
     @property
     def _prefix_piece(self) -> int:
         config = self.config
-        # kv_b's output, the keys, and both once more as the attention kernel pads them.
+        # Both products, the keys, and keys and values once more as the attention kernel pads them.
         width = config.qk_nope_head_dim + config.v_head_dim + 3 * max(config.qk_head_dim, config.v_head_dim)
-        return max(64, _EXPANDED_PREFIX_BYTES // (config.num_heads * width * self.kv_b.element_size()))
+        return max(64, _EXPANDED_PREFIX_BYTES // (config.num_heads * width * self.out.element_size()))
 
 
 class Block:

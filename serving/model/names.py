@@ -84,6 +84,7 @@ def _attention(prefix: str, attention: Attention) -> Iterator[tuple[str, Target]
         yield prefix + "q_proj.weight", Target(into=query, quantised=True)
     yield prefix + "kv_a_proj_with_mqa.weight", Target(into=latent, quantised=True)
     yield prefix + "kv_a_layernorm.weight", Target(into=attention.kv_norm)
+    assert attention.kv_b is not None, "the table is made before the model is packed"
     yield prefix + "kv_b_proj.weight", Target(into=attention.kv_b, quantised=True)
     yield prefix + "o_proj.weight", Target(into=attention.out, quantised=True)
 
