@@ -40,7 +40,10 @@ def test_a_page_moves_along_the_diagram_and_nowhere_else(before: PageState, afte
 
 def test_what_a_peer_may_still_write_is_freed_only_through_its_closing() -> None:
     writable = {PageState.EXPOSED, PageState.DRAINING, PageState.QUARANTINED}
-    assert {state for state in writable if PageState.FREE in LEGAL_MOVES[state]} == {PageState.DRAINING, PageState.QUARANTINED}
+    assert {state for state in writable if PageState.FREE in LEGAL_MOVES[state]} == {
+        PageState.DRAINING,
+        PageState.QUARANTINED,
+    }
     assert all(PageState.CACHED not in LEGAL_MOVES[state] for state in writable)
 
 

@@ -6,7 +6,14 @@ from collections import Counter, deque
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from kvcache.manager import KVManager
 from prefill.scheduler import FirstToken, PrefillScheduler, PrefillSettled
@@ -410,7 +417,7 @@ def test_random_prompts_and_aborts() -> None:
     run_state_machine_as_test(PrefillMachine, settings=SETTINGS)
 
 
-def test_a_scheduler_that_gives_pages_back_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_that_gives_pages_back_too_early_is_caught() -> None:
     """The negative control of the machine and of the executor below it."""
     early = Prefill(num_pages=3, max_batched_tokens=64)
     early.add("aborted", TEXT[:192])
