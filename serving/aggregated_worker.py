@@ -1,0 +1,271 @@
+"""Mode `both` behind a socket: one worker that prefills and decodes, for small installations and as the reference.
+
+    PrefillJob (decode is None) -> Aggregated -> TokenBatch after every step -> gone
+
+A pre-empted sequence is resumed inside. One step loop owns everything, as in the other workers; a wrong peer never
+stops it, an exception of our own does, loudly.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from decode.scheduler import TokenEvent
+from kvcache.layout import num_pages_for
+from kvcache.manager import KVManager
+from serving.aggregated import Aggregated
+from serving.core.errors import PagesExhausted, PeerError, StaleError
+from serving.core.messages import (
+    Abort,
+    AnyMessage,
+    Attach,
+    Drain,
+    JobTokens,
+    KVBind,
+    KVRefused,
+    MetricsQuery,
+    PrefillJob,
+    Roster,
+    TokenBatch,
+    WorkerState,
+)
+from serving.core.spec import WorkerSpec
+from serving.engine.build import Engine, build_engine
+from serving.jobs import sequence_of
+from serving.mailbox import Driven, Mailbox, PeerGone, Received
+from serving.metrics import Metrics
+from serving.reporter import Reporter
+
+_WAITING_S = 0.1  # how often late jobs are looked for while some wait
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the worker adds to a sequence."""
+
+    router: str
+    received_s: float
+    num_credit: int
+    has_first: bool = False
+
+
+class AggregatedWorker:
+    """Constructing loads the model, makes the pool and binds the socket; `run` serves until drained or stopped.
+
+    `engine` is made from `spec` unless it is given. `run_ahead` None: as configured, except on a CPU, where it would
+    only delay tokens.
+    """
+
+    def __init__(self, spec: WorkerSpec, *, engine: Engine | None = None, run_ahead: bool | None = None) -> None:
+        """Raises ModelFolderError, ConfigError, StartupError."""
+        config = spec.config
+        self._engine = engine or _engine(spec)
+        self._log = logging.getLogger(f"baton.{spec.worker_id}")
+        self._metrics = Metrics("worker", worker=spec.worker_id)
+        self._mailbox: Mailbox[object] = Mailbox(
+            worker_id=spec.worker_id,
+            incarnation=spec.incarnation,
+            host=spec.host,
+            secret=spec.secret,
+            heartbeat_s=config.telemetry.heartbeat_s,
+            metrics=self._metrics,
+        )
+        self.address = self._mailbox.address
+        self._manager = KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
+        on_cpu = not self._engine.pool.tensor.is_cuda
+        self._aggregated = Aggregated(
+            self._engine.runner,
+            self._manager,
+            num_slots=self._engine.max_num_seqs,
+            max_batched_tokens=config.prefill.max_batched_tokens,
+            max_model_len=self._engine.max_model_len,
+            run_ahead=config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead,
+        )
+        self._max_batched_tokens = config.prefill.max_batched_tokens
+        self._expected_new_tokens = config.kv.expected_new_tokens
+        self._reporter = Reporter(self._mailbox, self._metrics, self._state)
+        self._jobs: dict[str, _Job] = {}
+        self._num_preempted = 0
+        self._draining = False
+        self._stopping = False
+        self._moved = False
+        self._checked = True
+
+    def run(self) -> None:
+        """Blocks until drained or stopped. An exception is our bug: every job is failed loudly before it is raised."""
+        self._mailbox.start()
+        try:
+            while not self._stopping and not (self._draining and not self._jobs and not self._aggregated.has_work):
+                self._turn()
+        except BaseException:
+            self._log.exception("the worker stops")
+            for job_id in list(self._jobs):
+                self._fail(job_id, "the worker has failed", retryable=True)
+            raise
+        finally:
+            self._mailbox.close()
+
+    def stop(self) -> None:
+        """From any thread: `run` returns after the step in flight, whatever is unfinished."""
+        self._stopping = True
+        self._mailbox.wake()
+
+    def pages(self) -> dict[str, int]:
+        """Pages by state; for tests, and exact only while nothing runs."""
+        return self._manager.counts()
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self._metrics.value(name, **labels)
+
+    def _turn(self) -> None:
+        for event in self._mailbox.get(self._patience_s()):
+            self._take(event)
+        self._moved = self._aggregated.has_work
+        if self._moved:
+            self._step(time.monotonic())
+        self._check()
+        self._reporter.tick(time.monotonic())
+
+    def _step(self, now_s: float) -> None:
+        num_tokens = min(self._aggregated.num_waiting_tokens, self._max_batched_tokens) + self._aggregated.num_running
+        self._reporter.launched(num_tokens)
+        stepped = self._aggregated.step(now_s)
+        self._moved = bool(stepped.events or stepped.late) or self._aggregated.num_running > 0
+        for sequence in stepped.late:
+            self._fail(sequence.job_id, "the prompt was not started within its time budget", retryable=False)
+        ended_s = time.monotonic()
+        self._reporter.settled(num_tokens, ended_s - now_s)
+        self._metrics.add("baton_preemptions_total", self._aggregated.num_preempted - self._num_preempted)
+        self._num_preempted = self._aggregated.num_preempted
+        self._metrics.add("baton_tokens_total", len(stepped.events), phase="decode")
+        self._send_tokens(stepped.events, ended_s)
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for a message: not at all while anything runs, None if nothing else can happen."""
+        if self._moved:
+            return 0.0
+        due_s = self._reporter.due_s()
+        waits = [] if due_s is None else [max(0.0, due_s - time.monotonic())]
+        return min([*waits, _WAITING_S]) if self._jobs else min(waits, default=None)
+
+    def _take(self, event: Received | PeerGone | Driven[object]) -> None:
+        self._reporter.touch()
+        if isinstance(event, PeerGone):
+            self._on_gone(event)
+        elif isinstance(event, Received):
+            try:
+                self._on_message(event.sender, event.message)
+            except PeerError as error:
+                stale = isinstance(error, StaleError)
+                self._metrics.add("baton_kv_stale_total" if stale else "baton_frames_refused_total")
+                self._log.warning("%s: %s", event.sender, error)
+
+    def _on_message(self, sender: str, message: AnyMessage) -> None:
+        match message:
+            case PrefillJob():
+                self._on_job(sender, message, time.monotonic())
+            case Abort():
+                if self._jobs.pop(message.job_id, None) is not None:
+                    self._aggregated.abort(message.job_id)
+            case KVBind():
+                refusal = KVRefused(job_id=message.job_id, reason="a worker of role both takes no hand-off")
+                self._mailbox.post(sender, refusal)
+            case Attach():
+                self._reporter.attach(sender)
+            case MetricsQuery():
+                self._reporter.answer(sender, message)
+            case Drain():
+                self._draining = True
+            case Roster():
+                pass
+            case _:
+                raise PeerError(f"a worker of role both has no use for {type(message).__name__}")
+
+    def _on_job(self, router: str, job: PrefillJob, now_s: float) -> None:
+        if job.job_id in self._jobs:
+            raise StaleError(f"job {job.job_id} is here already; a job id is used once, drop the message")
+        if self._draining:
+            self._reporter.fail(router, job.job_id, "the worker drains", retryable=True)
+            return
+        if job.decode is not None:
+            self._reporter.fail(router, job.job_id, "a worker of role both hands nothing off", retryable=False)
+            return
+        try:
+            sequence = sequence_of(job, vocab_size=self._engine.model_config.vocab_size, now_s=now_s)
+            self._aggregated.add(sequence)
+        except (PeerError, PagesExhausted) as error:
+            self._reporter.fail(router, job.job_id, str(error), retryable=False)
+            return
+        growth = min(job.max_new_tokens, self._expected_new_tokens)
+        self._jobs[job.job_id] = _Job(router, now_s, num_pages_for(len(job.token_ids) + growth))
+
+    def _on_gone(self, event: PeerGone) -> None:
+        self._log.warning("%s", event.reason)
+        self._reporter.gone(event)
+        for job_id in [job_id for job_id, job in self._jobs.items() if job.router == event.peer]:
+            self._aggregated.abort(job_id)
+            self._fail(job_id, event.reason, retryable=True)
+
+    def _send_tokens(self, events: tuple[TokenEvent, ...], now_s: float) -> None:
+        jobs: dict[str, list[JobTokens]] = {}
+        stages: dict[str, dict[str, dict[str, float]]] = {}
+        for event in events:
+            job_id = event.sequence.job_id
+            job = self._jobs[job_id]
+            logprobs = None if event.logprobs is None else [event.logprobs]
+            tokens = JobTokens(job_id=job_id, token_ids=[event.token_id], logprobs=logprobs, finish=event.finish)
+            jobs.setdefault(job.router, []).append(tokens)
+            if not job.has_first:
+                job.has_first = True
+                stages.setdefault(job.router, {})[job_id] = {"prefill": now_s - job.received_s}
+            if event.finish is not None:
+                del self._jobs[job_id]
+        for router, batch in jobs.items():
+            self._mailbox.post(router, TokenBatch(jobs=batch, stages=stages.get(router, {})))
+
+    def _fail(self, job_id: str, reason: str, *, retryable: bool) -> None:
+        job = self._jobs.pop(job_id)
+        self._log.warning("job %s: %s", job_id, reason)
+        self._reporter.fail(job.router, job_id, reason, retryable=retryable)
+
+    def _check(self) -> None:
+        """The sum after every step, every page when the work ends: a violation stops the worker."""
+        assert sum(self._manager.counts().values()) == self._manager.num_pages
+        if self._aggregated.has_work:
+            self._checked = False
+        elif not self._checked:
+            self._manager.check()
+            self._checked = True
+
+    def _state(self, step_s: float) -> WorkerState:
+        aggregated = self._aggregated
+        promised = sum(job.num_credit for job in self._jobs.values())
+        return WorkerState(
+            role="both",
+            ready=not self._draining,
+            draining=self._draining,
+            num_running=aggregated.num_running,
+            num_waiting=aggregated.num_waiting,
+            waiting_tokens=aggregated.num_waiting_tokens,
+            num_pages=self._manager.num_pages,
+            credit_pages=max(0, min(self._manager.num_available, self._manager.num_pages - promised)),
+            page_states=self._manager.counts(),
+            step_s=step_s,
+        )
+
+
+def _engine(spec: WorkerSpec) -> Engine:
+    config = spec.config
+    return build_engine(
+        spec.model_dir,
+        max_num_seqs=config.decode.max_num_seqs,
+        num_pages=config.kv.decode_pages,
+        memory_fraction=config.kv.memory_fraction,
+        max_model_len=config.model.max_model_len,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        mtp=config.model.mtp,
+        num_threads=spec.num_threads,
+    )
