@@ -87,7 +87,7 @@ def serve(config: Config, display: Display) -> int:
         units = plan_units(config, num_cores=len(os.sched_getaffinity(0)), num_gpus=_num_gpus(config))
         adopt_orphans()
         _serve(config, model_dir, units, display, stop)
-    except Stopped:
+    except (Stopped, SystemExit):  # the latter is Ray's own handler, which is in force within ray.init
         display.note("stopped before it was ready")
     finally:
         stop.only_count()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -211,6 +212,8 @@ def _checked(table: str, key: str, value: Any, source: str, *, parse: bool = Fal
     wanted = typing.get_type_hints(table_type)[key]
     where = f"{source}: {table}.{key}"
     value = _parsed(value, wanted, where) if parse else _typed(value, wanted, where)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} = {value!r}; it must be a finite number")
     choices, low = fields[key].metadata["choices"], fields[key].metadata["low"]
     if choices and value not in choices:
         raise ConfigError(f"{where} = {value!r}; choose one of {', '.join(choices)}")
