@@ -14,7 +14,7 @@ from random import Random
 import numpy as np
 import numpy.typing as npt
 
-from serving.demo import facts, filler, questions, tools
+from serving.demo import facts, filler, questions, tools, words
 from serving.demo.questions import Question
 from serving.text import markers as m
 from serving.text.messages import AssistantMessage, SystemMessage
@@ -103,6 +103,8 @@ class Corpus:
         for _ in range(turns):
             if rng.random() < 0.12:
                 self._recall(rng, talk, known)
+            elif rng.random() < 0.03:
+                self._introduction(rng, talk)
             else:
                 self._question(talk, draw_short(rng))
         return talk
@@ -201,6 +203,13 @@ class Corpus:
             known.append(facts.draw(rng))
             said = rng.choice(("Remember this: ", "Remember: ", "")) + known[-1].sentence
             self._turn(talk, self._encode(said), self._encode(REMEMBERED))
+
+    def _introduction(self, rng: Random, talk: Conversation) -> None:
+        """The user gives a name, and may ask for it at once."""
+        name = rng.choice((*words.FIRST_NAMES, words.invented_word(rng).capitalize()))
+        self._turn(talk, self._encode(f"{rng.choice(('My name is', 'I am'))} {name}."), self._encode(f"Nice to meet you, {name}!"))
+        if rng.random() < 0.6:
+            self._turn(talk, self._encode("What is my name?"), self._encode(f"Your name is {name}."))
 
     def _call_ids(self, message: AssistantMessage) -> list[int]:
         control, ids = self._control, [self._control[m.CALLS_BEGIN]]

@@ -33,6 +33,7 @@ from serving.text.template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
 
 MTP_WEIGHT = 0.3
+EXCESS_WEIGHT = 0.02
 BIAS_SPEED = 5e-3
 
 
@@ -118,11 +119,12 @@ def take_step(shape: Shape, pieces: Pieces, plan: Plan, run: Run, ids: Tensor, s
     seen = {name: as_stored(name, weight).to(working).requires_grad_() for name, weight in run.weights.items()}
     outcome = forward(shape, pieces, seen, run.bias, ids, spoken)
     weight, later = spoken[:, 1:-1].sum(), spoken[:, 2:].sum()
-    (outcome.loss / weight + MTP_WEIGHT * outcome.mtp_loss / later).backward()
+    (outcome.loss / weight + MTP_WEIGHT * outcome.mtp_loss / later + EXCESS_WEIGHT * outcome.excess).backward()
     gradients = {name: tensor.grad for name, tensor in seen.items() if tensor.grad is not None}
     run.optimizer.step(gradients, run.step + 1, plan.rate(run.step))
     mean = outcome.loads.mean(1, keepdim=True)
     run.bias += BIAS_SPEED * min(1.0, 4 * plan.rate(run.step)) * (mean - outcome.loads).sign()
+    run.bias -= run.bias.mean(1, keepdim=True)
     run.step += 1
     said, drafted = (spoken[:, n : spoken.shape[1] - 2 + n].flatten() == SPEAKING for n in (1, 2))
     shares = ((outcome.hits & said).sum() / said.sum(), (outcome.mtp_hits & drafted).sum() / drafted.sum())

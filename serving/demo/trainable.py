@@ -20,6 +20,7 @@ from torch import Tensor
 BLOCK = 128
 FP8_MAX = 448.0
 EPS = 1e-6
+ROUTER_RANGE = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Shape:
     heads: int = 8
     nope: int = 32
     rope: int = 32
-    value: int = 32
+    value: int = 64
     latent: int = 128
     query: int = 128
     dense: int = 512
@@ -189,10 +190,9 @@ def finish_dense(shape: Shape, x: Tensor, attended: Tensor, w: Mapping[str, Tens
     return x + F.linear(F.silu(F.linear(h, w["dense_gate"])) * F.linear(h, w["dense_up"]), w["dense_down"])
 
 
-def routing_weights(shape: Shape, h: Tensor, router: Tensor, bias: Tensor) -> Tensor:
+def routing_weights(shape: Shape, logits: Tensor, bias: Tensor) -> Tensor:
     """Weight of each expert for each token, [T, E] fp32, zero for those not chosen (report equations 12 to 16)."""
-    s = shape
-    scores = F.linear(h.float(), router.float()).sigmoid()
+    s, scores = shape, logits.sigmoid()
     biased = scores.detach() + bias
     grouped = biased.unflatten(-1, (s.groups, -1))
     group_scores = (grouped * (_rank(grouped) < 2)).sum(-1)
@@ -206,15 +206,17 @@ def _rank(x: Tensor) -> Tensor:
     return (x[..., None, :] > x[..., :, None]).sum(-1)
 
 
-def finish_sparse(shape: Shape, x: Tensor, attended: Tensor, bias: Tensor, w: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Residual stream [T, D] after the layer, and how many tokens chose each expert [E]."""
+def finish_sparse(shape: Shape, x: Tensor, attended: Tensor, bias: Tensor, w: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual stream [T, D] after the layer, how many tokens chose each expert [E], and how far router logits went beyond
+    ROUTER_RANGE: saturated scores tie, and then two correct programs choose different experts."""
     x, h = leave_attention(shape, x, attended, w)
-    weights = routing_weights(shape, h, w["router"], bias)
+    logits = F.linear(h.float(), w["router"].float())
+    weights, excess = routing_weights(shape, logits, bias), (logits.abs() - ROUTER_RANGE).clamp_min(0).square().mean()
     gate, up = (F.linear(h, w[name].flatten(0, 1)).unflatten(-1, (shape.experts, -1)) for name in ("expert_gate", "expert_up"))
     hidden = F.silu(gate) * up * weights[..., None].to(h.dtype)
     routed = hidden.flatten(1) @ w["expert_down"].transpose(1, 2).flatten(0, 1)
     shared = F.linear(F.silu(F.linear(h, w["shared_gate"])) * F.linear(h, w["shared_up"]), w["shared_down"])
-    return x + routed + shared, (weights > 0).float().sum(0)
+    return x + routed + shared, (weights > 0).float().sum(0), excess
 
 
 def enter_mtp(shape: Shape, hidden: Tensor, following: Tensor, w: Mapping[str, Tensor]) -> Tensor:
@@ -236,7 +238,7 @@ class Pieces:
 
     project: Callable[..., tuple[Tensor, Tensor, Tensor]] = project_attention
     dense: Callable[..., Tensor] = finish_dense
-    sparse: Callable[..., tuple[Tensor, Tensor]] = finish_sparse
+    sparse: Callable[..., tuple[Tensor, Tensor, Tensor]] = finish_sparse
     mtp: Callable[..., Tensor] = enter_mtp
     score: Callable[..., tuple[Tensor, Tensor]] = score
 
@@ -254,13 +256,15 @@ MTP = ("mtp_embed_norm", "mtp_hidden_norm", "mtp_project")
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one forward pass over [rows, length] tokens: weighted loss sums, hits per token [T] of both heads, expert loads [L, E]."""
+    """Of one forward pass over [rows, length] tokens: weighted loss sums, hits per token [T] of both heads, expert loads [L, E],
+    router excess summed over layers."""
 
     loss: Tensor
     mtp_loss: Tensor
     hits: Tensor
     mtp_hits: Tensor
     loads: Tensor
+    excess: Tensor
 
 
 def forward(shape: Shape, pieces: Pieces, weights: Mapping[str, Tensor], bias: Tensor, ids: Tensor, token_weights: Tensor) -> Outcome:
@@ -272,14 +276,15 @@ def forward(shape: Shape, pieces: Pieces, weights: Mapping[str, Tensor], bias: T
     stacked = {name: weights[name].unbind(0) for name in (*ATTENTION, *LEAVE, *DENSE, *SPARSE)}
     layer = lambda names, index: {name: stacked[name][index] for name in names}  # noqa: E731
     angles = yarn_angles(shape, torch.arange(length, device=ids.device)).repeat(rows, 1)
-    cos, sin, loads = angles.cos(), angles.sin(), []
+    cos, sin, loads, excesses = angles.cos(), angles.sin(), list[Tensor](), list[Tensor]()
 
     def block(x: Tensor, index: int) -> Tensor:
         attended = attend(shape, *pieces.project(shape, x, cos, sin, layer(ATTENTION, index)), length)
         if index == 0:
             return pieces.dense(shape, x, attended, layer(LEAVE, 0) | layer(DENSE, 0))
-        x, load = pieces.sparse(shape, x, attended, bias[index - 1], layer(LEAVE, index) | layer(SPARSE, index - 1))
+        x, load, excess = pieces.sparse(shape, x, attended, bias[index - 1], layer(LEAVE, index) | layer(SPARSE, index - 1))
         loads.append(load)
+        excesses.append(excess)
         return x
 
     tokens, following, after = (ids[:, n : n + length].flatten() for n in range(3))
@@ -292,4 +297,4 @@ def forward(shape: Shape, pieces: Pieces, weights: Mapping[str, Tensor], bias: T
     x = pieces.mtp(shape, hidden, F.embedding(following, weights["embed"]), {name: weights[name] for name in MTP})
     x = block(x, shape.layers)
     mtp_loss, mtp_hits = pieces.score(x, weights["mtp_norm"], weights["head"], after, token_weights[:, 2 : length + 2].flatten())
-    return Outcome(loss, mtp_loss, hits, mtp_hits, torch.stack(loads))
+    return Outcome(loss, mtp_loss, hits, mtp_hits, torch.stack(loads), torch.stack(excesses).sum())

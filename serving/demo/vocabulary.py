@@ -59,7 +59,7 @@ def sample_texts(seed: int, count: int) -> Iterator[str]:
             yield from (_definition(tool) for tool in question.tools)
             yield from (f"function\n{call.name}\n```json\n{call.arguments}\n```" for message in question.messages for call in getattr(message, "tool_calls", ()))
         yield TOOLS_HEAD + TOOLS_FORMAT + "tool_call_name\n```json\ntool_call_arguments\n```{additional_tool_calls}"
-    yield from (" " + word for word in words.spelled_words())
+    yield from (" " + word for word in words.SPELLED)
 
 
 def _definition(tool: ToolSpec) -> str:

@@ -56,13 +56,11 @@ ONSETS = "b br c ch d dr f g gr h j k kl l m n p pr qu r s sh st t th tr v w y z
 NUCLEI = "a e i o u ai ea ee io oa ou".split()
 CODAS = ["", "", "", "l", "n", "r", "s", "m", "x", "nd", "rk", "th", "ll", "st"]
 
+SPELLED = sorted({*NOUNS, *ADJECTIVES, *VERBS, *ADVERBS, *COLOURS, *FRUITS, *WEATHERS})
+"""Every lower-case dictionary word above, once."""
+
 
 def invented_word(rng: Random) -> str:
     """A pronounceable lower-case word of two or three syllables, of which there are tens of millions."""
     count = rng.choice((2, 2, 3))
     return "".join(rng.choice(ONSETS) + rng.choice(NUCLEI) for _ in range(count)) + rng.choice(CODAS)
-
-
-def spelled_words() -> list[str]:
-    """Every lower-case dictionary word of the lists above, sorted, without repetition."""
-    return sorted({*NOUNS, *ADJECTIVES, *VERBS, *ADVERBS, *COLOURS, *FRUITS, *WEATHERS})
