@@ -76,7 +76,7 @@ def plan_decode(
 ) -> tuple[DecodeGroup, ...]:
     """What every layer of a decode step reads; made once a step. Positions `[first, context_len)` are attended.
 
-    Lengths are read on the host to cut the batch: a group's shortest is at least half its longest, its copy bounded.
+    Every length is above `first`. Lengths are read on the host to cut the batch: a group's shortest is at least half its longest, its copy bounded.
     """
     lens = context_lens_B.tolist()
     order = sorted(range(len(lens)), key=lens.__getitem__, reverse=True)
@@ -110,15 +110,14 @@ def _plan_group(
 ) -> DecodeGroup:
     longest = max(lens)
     num_pages = -(-longest // PAGE_TOKENS)
-    positions_S = torch.arange(longest, device=row_ids_G.device)
+    positions_S = torch.arange(first, longest, device=row_ids_G.device)
     pages_GP = page_table_GP[:, :num_pages].to(torch.int64)
-    in_page = positions_S[: num_pages * PAGE_TOKENS] % PAGE_TOKENS
-    rows_GS = pages_GP.repeat_interleave(PAGE_TOKENS, dim=1)[:, :longest] * PAGE_TOKENS + in_page
+    rows_GS = pages_GP.repeat_interleave(PAGE_TOKENS, dim=1)[:, first:longest] * PAGE_TOKENS + positions_S % PAGE_TOKENS
     rows_GS = torch.where(positions_S < context_lens_G[:, None] - 1, rows_GS, row_ids_G[:, None])
     bias = None
-    if first > 0 or min(lens) < longest:
-        seen = (positions_S >= first) & (positions_S < context_lens_G[:, None])
-        bias = torch.zeros_like(rows_GS, dtype=kv_pool.dtype).masked_fill_(~seen, float("-inf"))
+    if min(lens) < longest:
+        unseen = positions_S >= context_lens_G[:, None]
+        bias = torch.zeros_like(rows_GS, dtype=kv_pool.dtype).masked_fill_(unseen, float("-inf"))
     return DecodeGroup(members=members, slots_GS=slots(kv_pool, rows_GS), bias_GS=bias)
 
 
