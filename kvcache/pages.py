@@ -1,24 +1,19 @@
 """States and epochs of the pages of one pool; illegal moves stop the worker.
 
-                      +-----------------------------------------------------------------+
-                      |                  (credit given back)                            |
-                      v                                                                 |
-      +----------- free ---------------------> reserved --------------------------------+
-      |             ^ ^ ^                        |   |
-      |             | | |      (credit: growth)  |   | (ticket)
-      |   (evicted) | | |  +---------------------+   v
-      |             | | |  |                      exposed(epoch) ----> draining ----> quarantined
-      |   cached ---+ | |  |    (all bytes here)     |     (given up)     |   (no answer)   |
-      |   ^    |      | |  |                         v                    |                 |
-      |   |    |      | |  |                      filled                  |                 |
-      |   |    | (hit)| |  |        (accepted)       |                    |                 |
-      |   |    v      | |  v                         |                    |                 |
-      +-> owned <-----|-|----------------------------+                    |                 |
-           | (not published)                                              |                 |
-           +----------+ +------------------(the writer closed, or is proven dead)-----------+
+    free --credit--> reserved --ticket--> exposed(epoch) --bytes here--> filled --accepted--> owned
+     |                  |                     |                                               ^  |
+     |                  +-- growth -----------|-----------------------------------------------+  |
+     +-- prompt, growth ----------------------|-----------------------------------------------+  |
+                                           given up                                  last reference gone
+                                              v                                                  v
+                                          draining --no answer--> quarantined       free, or if published: cached
+
+    reserved --given back--> free           draining, quarantined --the writer has closed, or is proven dead--> free
+    cached --hit--> owned                   cached --evicted--> free
 
 An epoch rises each time a page leaves `free`: a message that names an old epoch speaks of an earlier use. Who may still write into an exposed,
-draining or quarantined page is a peer; only its word, or proof of its death, frees it. Time does not.
+draining or quarantined page is a peer; only its word, or proof of its death, frees it. Time does not. What a drained page holds is unknown, so
+it is never cached.
 
 Knows no jobs, no tokens and no tensors.
 """
