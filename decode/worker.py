@@ -73,7 +73,7 @@ class _Step:
 class DecodeWorker:
     """Constructing loads the model, makes the pool and binds the socket; `run` serves until drained or stopped.
 
-    `engine` and `target` are made from `spec` unless they are given (both workers in one process). `run_ahead` None: as
+    `engine`, `manager` and `target` are made from `spec` unless they are given (both workers in one process). `run_ahead` None: as
     configured, except on a CPU, where it would only delay tokens.
     """
 
@@ -82,6 +82,7 @@ class DecodeWorker:
         spec: WorkerSpec,
         *,
         engine: Engine | None = None,
+        manager: KVManager | None = None,
         target: PageTarget | None = None,
         run_ahead: bool | None = None,
     ) -> None:
@@ -101,7 +102,7 @@ class DecodeWorker:
             driver=notices,
         )
         self.address = self._mailbox.address
-        self._manager = KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
+        self._manager = manager or _manager(spec, self._engine)
         self._scheduler = DecodeScheduler(
             self._manager,
             Slots(self._engine.max_num_seqs, on_give=self._engine.runner.close_slot),
@@ -412,6 +413,10 @@ def _engine(spec: WorkerSpec) -> Engine:
         mtp=config.model.mtp,
         num_threads=spec.num_threads,
     )
+
+
+def _manager(spec: WorkerSpec, engine: Engine) -> KVManager:
+    return KVManager(engine.pool.num_pages, prefix_cache=spec.config.kv.prefix_cache)
 
 
 def _target(spec: WorkerSpec, engine: Engine) -> PageTarget:

@@ -69,7 +69,7 @@ class _Step:
 class PrefillWorker:
     """Constructing loads the model, makes the pool and binds the socket; `run` serves until drained or stopped.
 
-    `engine` and `source` are made from `spec` unless they are given (both workers in one process). `run_ahead` None: as
+    `engine`, `manager` and `source` are made from `spec` unless they are given (both workers in one process). `run_ahead` None: as
     configured, except on a CPU, where it would only delay tokens.
     """
 
@@ -78,6 +78,7 @@ class PrefillWorker:
         spec: WorkerSpec,
         *,
         engine: Engine | None = None,
+        manager: KVManager | None = None,
         source: PageSource | None = None,
         run_ahead: bool | None = None,
     ) -> None:
@@ -97,7 +98,7 @@ class PrefillWorker:
             driver=self._writes,
         )
         self.address = self._mailbox.address
-        self._manager = KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
+        self._manager = manager or _manager(spec, self._engine)
         self._max_model_len = config.model.max_model_len or self._engine.model_config.max_position_embeddings
         self._scheduler = PrefillScheduler(
             self._manager,
@@ -373,6 +374,10 @@ def _engine(spec: WorkerSpec) -> Engine:
         mtp=config.model.mtp,
         num_threads=spec.num_threads,
     )
+
+
+def _manager(spec: WorkerSpec, engine: Engine) -> KVManager:
+    return KVManager(engine.pool.num_pages, prefix_cache=spec.config.kv.prefix_cache)
 
 
 def _source(spec: WorkerSpec, engine: Engine) -> PageSource:
