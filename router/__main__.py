@@ -1,6 +1,6 @@
 """`python -m router`: one router process, from its settings to its exit code.
 
-read settings and model folder -> bind the port -> serve -> SIGTERM: drain -> exit 0      any BatonError: one line, its exit code
+settings and model folder -> bind the port -> serve -> SIGTERM: drain -> exit 0      any BatonError: one line, its exit code
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TextIO
 
 import uvicorn
 
@@ -135,19 +136,19 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def main() -> int:
+def main(arguments: Sequence[str], environment: Mapping[str, str], stdin: TextIO) -> int:
     try:
-        settings = read_settings(sys.argv[1:], os.environ, sys.stdin)
+        settings = read_settings(arguments, environment, stdin)
         logging.basicConfig(
             level=settings.config.telemetry.log_level.upper(), format="%(asctime)s router %(levelname)s %(message)s"
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        listener = bind(settings.host, settings.port)
         served = load_served(settings.model_dir, settings.config.model)
+        listener = bind(settings.host, settings.port)
     except BatonError as error:
         print(f"router: {error}", file=sys.stderr)
         return error.exit_code
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(serve(settings, served, listener))
     return 0
 
@@ -161,4 +162,4 @@ def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:], os.environ, sys.stdin))

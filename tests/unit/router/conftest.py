@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from router.__main__ import load_served
 from router.account import Account
 from router.admission import Admission
-from router.__main__ import load_served
 from router.app import Api, build_app
 from router.auth import ApiKeys
 from router.dispatch import Dispatcher
@@ -41,14 +41,14 @@ MAX_POSITIONS = 2048
 
 
 def write_model_folder(folder: Path) -> Path:
-    """Tokens 0 to 255 are the bytes themselves (in the order of the byte alphabet), then the control tokens. No weights."""
+    """Tokens 0 to 255 are the bytes, in the order of the byte alphabet, then the control tokens. No weights."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     added = [
         {"id": i, "content": name, "special": name in (m.BOS, m.EOS), "normalized": False}
         | {"single_word": False, "lstrip": False, "rstrip": False}
         for name, i in CONTROL_ID.items()
     ]
-    vocab = {char: n for char, n in byte_alphabet().items()}
+    vocab = {char: n for n, char in enumerate(byte_alphabet())}
     tokenizer = {
         "version": "1.0",
         "added_tokens": added,
@@ -61,10 +61,26 @@ def write_model_folder(folder: Path) -> Path:
     model = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        **dict(vocab_size=272, hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=2),
-        **dict(first_k_dense_replace=1, num_attention_heads=4, q_lora_rank=None, kv_lora_rank=32, qk_nope_head_dim=16),
-        **dict(qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2),
-        **dict(n_group=1, topk_group=1, eos_token_id=EOS, bos_token_id=256, max_position_embeddings=MAX_POSITIONS),
+        "vocab_size": 272,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "eos_token_id": EOS,
+        "bos_token_id": 256,
+        "max_position_embeddings": MAX_POSITIONS,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -83,14 +99,17 @@ def served(model_folder: Path) -> Served:
     return load_served(str(model_folder), Config().model)
 
 
+def byte_ids(text: str) -> list[int]:
+    """Ids of the bytes of `text`."""
+    alphabet = byte_alphabet()
+    by_byte = {byte: n for n, byte in enumerate(alphabet.values())}
+    return [by_byte[byte] for byte in text.encode()]
+
+
 def saying(text: str, *, eos: bool = True) -> Callable[[list[int]], list[int]]:
     """A script that always says `text`."""
-    ids = [byte_alphabet_id(byte) for byte in text.encode()] + ([EOS] if eos else [])
+    ids = byte_ids(text) + ([EOS] if eos else [])
     return lambda prompt_ids: ids
-
-
-def byte_alphabet_id(byte: int) -> int:
-    return next(value for value in byte_alphabet().values() if value == byte)
 
 
 @dataclass

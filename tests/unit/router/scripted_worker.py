@@ -48,6 +48,7 @@ class Job:
     message: PrefillJob | DecodeJob
     identity: bytes
     next: int
+    stages: dict[str, float] = field(default_factory=dict)
 
     @property
     def job_id(self) -> str:
@@ -137,24 +138,18 @@ class ScriptedCluster:
         self._do(replace)
         return new
 
-    def announce(self) -> None:
-        """Tell everybody the roster and all states."""
-
-        def tell() -> None:
-            self._send_roster()
-            for worker in self.workers.values():
-                self._send_state(worker)
-
-        self._do(tell)
+    def lose_directory(self) -> None:
+        """Nobody answers there any more; the workers live on."""
+        self._do(lambda: self._directory.unbind(self.endpoint))
 
     def raw(self, worker_id: str, frame: bytes) -> None:
         """Bytes to every router, as if from this worker."""
         worker = self.workers[worker_id]
-        self._do(lambda: [self._send_frame(worker, identity, frame) for identity in worker.attached])  # type: ignore[func-returns-value]
+        self._do(lambda: [self._send_frame(worker, identity, frame) for identity in worker.attached])
 
     def post(self, worker_id: str, message: AnyMessage) -> None:
         worker = self.workers[worker_id]
-        self._do(lambda: [self._send(worker, identity, message) for identity in worker.attached])  # type: ignore[func-returns-value]
+        self._do(lambda: [self._send(worker, identity, message) for identity in worker.attached])
 
     @property
     def num_jobs(self) -> int:
@@ -235,13 +230,15 @@ class ScriptedCluster:
             return
         assert isinstance(job.message, PrefillJob)
         decode = job.message.decode
-        finished = self._emit(worker, job, stages={"prefill_queue": 0.001, "prefill": 0.002})
+        job.stages = {"prefill_queue": 0.001, "prefill": 0.002}
+        finished = self._emit(worker, job)
         if finished or worker.role == "prefill":
             self._drop(worker, job_id)
         if not finished and decode is not None:
             target = self.workers[decode.worker_id]
             if job_id in target.jobs:
                 target.jobs[job_id].next = job.next
+                target.jobs[job_id].stages = {"transfer_exposed": 0.001, "decode_join": 0.001, "first_step": 0.001}
                 self._later(target.step_s, lambda: self._next_token(target, job_id))
         elif not finished:
             self._later(worker.step_s, lambda: self._next_token(worker, job_id))
@@ -250,7 +247,7 @@ class ScriptedCluster:
         job = worker.jobs.get(job_id)
         if job is None or not self._may_go_on(worker, job, self._next_token):
             return
-        if self._emit(worker, job, stages={}):
+        if self._emit(worker, job):
             self._drop(worker, job_id)
         else:
             self._later(worker.step_s, lambda: self._next_token(worker, job_id))
@@ -272,7 +269,7 @@ class ScriptedCluster:
                 self._kill(worker, announce=True)
         return False
 
-    def _emit(self, worker: ScriptedWorker, job: Job, stages: dict[str, float]) -> bool:
+    def _emit(self, worker: ScriptedWorker, job: Job) -> bool:
         """Sends the next token; True when it was the last."""
         message = job.message
         answer = self.script(message.token_ids[: message.num_prompt_tokens])
@@ -285,6 +282,7 @@ class ScriptedCluster:
         noted = None if wanted is None else [TokenLogprobs(-0.5, [token_id] * wanted, [-0.5] * wanted)]
         news = JobTokens(job_id=job.job_id, token_ids=[token_id], logprobs=noted, finish=finish)
         worker.progress += 1
+        stages, job.stages = job.stages, {}
         self._send(worker, job.identity, TokenBatch(jobs=[news], stages={job.job_id: stages} if stages else {}))
         return finish is not None
 
