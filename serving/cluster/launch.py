@@ -49,12 +49,15 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP. While starting they raise `Stopped`; afterwards they are counted and `wake` is called."""
+    """SIGTERM, SIGINT and SIGHUP. At first they raise `Stopped`; once Ray is up they are counted and `wake` is called.
+
+    An exception out of a signal handler must not pass through Ray's compiled calls: it comes out as something else, or not at all.
+    """
 
     def __init__(self) -> None:
         self.num_received = 0
         self.wake: Callable[[], None] | None = None
-        self._starting = True
+        self._raising = True
 
     def install(self) -> None:
         """Again after `ray.init`, which takes SIGTERM for itself."""
@@ -62,12 +65,12 @@ class StopSignals:
             signal.signal(number, self._handle)
 
     def only_count(self) -> None:
-        """From here nothing is interrupted."""
-        self._starting = False
+        """From here nothing is interrupted; whoever waits looks at `num_received`."""
+        self._raising = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.num_received += 1
-        if self._starting:
+        if self._raising:
             raise Stopped
         if self.wake is not None:
             self.wake()
@@ -87,7 +90,11 @@ def serve(config: Config, display: Display) -> int:
         units = plan_units(config, num_cores=len(os.sched_getaffinity(0)), num_gpus=_num_gpus(config))
         adopt_orphans()
         _serve(config, model_dir, units, display, stop)
-    except (Stopped, SystemExit):  # the latter is Ray's own handler, which is in force within ray.init
+    except BaseException as error:
+        if not (
+            stop.num_received or isinstance(error, SystemExit)
+        ):  # SystemExit: Ray's own handler, in force within ray.init
+            raise
         display.note("stopped before it was ready")
     finally:
         stop.only_count()
@@ -100,17 +107,16 @@ def _serve(config: Config, model_dir: Path, units: tuple[UnitPlan, ...], display
     display.step("starting Ray")
     num_ranks = sum(len(unit.ranks) for unit in units)
     with RayHead(num_cpus=num_ranks, num_gpus=_num_gpus(config)) as head:
+        stop.only_count()
         stop.install()
-        cluster = Cluster(config, model_dir, units, head.folder, display, stop)
+        cluster = Cluster(config, model_dir, units, head, display, stop)
         try:
             cluster.start()
-            stop.only_count()
             cluster.serve()
             display.note("draining; a second signal cuts the streams in flight")
             cluster.drain()
             display.note("stopped")
         finally:
-            stop.only_count()
             cluster.close()
 
 
@@ -122,14 +128,14 @@ class Cluster:
         config: Config,
         model_dir: Path,
         units: tuple[UnitPlan, ...],
-        folder: Path,
+        head: RayHead,
         display: Display,
         stop: StopSignals,
     ) -> None:
         self._config = config
         self._model_dir = model_dir
         self._units = units
-        self._folder = folder
+        self._head = head
         self._display = display
         self._stop = stop
         self._secret = secrets.token_bytes(32)
@@ -158,6 +164,7 @@ class Cluster:
             self._start_router(self._routers[-1])
         while not self._is_up():
             self._turn(None)
+            self._raise_if_stopped()
             self._raise_first_failure()
         for router in self._routers:
             self._await_readyz(router.listening_url)
@@ -185,7 +192,7 @@ class Cluster:
 
         self._mailbox.post(_peer(self._supervisor).worker_id, Drain())
         deadline_s = time.monotonic() + _WORKER_DRAIN_S
-        while time.monotonic() < deadline_s and self._stop.num_received == asked:
+        while time.monotonic() < deadline_s and self._stop.num_received == asked and self._head.alive:
             if ray.wait([self._run], timeout=0.2)[0]:
                 return
 
@@ -213,7 +220,11 @@ class Cluster:
         }
         try:
             actor = ray.remote(Supervisor).options(**options).remote(spec)
-            self._supervisor = ray.get(actor.address.remote(), timeout=_SUPERVISOR_TIMEOUT_S)
+            address = actor.address.remote()
+            deadline_s = time.monotonic() + _SUPERVISOR_TIMEOUT_S
+            while not ray.wait([address], timeout=0.2)[0] and time.monotonic() < deadline_s:
+                self._raise_if_stopped()
+            self._supervisor = ray.get(address, timeout=0)
         except ray.exceptions.RayError as error:
             raise StartupError(
                 f"the supervisor does not start: {_one_line(error)}; `baton doctor` shows what is missing"
@@ -234,7 +245,7 @@ class Cluster:
             directory=_peer(self._supervisor).endpoint,
             model_dir=self._model_dir,
             secret=self._secret,
-            folder=self._folder,
+            folder=self._head.folder,
             changed=self._mailbox.wake,
         )
         router.started_s, router.restart_at_s = time.monotonic(), None
@@ -251,6 +262,8 @@ class Cluster:
     def _raise_if_supervisor_ended(self) -> None:
         import ray
 
+        if not self._head.alive:
+            raise BatonError("Ray has died; start the server again")
         if ray.wait([self._run], timeout=0.5)[0]:
             try:
                 ray.get(self._run)
@@ -262,6 +275,10 @@ class Cluster:
     def _is_up(self) -> bool:
         workers_ready = bool(self._workers) and all(worker.state == "ready" for worker in self._workers)
         return workers_ready and all(router.process.url is not None for router in self._routers)
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.num_received:
+            raise Stopped
 
     def _raise_first_failure(self) -> None:
         for worker in self._workers:
@@ -280,6 +297,7 @@ class Cluster:
                     f"{url}/readyz is not 200 after {_READY_TIMEOUT_S:g} s although all workers are ready"
                 )
             self._turn(0.02)
+            self._raise_if_stopped()
             self._raise_first_failure()
 
     def _patience_s(self) -> float | None:

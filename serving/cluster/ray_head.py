@@ -23,6 +23,7 @@ from serving.core.errors import StartupError
 
 NAMESPACE = "baton"
 _UNUSED = ("log_monitor.py", "autoscaler/_private/monitor.py", "dashboard/dashboard.py")
+_NEEDED = ("gcs_server", "raylet")
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
 # Ray puts its sockets below its folder, and a socket's path must stay below 108 bytes.
 _LONGEST_FOLDER = 34
@@ -69,6 +70,7 @@ class RayHead:
         self._num_cpus = num_cpus
         self._num_gpus = num_gpus
         self.folder = Path()
+        self._processes: list[psutil.Process] = []
 
     def __enter__(self) -> RayHead:
         """Raises StartupError if Ray does not come up."""
@@ -87,6 +89,11 @@ class RayHead:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
+
+    @property
+    def alive(self) -> bool:
+        """False: one of Ray's own processes has ended, and with it what Ray can do for us."""
+        return all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._processes)
 
     def _start(self) -> None:
         token = self.folder / "token"
@@ -124,6 +131,8 @@ class RayHead:
             with contextlib.suppress(psutil.Error):
                 if any(unused in part for part in process.cmdline() for unused in _UNUSED):
                     process.kill()
+                elif process.name() in _NEEDED:
+                    self._processes.append(process)
 
     def _stop(self) -> None:
         import ray
