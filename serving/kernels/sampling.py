@@ -7,6 +7,7 @@ an operation concerns, V vocabulary. `*_reference` of these functions are in the
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def keep_top(logits_NV: Tensor, top_k_N: Tensor, top_p_N: Tensor) -> Tensor:
 
     At least the best token stays; a token that ties with the last one kept stays too. `top_k` is in [1, V].
     """
-    sorted_NV = logits_NV.sort(dim=-1, descending=True).values
+    sorted_NV = _descending(logits_NV)
     worst_kept_N1 = sorted_NV.gather(1, top_k_N[:, None] - 1)
     sorted_NV = sorted_NV.masked_fill(sorted_NV < worst_kept_N1, -torch.inf)
     probs_NV = sorted_NV.softmax(dim=-1)
@@ -75,6 +76,13 @@ def token_logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> tupl
     logprobs_NV = logits_NV.log_softmax(dim=-1)
     top = logprobs_NV.topk(num_top, dim=-1)
     return logprobs_NV.gather(1, token_ids_N[:, None])[:, 0], top.indices, top.values
+
+
+def _descending(logits_NV: Tensor) -> Tensor:
+    if logits_NV.device.type != "cpu":
+        return logits_NV.sort(dim=-1, descending=True).values
+    # On a CPU torch sorts pairs of value and index, stably: twenty times the time of numpy's vector instructions.
+    return torch.from_numpy(np.sort(logits_NV.numpy(), axis=-1)).flip(-1)
 
 
 def _mix(x: Tensor) -> Tensor:
