@@ -159,6 +159,8 @@ class Dispatcher:
         elif now_s - self._missing_since_s > _GRACE_S:
             for generation in self._admission.drain():
                 self._fail(generation, _none_ready(role), "unavailable")
+        for worker in self._view:
+            worker.settle(now_s)
         self._pump()
 
     def _on_tokens(self, worker: Worker, batch: TokenBatch) -> None:

@@ -18,6 +18,7 @@ SILENCE_S = 2.0
 """A peer that has said nothing for so long is dead."""
 
 _SETTLE_S = 0.05
+_UNCHANGED_S = 0.3
 _STUCK_STEPS = 5.0
 
 
@@ -94,13 +95,20 @@ class Worker:
         self.heard_s, self.silent = now_s, False
         if isinstance(message, WorkerState):
             self.state = message
-            lag_s = _SETTLE_S + 2.0 * message.step_s
-            self.pages.absorb(now_s - lag_s)
-            self.tokens.absorb(now_s - lag_s)
+            self._counted(now_s - _SETTLE_S - 2.0 * message.step_s)
         elif isinstance(message, Heartbeat):
             if message.progress != self.progress or message.step_budget_s != self.step_budget_s:
                 self.moved_s = now_s
             self.progress, self.step_budget_s = message.progress, message.step_budget_s
+
+    def settle(self, now_s: float) -> None:
+        """A state is sent only when it changes: what went out a while ago without one following is in the last one."""
+        if self.state is not None and not self.silent:
+            self._counted(now_s - _UNCHANGED_S - 3.0 * self.state.step_s)
+
+    def _counted(self, sent_before_s: float) -> None:
+        self.pages.absorb(sent_before_s)
+        self.tokens.absorb(sent_before_s)
 
 
 @dataclass(frozen=True)

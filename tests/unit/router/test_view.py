@@ -75,6 +75,17 @@ def test_the_ledger_holds_what_a_state_cannot_know_yet() -> None:
     assert worker.credit_pages == 7
 
 
+def test_without_a_new_state_the_last_one_counts_after_a_while() -> None:
+    worker = View().apply(Roster(workers=[info("a")]), 0.0).joined[0]
+    worker.hear(state("decode", credit_pages=10), 0.0)
+    worker.pages.spend("job", 3, 1.0)
+    worker.hear(state("decode", credit_pages=7), 1.001)
+    worker.settle(1.2)
+    assert worker.credit_pages == 4, "the state may have crossed the job"
+    worker.settle(1.4)
+    assert worker.credit_pages == 7, "it would have changed since"
+
+
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
 def test_a_ledger_forgets_exactly_what_it_is_told(order: tuple[str, str]) -> None:
     ledger = Ledger()
