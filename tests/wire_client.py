@@ -43,7 +43,7 @@ SECRET = b"t" * 32
 GREEDY = SamplingParams(temperature=0.0)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Request:
     """What a client would see, and how often its job had to start again."""
 
@@ -60,6 +60,10 @@ class Request:
     stages: dict[str, float] = field(default_factory=dict)
     gone: bool = False
 
+    def __repr__(self) -> str:
+        tokens = f"{len(self.prompt)} + {len(self.token_ids)}"
+        return f"<{self.job_id}: {tokens} tokens, {self.finish}, gone {self.gone}, failures {self.failures}>"
+
     @property
     def done(self) -> bool:
         return self.gone or self.finish is not None
@@ -73,6 +77,7 @@ class WireClient:
     ) -> None:
         self.prefill, self.decode = prefill, decode
         self.max_failures = max_failures
+        self._name = name
         self.states: dict[str, WorkerState] = {}
         self.expositions: dict[str, str] = {}
         self.gone: list[PeerGone] = []
@@ -109,7 +114,7 @@ class WireClient:
             if isinstance(event, Received):
                 self._take(event)
             elif isinstance(event, PeerGone):
-                self.gone.append(event)
+                self._on_gone(event)
 
     def finish(self, requests: Sequence[Request], timeout_s: float = 60.0) -> list[list[int]]:
         """Waits until all have ended; their tokens."""
@@ -138,7 +143,7 @@ class WireClient:
 
     def _start(self, request: Request) -> None:
         self._num_jobs += 1
-        request.job_id, request.has_first, request.held = f"job-{self._num_jobs}", False, []
+        request.job_id, request.has_first, request.held = f"{self._name}.{self._num_jobs}", False, []
         self._requests[request.job_id] = request
         num_left = request.max_new_tokens - len(request.token_ids)
         fields: dict[str, Any] = {
@@ -172,6 +177,13 @@ class WireClient:
                 self.expositions[event.sender] = message.exposition
             case _:
                 pass
+
+    def _on_gone(self, event: PeerGone) -> None:
+        """As a router does: nothing that was sent to a dead worker is waited for."""
+        self.gone.append(event)
+        for request in list(self._requests.values()):
+            request.failures.append(event.reason)
+            self.abort(request)
 
     def _on_failed(self, request: Request, message: JobFailed) -> None:
         request.failures.append(message.reason)
