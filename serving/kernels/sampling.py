@@ -68,7 +68,8 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     """
     sums_NV = logits_NV.softmax(dim=-1).cumsum(dim=-1)
     targets_N1 = uniforms_N[:, None] * sums_NV[:, -1:]
-    return torch.searchsorted(sums_NV, targets_N1, right=True)[:, 0]
+    # Logits that are NaN (a latent was damaged on its way) must not become an id that no embedding has.
+    return torch.searchsorted(sums_NV, targets_N1, right=True)[:, 0].clamp_(max=logits_NV.shape[1] - 1)
 
 
 def token_logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -127,6 +127,26 @@ def test_ids_above_the_tokenizers_size_are_never_drawn() -> None:
         assert _sample(_create([params]), [0], logits, [5])[0] < VOCAB
 
 
+def test_damaged_logits_still_give_an_id_that_exists() -> None:
+    for params in OPTIONS.values():
+        assert 0 <= _sample(_create([params]), [0], torch.full((1, HEAD), float("nan")), [5])[0] < VOCAB
+
+
+def test_prompt_ids_above_the_tokenizers_size_and_a_minute_temperature_do_no_harm() -> None:
+    sampler = Sampler(1, VOCAB, CPU)
+    sampler.open(0, SamplingParams(temperature=1e-300, repetition_penalty=1.1, seed=1), [3, 60, 63, 4, 61], 3)
+    logits = _logits(1, seed=15)
+    logits[0, 17] = 40.0
+    assert _sample(sampler, [0], logits, [5]) == [17]
+
+
+def test_logprobs_alone_without_alternatives() -> None:
+    _, logprobs = _create([SamplingParams(temperature=0.0, logprobs=0)]).sample((0,), _logits(1, seed=16), [3])
+    assert logprobs is not None
+    assert logprobs.by_row()[0].top_ids == []
+    assert logprobs.by_row()[0].logprob < 0
+
+
 def test_logprobs_are_taken_after_penalties_and_before_temperature_and_truncation() -> None:
     wanted = SamplingParams(temperature=0.5, top_k=2, repetition_penalty=1.5, logit_bias={4: 1.0}, seed=1, logprobs=3)
     none = SamplingParams(temperature=0.0, logprobs=0)

@@ -1,0 +1,145 @@
+"""What a batch of slots needs beyond an argmax, worked out once and kept while the batch stays the same. Row by row, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serving.core.request import SamplingParams
+from serving.engine.staging import ids, reals
+
+# Far below any difference of two fp32 logits, and no logit divided by it overflows.
+_COLDEST = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bias:
+    """One entry a biased token: row of the batch, token id, what is added."""
+
+    rows: Tensor
+    token_ids: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Penalties:
+    """[N] each. `rows` of the batch, `table_rows` of the count tables."""
+
+    rows: Tensor
+    table_rows: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draws:
+    """[N] each, float64 where real. `truncated`: which of the N have a top-k or a top-p."""
+
+    host_rows: list[int]
+    rows: Tensor
+    seeds: Tensor
+    temperatures: Tensor
+    truncated: Tensor | None
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WantedLogprobs:
+    rows: tuple[int, ...]
+    num_top: tuple[int, ...]
+    rows_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recipe:
+    """What a batch needs beyond argmax; None: nobody asked."""
+
+    bias: Bias | None
+    penalties: Penalties | None
+    draws: Draws | None
+    logprobs: WantedLogprobs | None
+
+    @property
+    def plain(self) -> bool:
+        return self.bias is None and self.penalties is None and self.draws is None and self.logprobs is None
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
+
+
+def make_recipe(
+    params: list[SamplingParams], table_rows: list[int | None], vocab_size: int, device: torch.device
+) -> Recipe:
+    return Recipe(
+        bias=_make_bias(params, vocab_size, device),
+        penalties=_make_penalties(params, table_rows, device),
+        draws=_make_draws(params, vocab_size, device),
+        logprobs=_make_logprobs(params, vocab_size, device),
+    )
+
+
+def _make_bias(params: list[SamplingParams], vocab_size: int, device: torch.device) -> Bias | None:
+    entries = [
+        (row, token_id, value)
+        for row, param in enumerate(params)
+        for token_id, value in param.logit_bias.items()
+        if 0 <= token_id < vocab_size
+    ]
+    if not entries:
+        return None
+    rows, token_ids, values = zip(*entries, strict=True)
+    return Bias(rows=ids(rows, device), token_ids=ids(token_ids, device), values=reals(values, device, torch.float32))
+
+
+def _make_penalties(
+    params: list[SamplingParams], table_rows: list[int | None], device: torch.device
+) -> Penalties | None:
+    rows = [row for row, table_row in enumerate(table_rows) if table_row is not None]
+    if not rows:
+        return None
+    chosen = [params[row] for row in rows]
+    return Penalties(
+        rows=ids(rows, device),
+        table_rows=ids([table_row for table_row in table_rows if table_row is not None], device),
+        repetition=reals([param.repetition_penalty for param in chosen], device, torch.float32),
+        frequency=reals([param.frequency_penalty for param in chosen], device, torch.float32),
+        presence=reals([param.presence_penalty for param in chosen], device, torch.float32),
+    )
+
+
+def _make_draws(params: list[SamplingParams], vocab_size: int, device: torch.device) -> Draws | None:
+    rows = [row for row, param in enumerate(params) if param.temperature > 0]
+    if not rows:
+        return None
+    chosen = [params[row] for row in rows]
+    truncated = [i for i, param in enumerate(chosen) if 0 < param.top_k < vocab_size or param.top_p < 1]
+    top_k = [min(chosen[i].top_k, vocab_size) or vocab_size for i in truncated]
+    return Draws(
+        host_rows=rows,
+        rows=ids(rows, device),
+        seeds=ids([_wrapped(param.seed) for param in chosen], device),
+        temperatures=reals([max(param.temperature, _COLDEST) for param in chosen], device),
+        truncated=ids(truncated, device) if truncated else None,
+        top_k=ids(top_k, device),
+        top_p=reals([chosen[i].top_p for i in truncated], device),
+        min_p=reals([param.min_p for param in chosen], device) if any(param.min_p > 0 for param in chosen) else None,
+    )
+
+
+def _make_logprobs(params: list[SamplingParams], vocab_size: int, device: torch.device) -> WantedLogprobs | None:
+    wanted = [(row, min(param.logprobs, vocab_size)) for row, param in enumerate(params) if param.logprobs is not None]
+    if not wanted:
+        return None
+    rows, num_top = zip(*wanted, strict=True)
+    return WantedLogprobs(rows=rows, num_top=num_top, rows_N=ids(rows, device))
+
+
+def _wrapped(seed: int) -> int:
+    """The same 64 bits as a signed integer; clients may send any integer."""
+    return (seed + 2**63) % 2**64 - 2**63
