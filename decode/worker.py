@@ -47,6 +47,7 @@ from serving.engine.slots import Slots
 from serving.jobs import sequence_of
 from serving.mailbox import Driven, Mailbox, PeerGone, Received
 from serving.metrics import Metrics
+from serving.model.weights import Progress
 from serving.reporter import Reporter
 
 _QUARANTINE_SHARE = 0.5
@@ -85,10 +86,11 @@ class DecodeWorker:
         manager: KVManager | None = None,
         target: PageTarget | None = None,
         run_ahead: bool | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Raises ModelFolderError, ConfigError, StartupError."""
         config = spec.config
-        self._engine = engine or _engine(spec)
+        self._engine = engine or _engine(spec, progress)
         self._log = logging.getLogger(f"baton.{spec.worker_id}")
         self._metrics = Metrics("worker", worker=spec.worker_id)
         notices = Notices(target or _target(spec, self._engine))
@@ -400,7 +402,7 @@ class DecodeWorker:
         )
 
 
-def _engine(spec: WorkerSpec) -> Engine:
+def _engine(spec: WorkerSpec, progress: Progress | None) -> Engine:
     config = spec.config
     return build_engine(
         spec.model_dir,
@@ -412,6 +414,7 @@ def _engine(spec: WorkerSpec) -> Engine:
         dtype=config.model.dtype,
         mtp=config.model.mtp,
         num_threads=spec.num_threads,
+        progress=progress,
     )
 
 

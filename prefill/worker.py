@@ -45,6 +45,7 @@ from serving.engine.slots import Slots
 from serving.jobs import sequence_of
 from serving.mailbox import Driven, Mailbox, PeerGone, Received
 from serving.metrics import Metrics
+from serving.model.weights import Progress
 from serving.reporter import Reporter
 
 _WAITING_S = 0.1  # how often late jobs are looked for while some wait
@@ -81,10 +82,11 @@ class PrefillWorker:
         manager: KVManager | None = None,
         source: PageSource | None = None,
         run_ahead: bool | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Raises ModelFolderError, ConfigError, StartupError."""
         config = spec.config
-        self._engine = engine or _engine(spec)
+        self._engine = engine or _engine(spec, progress)
         self._log = logging.getLogger(f"baton.{spec.worker_id}")
         self._metrics = Metrics("worker", worker=spec.worker_id)
         self._writes = Writes(source or _source(spec, self._engine))
@@ -361,7 +363,7 @@ class PrefillWorker:
         )
 
 
-def _engine(spec: WorkerSpec) -> Engine:
+def _engine(spec: WorkerSpec, progress: Progress | None) -> Engine:
     config = spec.config
     return build_engine(
         spec.model_dir,
@@ -373,6 +375,7 @@ def _engine(spec: WorkerSpec) -> Engine:
         dtype=config.model.dtype,
         mtp=config.model.mtp,
         num_threads=spec.num_threads,
+        progress=progress,
     )
 
 

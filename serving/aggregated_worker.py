@@ -36,6 +36,7 @@ from serving.engine.build import Engine, build_engine
 from serving.jobs import sequence_of
 from serving.mailbox import Driven, Mailbox, PeerGone, Received
 from serving.metrics import Metrics
+from serving.model.weights import Progress
 from serving.reporter import Reporter
 
 _WAITING_S = 0.1  # how often late jobs are looked for while some wait
@@ -58,10 +59,17 @@ class AggregatedWorker:
     only delay tokens.
     """
 
-    def __init__(self, spec: WorkerSpec, *, engine: Engine | None = None, run_ahead: bool | None = None) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        *,
+        engine: Engine | None = None,
+        run_ahead: bool | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         """Raises ModelFolderError, ConfigError, StartupError."""
         config = spec.config
-        self._engine = engine or _engine(spec)
+        self._engine = engine or _engine(spec, progress)
         self._log = logging.getLogger(f"baton.{spec.worker_id}")
         self._metrics = Metrics("worker", worker=spec.worker_id)
         self._mailbox: Mailbox[object] = Mailbox(
@@ -256,7 +264,7 @@ class AggregatedWorker:
         )
 
 
-def _engine(spec: WorkerSpec) -> Engine:
+def _engine(spec: WorkerSpec, progress: Progress | None) -> Engine:
     config = spec.config
     return build_engine(
         spec.model_dir,
@@ -268,4 +276,5 @@ def _engine(spec: WorkerSpec) -> Engine:
         dtype=config.model.dtype,
         mtp=config.model.mtp,
         num_threads=spec.num_threads,
+        progress=progress,
     )

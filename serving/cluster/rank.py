@@ -111,11 +111,11 @@ def _build(spec: WorkerSpec, progress: LoadProgress) -> Worker:
     if spec.role == "prefill":
         from prefill.worker import PrefillWorker
 
-        return PrefillWorker(spec)
+        return PrefillWorker(spec, progress=progress)
     if spec.role == "decode":
         from decode.worker import DecodeWorker
 
-        return DecodeWorker(spec)
+        return DecodeWorker(spec, progress=progress)
     from serving.aggregated_worker import AggregatedWorker
 
-    return AggregatedWorker(spec)
+    return AggregatedWorker(spec, progress=progress)

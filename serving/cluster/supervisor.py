@@ -235,6 +235,14 @@ class Supervisor:
                 rank.backoff_s = _FIRST_BACKOFF_S
             rank.restart_at_s = now_s + rank.backoff_s
             rank.backoff_s = min(2 * rank.backoff_s, _LONGEST_BACKOFF_S)
+        self._testify()
+
+    def _testify(self) -> None:
+        """Pages that a dead prefill worker was writing are free only on our word: decode workers do not attach, so we go to them."""
+        for rank in self._state.ranks.values():
+            if rank.plan.role == "decode" and rank.state in ("ready", "draining"):
+                self._mailbox.connect(rank.info().address)
+                self._mailbox.post(rank.plan.worker_id, self._roster())
 
     @property
     def _draining(self) -> bool:

@@ -6,6 +6,7 @@
     decode -> prefill       KVTicket, KVRefused, KVClose
     worker -> router        TokenBatch, Preempted, JobFailed, WorkerState, MetricsReply
     router -> supervisor    Attach;      supervisor -> router    Roster
+    supervisor -> decode    Roster, Drain (a dead rank in it is proof that nothing of that incarnation writes any more)
     everybody               Heartbeat
 
 A message travels as an `Envelope` (serving.wire), which names its sender and the sender's incarnation. A job id is unique to one life of a
