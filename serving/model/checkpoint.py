@@ -20,8 +20,6 @@ from torch import Tensor
 from serving.core.errors import ModelFolderError
 
 _INDEX = "model.safetensors.index.json"
-# A mapping is closed once this much was read through it.
-_MAPPED_BYTES = 4 << 20
 _ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 
 
@@ -99,11 +97,14 @@ def _header(shard: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 class ShardReader:
-    """Reads rows of tensors, one shard mapped at a time. A context manager; what it returned must be copied or dropped
-    before the next read."""
+    """Reads rows of tensors, one shard mapped at a time, each mapping closed once `mapped_bytes` were read through it.
 
-    def __init__(self, entries: dict[str, TensorEntry]) -> None:
+    A context manager; what it returned must be copied or dropped soon, or it keeps its mapping.
+    """
+
+    def __init__(self, entries: dict[str, TensorEntry], *, mapped_bytes: int) -> None:
         self._entries = entries
+        self._mapped_bytes = mapped_bytes
         self._shard: Path | None = None
         self._file: Any = None
         self._bytes_read = 0
@@ -117,7 +118,7 @@ class ShardReader:
     def rows(self, name: str, start: int, end: int) -> Tensor:
         """Rows `[start, end)` of a tensor, on CPU, in the file's dtype."""
         entry = self._entries[name]
-        if entry.shard != self._shard or self._bytes_read >= _MAPPED_BYTES:
+        if entry.shard != self._shard or self._bytes_read >= self._mapped_bytes:
             self._close()
             mapped: Any = safe_open(entry.shard, framework="pt", device="cpu")
             self._file = mapped.__enter__()

@@ -169,11 +169,6 @@ class Block:
             Mlp(config.hidden_size, config.intermediate_size, dtype, device) if dense else Moe(config, dtype, device)
         )
 
-    def pack(self) -> None:
-        """Once loaded: into the layout that the products read fastest."""
-        self.attention.pack()
-        self.mlp.pack()
-
     def prefill(
         self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, seqs: tuple[SeqChunk, ...], kv_pool: Tensor
     ) -> Tensor:

@@ -35,18 +35,26 @@ class Moe:
         # The gate decides in fp32 whatever the compute dtype.
         self.gate = torch.empty(num_experts, hidden, dtype=torch.float32, device=device)
         self.gate_bias = torch.empty(num_experts, dtype=torch.float32, device=device)
-        # Stacked [E, 2I, D] and [E, D, I]; packed, one matrix an expert.
-        self.gate_up: Tensor | list[Tensor] = torch.empty(num_experts, 2 * inner, hidden, dtype=dtype, device=device)
-        self.down: Tensor | list[Tensor] = torch.empty(num_experts, hidden, inner, dtype=dtype, device=device)
+        # On CPU one matrix an expert, so that each can be packed as soon as it is loaded; else stacked over E.
+        self.gate_up: Tensor | list[Tensor]
+        self.down: Tensor | list[Tensor]
+        if device.type == "cpu":
+            self.gate_up = [torch.empty(2 * inner, hidden, dtype=dtype) for _ in range(num_experts)]
+            self.down = [torch.empty(hidden, inner, dtype=dtype) for _ in range(num_experts)]
+        else:
+            self.gate_up = torch.empty(num_experts, 2 * inner, hidden, dtype=dtype, device=device)
+            self.down = torch.empty(num_experts, hidden, inner, dtype=dtype, device=device)
         self.shared = Mlp(hidden, config.shared_intermediate_size, dtype, device)
 
-    def pack(self) -> None:
+    def pack_gate(self) -> None:
         """Once loaded: into the layout that the products read fastest."""
         self.gate = pack(self.gate)
-        self.shared.pack()
-        if self.gate.is_mkldnn:
-            self.gate_up = [pack(weight) for weight in self.gate_up]
-            self.down = [pack(weight) for weight in self.down]
+
+    def pack_expert(self, expert: int) -> None:
+        """The same for one routed expert."""
+        if isinstance(self.gate_up, list) and isinstance(self.down, list):
+            self.gate_up[expert] = pack(self.gate_up[expert])
+            self.down[expert] = pack(self.down[expert])
 
     def forward(self, x_TD: Tensor) -> Tensor:
         experts_TK, weights_TK = self.choose(x_TD)

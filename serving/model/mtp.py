@@ -41,7 +41,6 @@ class Mtp:
     def pack(self) -> None:
         """Once loaded: into the layout that the products read fastest."""
         self.join = pack(self.join)
-        self.block.pack()
 
     @torch.inference_mode()
     def store_rows(

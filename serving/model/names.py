@@ -6,14 +6,15 @@ view with the tensor's own shape, so loading is a copy and nothing is transposed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 from torch import Tensor
 
 from serving.model.deepseek_v3 import Attention, Block, DeepseekV3
-from serving.model.experts import Mlp, Moe
+from serving.model.experts import Moe
+from serving.model.mtp import Mtp
 
 SCALE_SUFFIX = "_scale_inv"
 
@@ -31,10 +32,7 @@ class Target:
     repeats: str | None = None
 
 
-class Part(Protocol):
-    """A piece of the model that takes its final layout once all of its tensors are loaded."""
-
-    def pack(self) -> None: ...
+Part = tuple[Callable[[], None] | None, dict[str, Target]]
 
 
 def name_table(model: DeepseekV3) -> dict[str, Target]:
@@ -42,36 +40,46 @@ def name_table(model: DeepseekV3) -> dict[str, Target]:
     return {name: target for _, targets in name_tables(model) for name, target in targets.items()}
 
 
-def name_tables(model: DeepseekV3) -> Iterator[tuple[Part | None, dict[str, Target]]]:
-    """`name_table` part by part. Only before the part is packed do its targets point at its memory."""
+def name_tables(model: DeepseekV3) -> Iterator[Part]:
+    """`name_table` in parts: once a part's tensors are loaded, what stands before them is to be called.
+
+    It packs the part into its final layout, after which its targets no longer point at the model's memory.
+    """
     yield None, {"model.embed_tokens.weight": Target(into=model.embed)}
     for layer, block in enumerate(model.blocks):
-        yield block, dict(_block(f"model.layers.{layer}.", block))
+        yield from _block(f"model.layers.{layer}.", block)
     yield None, {"model.norm.weight": Target(into=model.norm)}
-    yield model.head, {"lm_head.weight": Target(into=model.head.weight)}
+    yield model.head.pack, {"lm_head.weight": Target(into=model.head.weight)}
     if model.mtp is not None:
-        yield model.mtp, dict(_mtp(f"model.layers.{model.config.num_layers}.", model))
+        prefix = f"model.layers.{model.config.num_layers}."
+        yield model.mtp.pack, dict(_mtp(prefix, model.mtp))
+        yield from _block(prefix, model.mtp.block)
+        yield None, dict(_repeated(prefix, model))
 
 
-def _mtp(prefix: str, model: DeepseekV3) -> Iterator[tuple[str, Target]]:
-    assert model.mtp is not None
+def _mtp(prefix: str, mtp: Mtp) -> Iterator[tuple[str, Target]]:
+    yield prefix + "enorm.weight", Target(into=mtp.embed_norm)
+    yield prefix + "hnorm.weight", Target(into=mtp.hidden_norm)
+    yield prefix + "eh_proj.weight", Target(into=mtp.join, quantised=True)
+    yield prefix + "shared_head.norm.weight", Target(into=mtp.norm)
+
+
+def _repeated(prefix: str, model: DeepseekV3) -> Iterator[tuple[str, Target]]:
     yield prefix + "embed_tokens.weight", Target(into=model.embed, repeats="model.embed_tokens.weight")
-    yield prefix + "enorm.weight", Target(into=model.mtp.embed_norm)
-    yield prefix + "hnorm.weight", Target(into=model.mtp.hidden_norm)
-    yield prefix + "eh_proj.weight", Target(into=model.mtp.join, quantised=True)
-    yield from _block(prefix, model.mtp.block)
-    yield prefix + "shared_head.norm.weight", Target(into=model.mtp.norm)
     yield prefix + "shared_head.head.weight", Target(into=model.head.weight, repeats="lm_head.weight")
 
 
-def _block(prefix: str, block: Block) -> Iterator[tuple[str, Target]]:
-    yield prefix + "input_layernorm.weight", Target(into=block.attention_norm)
-    yield from _attention(prefix + "self_attn.", block.attention)
-    yield prefix + "post_attention_layernorm.weight", Target(into=block.mlp_norm)
+def _block(prefix: str, block: Block) -> Iterator[Part]:
+    norms = {
+        prefix + "input_layernorm.weight": Target(into=block.attention_norm),
+        prefix + "post_attention_layernorm.weight": Target(into=block.mlp_norm),
+    }
+    yield None, norms
+    yield block.attention.pack, dict(_attention(prefix + "self_attn.", block.attention))
     if isinstance(block.mlp, Moe):
         yield from _moe(prefix + "mlp.", block.mlp)
     else:
-        yield from _mlp(prefix + "mlp.", block.mlp.gate_up, block.mlp.down)
+        yield block.mlp.pack, dict(_mlp(prefix + "mlp.", block.mlp.gate_up, block.mlp.down))
 
 
 def _attention(prefix: str, attention: Attention) -> Iterator[tuple[str, Target]]:
@@ -89,13 +97,16 @@ def _attention(prefix: str, attention: Attention) -> Iterator[tuple[str, Target]
     yield prefix + "o_proj.weight", Target(into=attention.out, quantised=True)
 
 
-def _moe(prefix: str, moe: Moe) -> Iterator[tuple[str, Target]]:
-    yield prefix + "gate.weight", Target(into=moe.gate)
-    yield prefix + "gate.e_score_correction_bias", Target(into=moe.gate_bias)
-    for expert, (gate_up, down) in enumerate(zip(moe.gate_up, moe.down, strict=True)):
-        yield from _mlp(f"{prefix}experts.{expert}.", gate_up, down)
-    shared: Mlp = moe.shared
-    yield from _mlp(prefix + "shared_experts.", shared.gate_up, shared.down)
+def _moe(prefix: str, moe: Moe) -> Iterator[Part]:
+    gate = {
+        prefix + "gate.weight": Target(into=moe.gate),
+        prefix + "gate.e_score_correction_bias": Target(into=moe.gate_bias),
+    }
+    yield moe.pack_gate, gate
+    for expert in range(len(moe.gate_up)):
+        targets = dict(_mlp(f"{prefix}experts.{expert}.", moe.gate_up[expert], moe.down[expert]))
+        yield partial(moe.pack_expert, expert), targets
+    yield moe.shared.pack, dict(_mlp(prefix + "shared_experts.", moe.shared.gate_up, moe.shared.down))
 
 
 def _mlp(prefix: str, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Target]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -20,10 +20,9 @@ from serving.kernels.quant import dequantise_block_fp8
 from serving.model.checkpoint import ShardReader, TensorEntry, read_entries
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
+from serving.model.heap import blocks_returned
 from serving.model.names import SCALE_SUFFIX, Target, name_table, name_tables
 
-# Elements of one tensor converted at a time; the transient is at most 8 bytes each.
-_PIECE_ELEMENTS = 1 << 20
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _FP8 = "F8_E4M3"
 # A buffer some exporters store although config.json determines it.
@@ -53,22 +52,31 @@ def load_weights(
     Raises ModelFolderError, before reading any weight, with one line that counts the faults and then a line for each
     group of tensors that is missing, unexpected or of a wrong shape or dtype.
     """
-    entries = read_entries(Path(folder))
-    _check(Path(folder), entries, config)
-    model = DeepseekV3(config, dtype, device)
+    with blocks_returned():
+        return _load(Path(folder), config, dtype, device, progress)
+
+
+def _load(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, progress: Progress | None
+) -> DeepseekV3:
+    entries = read_entries(folder)
+    model = _new_model(folder, config, dtype, device)
+    _check(folder, entries, config, name_table(model))
+    total_bytes = sum(entry.num_bytes for entry in entries.values())
+    in_flight_bytes = min(max(total_bytes // 64, 1 << 20), 64 << 20)
     if progress is not None:
-        progress.start(sum(entry.num_bytes for entry in entries.values()))
-    with ShardReader(entries) as reader:
-        for part, targets in name_tables(model):
-            for name, target in targets.items():
-                num_bytes = _load(name, target, entries, reader, config)
+        progress.start(total_bytes)
+    with ShardReader(entries, mapped_bytes=in_flight_bytes) as reader:
+        files = _Files(entries=entries, reader=reader, config=config, piece_elements=in_flight_bytes // 8)
+        for pack, targets in name_tables(model):
+            while targets:
+                name = next(iter(targets))
+                # The views die before the part takes its final layout: only one part exists twice.
+                num_bytes = files.load(name, targets.pop(name))
                 if progress is not None:
                     progress.advance(num_bytes)
-            # The views die before the part takes its final layout, so that only one part exists twice.
-            targets.clear()
-            del target
-            if part is not None:
-                part.pack()
+            if pack is not None:
+                pack()
     if progress is not None:
         progress.finish()
     return model
@@ -76,51 +84,69 @@ def load_weights(
 
 def check_weights(folder: str | Path, config: ModelConfig) -> None:
     """Compare the headers of the folder's shards with the model; reads no weights. Raises what `load_weights` raises."""
-    _check(Path(folder), read_entries(Path(folder)), config)
+    model = DeepseekV3(config, torch.bfloat16, "meta")
+    _check(Path(folder), read_entries(Path(folder)), config, name_table(model))
 
 
-def _load(name: str, target: Target, entries: dict[str, TensorEntry], reader: ShardReader, config: ModelConfig) -> int:
-    """Fill one target; bytes of the files that this took."""
-    if name not in entries:
-        return 0
-    if target.repeats is None:
-        _fill(name, target.into, entries, reader, config)
-    else:
-        _compare(name, target.repeats, entries, reader)
-    scales = entries.get(name + SCALE_SUFFIX)
-    return entries[name].num_bytes + (scales.num_bytes if scales else 0)
+def _new_model(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> DeepseekV3:
+    """Uninitialised: on CPU nothing is resident before it is filled."""
+    try:
+        return DeepseekV3(config, dtype, device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelFolderError(
+            f"{folder}: no memory for the weights as {dtype} on {device} ({reason}); choose a smaller dtype or model"
+        ) from None
 
 
-def _fill(name: str, into: Tensor, entries: dict[str, TensorEntry], reader: ShardReader, config: ModelConfig) -> None:
-    quantised = entries[name].dtype == _FP8
-    block = config.weight_block_size or (1, 1)
-    for start, end in _pieces(into.shape, multiple_of=block[0] if quantised else 1):
-        part = reader.rows(name, start, end)
-        if quantised:
-            scales = reader.rows(name + SCALE_SUFFIX, start // block[0], -(-end // block[0]))
-            part = dequantise_block_fp8(part, scales, block, into.dtype)
-        into[start:end].copy_(part)
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    """The open folder, and how many elements of a tensor are converted at a time (at most 8 transient bytes each)."""
+
+    entries: dict[str, TensorEntry]
+    reader: ShardReader
+    config: ModelConfig
+    piece_elements: int
+
+    def load(self, name: str, target: Target) -> int:
+        """Fill one target; bytes of the files that this took."""
+        if name not in self.entries:
+            return 0
+        if target.repeats is None:
+            self._fill(name, target.into)
+        else:
+            self._compare(name, target.repeats)
+        scales = self.entries.get(name + SCALE_SUFFIX)
+        return self.entries[name].num_bytes + (scales.num_bytes if scales else 0)
+
+    def _fill(self, name: str, into: Tensor) -> None:
+        quantised = self.entries[name].dtype == _FP8
+        block = self.config.weight_block_size or (1, 1)
+        for start, end in self._pieces(name, multiple_of=block[0] if quantised else 1):
+            part = self.reader.rows(name, start, end)
+            if quantised:
+                scales = self.reader.rows(name + SCALE_SUFFIX, start // block[0], -(-end // block[0]))
+                part = dequantise_block_fp8(part, scales, block, into.dtype)
+            into[start:end].copy_(part)
+
+    def _compare(self, name: str, original: str) -> None:
+        """The copy in the file must be what it repeats."""
+        for start, end in self._pieces(name, multiple_of=1):
+            if not torch.equal(self.reader.rows(name, start, end), self.reader.rows(original, start, end)):
+                raise ModelFolderError(
+                    f"{self.entries[name].shard}: {name} differs from {original}; an MTP layer with its own embedding "
+                    "or head is not supported (set num_nextn_predict_layers to 0 in config.json to leave it out)"
+                )
+
+    def _pieces(self, name: str, *, multiple_of: int) -> list[tuple[int, int]]:
+        """Row ranges of about `piece_elements` each."""
+        shape = self.entries[name].shape
+        step = max(self.piece_elements // max(math.prod(shape[1:]), 1) // multiple_of, 1) * multiple_of
+        return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def _compare(name: str, original: str, entries: dict[str, TensorEntry], reader: ShardReader) -> None:
-    """The copy in the file must be what it repeats."""
-    for start, end in _pieces(entries[name].shape, multiple_of=1):
-        if not torch.equal(reader.rows(name, start, end).float(), reader.rows(original, start, end).float()):
-            raise ModelFolderError(
-                f"{entries[name].shard}: {name} differs from {original}; an MTP layer with its own embedding or "
-                "head is not supported (set num_nextn_predict_layers to 0 in config.json to leave it out)"
-            )
-
-
-def _pieces(shape: Sequence[int], *, multiple_of: int) -> list[tuple[int, int]]:
-    """Row ranges of about `_PIECE_ELEMENTS` each."""
-    step = max(_PIECE_ELEMENTS // max(math.prod(shape[1:]), 1) // multiple_of, 1) * multiple_of
-    return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
-
-
-def _check(folder: Path, entries: dict[str, TensorEntry], config: ModelConfig) -> None:
+def _check(folder: Path, entries: dict[str, TensorEntry], config: ModelConfig, table: dict[str, Target]) -> None:
     """Compare names, shapes and dtypes of the folder with the model's; one error names every fault."""
-    table = name_table(DeepseekV3(config, torch.bfloat16, "meta"))
     faults: dict[str, list[str]] = defaultdict(list)
     expected = set(table)
     for name, target in table.items():

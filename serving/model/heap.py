@@ -1,0 +1,31 @@
+"""Gives memory back to the system while weights are loaded and packed.
+
+Every weight exists twice for a moment, plain and packed. glibc keeps freed blocks of that size for itself, and the packed
+copies do not fit the holes, so without this a loaded model holds a quarter more than its weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_M_MMAP_THRESHOLD = -3
+_WHILE_LOADING_BYTES = 64 << 10
+# Where glibc's own adjustment ends: activations of later steps come from the heap, not from fresh pages.
+_AFTERWARDS_BYTES = 32 << 20
+
+
+@contextmanager
+def blocks_returned() -> Iterator[None]:
+    """Inside, each larger block is a mapping of its own, returned when freed. No effect but on Linux with glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _WHILE_LOADING_BYTES)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _AFTERWARDS_BYTES)
