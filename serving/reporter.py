@@ -38,8 +38,11 @@ class Reporter:
         self._touched = True
 
     def attach(self, peer: str) -> None:
+        state = self._state()
+        if not self._attached:
+            self._sent = state
         self._attached.add(peer)
-        self._mailbox.post(peer, self._state())
+        self._mailbox.post(peer, state)
 
     def gone(self, event: PeerGone) -> None:
         self._attached.discard(event.peer)

@@ -255,10 +255,15 @@ class Running:
 
     def close(self) -> None:
         self.worker.stop()
-        self._thread.join(20)
+        self.join(20.0)
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for `run` to return; raises what it raised, once."""
+        self._thread.join(timeout_s)
         assert not self._thread.is_alive(), "the worker does not stop"
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
 
     def _run(self) -> None:
         try:

@@ -1,0 +1,340 @@
+"""A prefill worker whose decode worker is scripted: what it writes, what it says, and how it lets go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+
+from kvcache.pool import KVPool
+from kvcache.transfer.base import Completed, PageSource
+from kvcache.transfer.local import LocalFabric
+from kvcache.transfer.manifest import decode_notice
+from prefill.worker import PrefillWorker
+from serving.core.messages import (
+    Abort,
+    Attach,
+    Drain,
+    JobFailed,
+    KVBind,
+    KVClose,
+    KVClosed,
+    KVReady,
+    KVRefused,
+    KVTicket,
+    MetricsQuery,
+    MetricsReply,
+    PrefillJob,
+    TokenBatch,
+    WorkerState,
+)
+from serving.engine.build import Engine
+from tests.engine_factory import GREEDY, create_engine
+from tests.scripted_peer import ScriptedPeer
+from tests.wire_client import Running, create_config, create_manager, create_spec
+
+PROMPT = list(range(2, 122)) + list(range(2, 82))  # 200 tokens: three full pages and a part
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    torch.set_num_threads(1)
+    return create_engine(tmp_path_factory.mktemp("model") / "tiny", num_pages=16)
+
+
+class SlowSource:
+    """A PageSource whose writes complete only while `open` is set."""
+
+    def __init__(self, source: PageSource) -> None:
+        self._source = source
+        self.open = True
+
+    @property
+    def num_open(self) -> int:
+        return self._source.num_open
+
+    def connect(self, agent: bytes) -> str:
+        return self._source.connect(agent)
+
+    def disconnect(self, peer: str) -> None:
+        self._source.disconnect(peer)
+
+    def write(self, peer: str, source_page_ids: Sequence[int], target_page_ids: Sequence[int], notice: bytes) -> int:
+        return self._source.write(peer, source_page_ids, target_page_ids, notice)
+
+    def poll(self) -> list[Completed]:
+        return self._source.poll() if self.open else []
+
+    def close(self) -> None:
+        self._source.close()
+
+
+class Stage:
+    """The worker, a scripted router, and a scripted decode worker with a pool of its own."""
+
+    def __init__(self, engine: Engine, stack: ExitStack, **options: Any) -> None:
+        config = create_config(**options)
+        fabric = LocalFabric()
+        self.engine = engine
+        self.source = SlowSource(fabric.source(engine.pool))
+        self.worker = PrefillWorker(
+            create_spec("prefill-0", "prefill", config),
+            engine=engine,
+            manager=create_manager(engine, config),
+            source=self.source,
+            run_ahead=False,
+        )
+        self.pool = KVPool(engine.layout, 8, torch.float32)
+        self.target = fabric.target("decode", self.pool)
+        self.running = Running(self.worker)
+        stack.callback(self.running.close)
+        self.router = ScriptedPeer("router-0", self.worker.address)
+        self.decode = ScriptedPeer("decode-0")
+        stack.callback(self.router.close)
+        stack.callback(self.decode.close)
+
+    def submit(self, job_id: str = "j", **fields: Any) -> None:
+        defaults: dict[str, Any] = {
+            "token_ids": PROMPT,
+            "num_prompt_tokens": len(PROMPT),
+            "sampling": GREEDY,
+            "max_new_tokens": 4,
+            "budget_s": 60.0,
+            "decode": self.decode.address,
+        }
+        self.router.say(PrefillJob(job_id=job_id, **(defaults | fields)))
+
+    def grant(self, job_id: str = "j", **fields: Any) -> None:
+        """The ticket: four pages, none of them held already."""
+        defaults: dict[str, Any] = {
+            "first_page": 0,
+            "page_ids": [5, 4, 2, 3],
+            "epochs": [1, 1, 2, 3],
+            "agent": self.target.agent,
+        }
+        self.decode.say(KVTicket(job_id=job_id, **(defaults | fields)), to="prefill-0")
+
+    def used(self) -> int:
+        pages = self.worker.pages()
+        return sum(pages.values()) - pages["free"] - pages["cached"]
+
+    def wait(self, until: Callable[[], bool], timeout_s: float = 2.0) -> None:
+        end_s = time.monotonic() + timeout_s
+        while not until():
+            assert time.monotonic() < end_s, f"not within {timeout_s} s; {self.worker.pages()}"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def stage(engine: Engine) -> Iterator[Callable[..., Stage]]:
+    with ExitStack() as stack:
+        yield lambda **options: Stage(engine, stack, **options)
+
+
+def test_every_valid_row_is_written_and_announced_and_the_pages_are_then_cached(stage: Callable[..., Stage]) -> None:
+    s = stage(max_batched_tokens=64)
+    s.submit()
+    assert s.decode.hear(KVBind).identity == s.engine.identity
+    s.grant()
+    first = s.router.hear(TokenBatch)
+    ready = s.decode.hear(KVReady)
+    notices = [decode_notice(data) for data in s.target.notifications()]
+    assert len(notices) == ready.num_writes
+    assert sum(notice.num_bytes for notice in notices) == ready.num_bytes == 4 * s.engine.layout.page_bytes
+    assert [epoch for notice in notices for epoch in notice.epochs] == ready.epochs == [1, 1, 2, 3]
+    assert (ready.num_tokens, ready.first_token) == (200, first.jobs[0].token_ids[0])
+    assert set(first.stages["j"]) == {"prefill_queue", "prefill"}
+    rows = s.pool.tensor[[5, 4, 2, 3]].transpose(1, 2).flatten(0, 1)[:200]
+    assert not rows.isnan().any()  # the pool was NaN wherever nobody had computed
+    s.wait(lambda: s.used() == 0)
+    assert s.worker.pages()["cached"] == 3
+
+
+def test_pages_go_while_later_chunks_are_computed(stage: Callable[..., Stage]) -> None:
+    s = stage(max_batched_tokens=64)
+    s.submit(token_ids=PROMPT * 4, num_prompt_tokens=len(PROMPT) * 4)
+    s.decode.hear(KVBind)
+    num_pages = 13
+    s.grant(page_ids=[0] * num_pages, epochs=[1] * num_pages)
+    assert s.decode.hear(KVReady).num_writes > 3
+
+
+def test_the_first_token_does_not_wait_for_the_ticket(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.submit()
+    s.router.hear(TokenBatch)
+    assert s.decode.hears_no(KVReady, 0.2)
+    s.grant()
+    s.decode.hear(KVReady)
+
+
+def test_pages_that_decode_holds_are_not_sent(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.submit()
+    s.decode.hear(KVBind)
+    s.grant(first_page=3, page_ids=[6], epochs=[1])
+    assert s.decode.hear(KVReady).num_bytes == s.engine.layout.page_bytes
+    num_rows = s.worker.metric("baton_kv_handoff_bytes_total", kind="latent") / s.engine.layout.latent_bytes(1)
+    assert num_rows == 200 - 3 * 64
+
+
+def test_a_request_that_ends_with_its_first_token_is_not_handed_off(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.submit(max_new_tokens=1)
+    assert s.router.hear(TokenBatch).jobs[0].finish == "length"
+    s.decode.hear(KVClosed, job_id="j")
+    s.grant()  # on its way when the job ended
+    assert s.decode.hears_no(KVReady, 0.2)
+    assert s.target.notifications() == []
+    s.wait(lambda: s.used() == 0)
+
+
+def test_an_aborted_job_says_closed_only_when_nothing_is_in_flight(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.source.open = False
+    s.submit()
+    s.decode.hear(KVBind)
+    s.grant()
+    s.decode.hear(KVReady)
+    s.router.say(Abort(job_id="j"))
+    assert s.decode.hears_no(KVClosed, 0.3)
+    assert s.used() == 4, "pages that a write still reads were given back"
+    s.source.open = True
+    s.decode.hear(KVClosed, job_id="j")
+    s.wait(lambda: s.used() == 0)
+
+
+def test_a_close_for_a_job_that_is_over_or_never_was_is_answered_at_once(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.submit()
+    s.decode.hear(KVBind)
+    s.grant()
+    s.decode.hear(KVReady)
+    s.wait(lambda: s.used() == 0)
+    for job_id in ("j", "never"):
+        s.decode.say(KVClose(job_id=job_id), to="prefill-0")
+        s.decode.hear(KVClosed, job_id=job_id)
+
+
+@pytest.mark.parametrize("answer", ["refused", "closed", "misfit"])
+def test_a_decode_worker_that_does_not_want_the_job_ends_it(stage: Callable[..., Stage], answer: str) -> None:
+    s = stage()
+    s.submit()
+    s.decode.hear(KVBind)
+    if answer == "refused":
+        s.decode.say(KVRefused(job_id="j", reason="no room"), to="prefill-0")
+    elif answer == "closed":
+        s.decode.say(KVClose(job_id="j"), to="prefill-0")
+    else:
+        s.grant(page_ids=[1], epochs=[1])
+    assert s.router.hear(JobFailed, job_id="j").retryable == (answer != "misfit")
+    s.decode.hear(KVClosed, job_id="j")
+    s.wait(lambda: s.used() == 0)
+
+
+def test_a_stuck_write_fails_the_job_and_keeps_its_pages_until_it_is_over(stage: Callable[..., Stage]) -> None:
+    s = stage(progress_timeout_s=0.3)
+    s.source.open = False
+    s.submit()
+    s.decode.hear(KVBind)
+    s.grant()
+    assert "nothing moved" in s.router.hear(JobFailed, job_id="j").reason
+    assert s.used() == 4
+    assert s.decode.hears_no(KVClosed, 0.2)
+    s.source.open = True
+    s.decode.hear(KVClosed)
+    s.wait(lambda: s.used() == 0)
+
+
+def test_an_agent_that_cannot_be_written_fails_the_job(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.submit()
+    s.decode.hear(KVBind)
+    s.grant(agent=b"nobody")
+    assert "nobody" in s.router.hear(JobFailed, job_id="j").reason
+    s.wait(lambda: s.used() == 0)
+
+
+def test_a_decode_worker_that_falls_silent_fails_its_jobs(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.submit()
+    s.decode.hear(KVBind)
+    s.decode.close()
+    failed = s.router.hear(JobFailed, 4.0, job_id="j")
+    assert failed.retryable
+    assert "silent" in failed.reason
+    s.wait(lambda: s.used() == 0)
+
+
+def test_a_router_that_falls_silent_takes_its_jobs_with_it(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.submit()
+    s.decode.hear(KVBind)
+    s.router.close()
+    s.decode.hear(KVClosed, 4.0, job_id="j")
+    s.wait(lambda: s.used() == 0)
+
+
+def test_a_prompt_that_is_late_is_dropped_and_named(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.submit(budget_s=-0.1)
+    failed = s.router.hear(JobFailed, job_id="j")
+    assert not failed.retryable
+    assert "time budget" in failed.reason
+    assert s.decode.hears_no(KVBind, 0.1)
+
+
+def test_a_prompt_that_never_fits_and_a_token_that_does_not_exist_are_refused(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    for job_id, fields in {
+        "long": {"token_ids": PROMPT * 6},
+        "odd": {"token_ids": [5, 128], "num_prompt_tokens": 2},
+    }.items():
+        s.submit(job_id, **fields)
+        assert not s.router.hear(JobFailed, job_id=job_id).retryable
+    s.submit()
+    s.router.hear(TokenBatch)
+
+
+def test_an_answer_of_one_token_needs_no_decode_worker(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.submit(decode=None)
+    assert len(s.router.hear(TokenBatch).jobs[0].token_ids) == 1
+    s.wait(lambda: s.used() == 0)
+
+
+def test_messages_that_make_no_sense_here_are_counted_and_change_nothing(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.submit()
+    s.submit()  # twice the same id
+    s.router.say(KVBind(job_id="j", identity=""))
+    s.router.say(KVClose(job_id="j"))  # of somebody else's hand-off
+    s.decode.hear(KVBind)
+    s.grant()
+    s.grant()  # a second ticket
+    s.wait(lambda: s.worker.metric("baton_frames_refused_total") >= 2)
+    s.decode.hear(KVReady)
+    assert s.router.hears_no(JobFailed, 0.1)
+
+
+def test_state_metrics_and_drain(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    s.router.say(Attach())
+    state = s.router.hear(WorkerState)
+    assert (state.role, state.ready, state.credit_pages) == ("prefill", True, 16)
+    s.submit()
+    s.decode.hear(KVBind)
+    s.router.say(MetricsQuery(query_id=3))
+    text = s.router.hear(MetricsReply, query_id=3).exposition
+    assert 'baton_kv_pages{state="owned",worker="prefill-0"} 4.0' in text
+    assert 'baton_requests_running{role="prefill",worker="prefill-0"} 1.0' in text
+    s.router.say(Drain())
+    s.submit("new")
+    assert s.router.hear(JobFailed, job_id="new").retryable
+    s.grant()
+    s.decode.hear(KVReady)
+    s.running.join(5.0)
