@@ -1,0 +1,96 @@
+"""Mode both behind a socket: the text of the loop itself, aborts, refusals, drain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from serving.aggregated_worker import AggregatedWorker
+from serving.core.messages import DecodeJob, Drain, KVBind, KVRefused, PeerAddress, PrefillJob
+from serving.core.request import FinishReason
+from serving.engine.build import Engine
+from tests.engine_factory import GREEDY, create_engine, create_loop, random_prompts
+from tests.scripted_peer import ScriptedPeer
+from tests.wire_client import Running, WireClient, create_config, create_spec
+
+LENGTHS = [1, 30, 64, 65, 130, 200, 10, 63]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    torch.set_num_threads(1)
+    return create_engine(tmp_path_factory.mktemp("model") / "tiny", num_pages=64)
+
+
+Serving = tuple[AggregatedWorker, Running, WireClient]
+
+
+@pytest.fixture(params=[False, True], ids=["settled", "run-ahead"])
+def serving(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Serving]:
+    worker = AggregatedWorker(create_spec("both-0", "both", create_config()), engine=engine, run_ahead=request.param)
+    running = Running(worker)
+    client = WireClient(worker.address, None)
+    yield worker, running, client
+    client.close()
+    running.close()
+
+
+def is_quiet(worker: AggregatedWorker) -> bool:
+    pages = worker.pages()
+    return pages["free"] + pages["cached"] == sum(pages.values())
+
+
+def test_the_text_is_that_of_the_loop_and_survives_aborts(engine: Engine, serving: Serving) -> None:
+    worker, _, client = serving
+    prompts = random_prompts(LENGTHS, 1)
+    engine.pool.poison_all()
+    wanted = create_loop(engine, prefix_cache=False).generate(prompts, GREEDY, 10)
+    doomed = [client.submit(prompt, 200) for prompt in prompts]
+    requests = [client.submit(prompt, 10) for prompt in prompts]
+    client.pump()
+    for request in doomed:
+        client.abort(request)
+    assert client.finish(requests) == wanted
+    assert {request.finish for request in requests} == {FinishReason.LENGTH}
+    assert all("prefill" in request.stages for request in requests)
+    client.wait(lambda: is_quiet(worker), 2.0)
+
+
+def test_it_takes_no_hand_off_and_no_nonsense_and_goes_on(engine: Engine, serving: Serving) -> None:
+    worker, _, client = serving
+    peer = ScriptedPeer("prefill-9", worker.address)
+    peer.say(KVBind(job_id="j", identity=engine.identity))
+    peer.hear(KVRefused, job_id="j")
+    peer.say(DecodeJob(job_id="j", token_ids=[5], num_prompt_tokens=1, sampling=GREEDY, max_new_tokens=2, budget_s=1.0))
+    peer.close()
+    refused = [client.submit([128]), client.submit([5] * 64 * 65)]
+    client.wait(lambda: all(request.failures for request in refused))
+    far = PeerAddress("decode-0", "tcp://127.0.0.1:1", 1)
+    job = PrefillJob(
+        job_id="k", token_ids=[5], num_prompt_tokens=1, sampling=GREEDY, max_new_tokens=2, budget_s=1.0, decode=far
+    )
+    client.mailbox.post("both-0", job)
+    assert len(client.finish([client.submit([5, 6], 3)])[0]) == 3
+    assert worker.metric("baton_frames_refused_total") == 1
+
+
+def test_it_drains(serving: Serving) -> None:
+    _, running, client = serving
+    request = client.submit([5, 6, 7], 20)
+    client.mailbox.post("both-0", Drain())
+    late = client.submit([5, 6, 7], 20)
+    client.finish([request])
+    client.wait(lambda: bool(late.failures))
+    running.join(5.0)
+
+
+def test_it_uses_next_to_no_cpu_when_idle(serving: Serving) -> None:
+    _, _, client = serving
+    client.finish([client.submit([5, 6, 7], 4)])
+    time.sleep(0.3)
+    before_s = time.process_time()
+    time.sleep(1.5)
+    assert time.process_time() - before_s < 0.04
