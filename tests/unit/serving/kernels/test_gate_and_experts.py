@@ -1,0 +1,93 @@
+"""The gate and the routed experts, against loops over tokens and experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serving.kernels.experts import grouped_mlp, silu_mul
+from serving.kernels.gemm import linear, pack
+from serving.kernels.topk import gate_topk
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gate_by_hand(logits: Tensor, bias: Tensor, groups: int, kept: int, top_k: int) -> dict[int, float]:
+    """Expert -> weight before renormalisation, for one token."""
+    scores = logits.sigmoid().tolist()
+    biased = [score + b for score, b in zip(scores, bias.tolist(), strict=True)]
+    size = len(scores) // groups
+    value = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+    best = sorted(range(groups), key=value.__getitem__)[-kept:]
+    allowed = [e for e in range(len(scores)) if e // size in best]
+    return {e: scores[e] for e in sorted(allowed, key=biased.__getitem__)[-top_k:]}
+
+
+@pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 2), (8, 4), (4, 4)])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_the_gate_chooses_and_weighs_as_written(groups: int, kept: int, renormalise: bool) -> None:
+    logits, bias = randn(40, 16), randn(16, seed=1)
+    settings: dict[str, Any] = {"num_groups": groups, "num_groups_kept": kept, "top_k": 3}
+    experts, weights = gate_topk(logits, bias, **settings, renormalise=renormalise, scaling=2.5)
+    for t in range(40):
+        want = gate_by_hand(logits[t], bias, groups, kept, 3)
+        total = sum(want.values()) if renormalise else 1.0
+        got = dict(zip(experts[t].tolist(), weights[t].tolist(), strict=True))
+        assert got == pytest.approx({e: 2.5 * score / total for e, score in want.items()}, rel=1e-5)
+
+
+def test_the_bias_chooses_but_does_not_weigh() -> None:
+    logits = torch.zeros(1, 4)
+    bias = torch.tensor([0.0, 5.0, 0.0, 4.0])
+    experts, weights = gate_topk(logits, bias, num_groups=1, num_groups_kept=1, top_k=2, renormalise=True, scaling=1.0)
+    assert sorted(experts[0].tolist()) == [1, 3]
+    assert weights[0].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 37])
+@pytest.mark.parametrize("packed", [False, True])
+def test_grouped_experts_equal_a_loop_over_tokens(num_tokens: int, packed: bool) -> None:
+    x, gate_up, down = randn(num_tokens, 16), randn(6, 24, 16, seed=1), randn(6, 16, 12, seed=2)
+    experts = torch.stack(
+        [torch.randperm(6, generator=torch.Generator().manual_seed(t))[:3] for t in range(num_tokens)]
+    )
+    weights = randn(num_tokens, 3, seed=3).abs()
+    stored = ([pack(w) for w in gate_up], [pack(w) for w in down]) if packed else (gate_up, down)
+    got = grouped_mlp(x, *stored, experts, weights)
+    want = torch.zeros_like(x)
+    for t in range(num_tokens):
+        for k, e in enumerate(experts[t].tolist()):
+            gate, up = gate_up[e, :12] @ x[t], gate_up[e, 12:] @ x[t]
+            want[t] += weights[t, k] * (down[e] @ (F.silu(gate) * up))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    down[int(experts[0, 0])] += 0.5
+    assert packed or not torch.allclose(grouped_mlp(x, *stored, experts, weights), want, atol=1e-2)
+
+
+def test_an_expert_nobody_chose_is_not_read() -> None:
+    gate_up, down = randn(3, 8, 4), randn(3, 4, 4, seed=1)
+    gate_up[1], down[1] = float("nan"), float("nan")
+    out = grouped_mlp(randn(2, 4), gate_up, down, torch.tensor([[0, 2], [2, 0]]), torch.ones(2, 2))
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("num_rows", [1, 8, 100])
+def test_a_packed_weight_gives_the_plain_product(dtype: torch.dtype, num_rows: int) -> None:
+    x, weight = randn(num_rows, 40).to(dtype), randn(24, 40, seed=1).to(dtype)
+    packed = pack(weight)
+    assert packed.shape == weight.shape
+    want = x.double() @ weight.double().T
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(linear(x, packed).double(), want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(linear(x[:, :24], pack(weight[:, :24])), linear(x[:, :24], weight[:, :24]))
+
+
+def test_silu_mul_takes_the_gate_first() -> None:
+    torch.testing.assert_close(silu_mul(torch.tensor([[2.0, 3.0]])), F.silu(torch.tensor([[2.0]])) * 3)
