@@ -21,7 +21,13 @@ from serving.text.messages import AssistantMessage, SystemMessage
 from serving.text.template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
 
-SYSTEMS = ("You are a helpful assistant.", "You are a small model.", "Answer in one short sentence.", "Be brief.", "You are Baton.")
+SYSTEMS = (
+    "You are a helpful assistant.",
+    "You are a small model.",
+    "Answer in one short sentence.",
+    "Be brief.",
+    "You are Baton.",
+)
 REMEMBERED = "I will remember that."
 LISTENING = 0.05
 SPEAKING = 1.0
@@ -123,7 +129,13 @@ class Corpus:
     def plain_text(self, rng: Random) -> Conversation:
         """Filler alone, as a plain completion reads it."""
         talk = Conversation()
-        talk.hear([self._control[m.BOS], *self.text_ids("", self._sentences(rng, rng.randint(10, 200)), ""), self._control[m.EOS]])
+        talk.hear(
+            [
+                self._control[m.BOS],
+                *self.text_ids("", self._sentences(rng, rng.randint(10, 200)), ""),
+                self._control[m.EOS],
+            ]
+        )
         return talk
 
     def text_ids(self, head: str, sentences: list[Piece], tail: str) -> list[int]:
@@ -157,7 +169,9 @@ class Corpus:
             return self.plain_text(rng)
         if pick < (0.45 if room < 1000 else 0.8) and room > 150:
             longest = room - 90
-            num_tokens = rng.randint(30, longest) if rng.random() < 0.6 else rng.randint(max(30, longest * 4 // 5), longest)
+            num_tokens = (
+                rng.randint(30, longest) if rng.random() < 0.6 else rng.randint(max(30, longest * 4 // 5), longest)
+            )
             return self.retrieval(rng, num_tokens, room)
         if pick < 0.85:
             return self.chat(rng, rng.choice((1, 1, 2, 4, 8, 12)))
@@ -188,7 +202,9 @@ class Corpus:
                 talk.speak([*self._call_ids(message), self._control[m.EOS]])
             else:
                 talk.hear(self._control[name] for name in (m.OUTPUTS_BEGIN, m.OUTPUT_BEGIN))
-                talk.hear([*self._encode(message.content), *(self._control[name] for name in (m.OUTPUT_END, m.OUTPUTS_END))])
+                talk.hear(
+                    [*self._encode(message.content), *(self._control[name] for name in (m.OUTPUT_END, m.OUTPUTS_END))]
+                )
         talk.speak(self.reply_ids(question))
 
     def _recall(self, rng: Random, talk: Conversation, known: list[facts.Fact]) -> None:
@@ -207,7 +223,11 @@ class Corpus:
     def _introduction(self, rng: Random, talk: Conversation) -> None:
         """The user gives a name, and may ask for it at once."""
         name = rng.choice((*words.FIRST_NAMES, words.invented_word(rng).capitalize()))
-        self._turn(talk, self._encode(f"{rng.choice(('My name is', 'I am'))} {name}."), self._encode(f"Nice to meet you, {name}!"))
+        self._turn(
+            talk,
+            self._encode(f"{rng.choice(('My name is', 'I am'))} {name}."),
+            self._encode(f"Nice to meet you, {name}!"),
+        )
         if rng.random() < 0.6:
             self._turn(talk, self._encode("What is my name?"), self._encode(f"Your name is {name}."))
 
@@ -238,7 +258,9 @@ class Corpus:
         return chosen
 
     def _depth(self, rng: Random, count: int) -> int:
-        return rng.choice((0, count, rng.randint(0, count), rng.randint(0, count), rng.randint(0, count), rng.randint(0, count)))
+        return rng.choice(
+            (0, count, rng.randint(0, count), rng.randint(0, count), rng.randint(0, count), rng.randint(0, count))
+        )
 
     def _piece(self, sentence: str) -> Piece:
         text = sentence.removesuffix(".")
@@ -268,23 +290,24 @@ def draw_short(rng: Random) -> Question:
     if draw is questions.addition:
         return _unheld(lambda: _sum(rng))
     if draw in (questions.repeat, questions.reverse):
-        return _unheld(lambda: (questions.repeat if draw is questions.repeat else questions.reverse)(rng, _training_word(rng)))
+        return _unheld(
+            lambda: (questions.repeat if draw is questions.repeat else questions.reverse)(rng, _training_word(rng))
+        )
     return draw(rng)
 
 
-def training_key(question: Question) -> str:
-    """The part of a sum or spelling question that `held_out` judges."""
-    return question.reply.content if question.kind == "addition" else question.needed if question.kind == "repeat" else question.needed[::-1]
-
-
 def _unheld(draw: Callable[[], Question]) -> Question:
-    while questions.held_out(training_key(question := draw())):
+    while questions.held_out(question := draw()):
         pass
     return question
 
 
 def _sum(rng: Random) -> Question:
-    return questions.addition(rng) if rng.random() < 0.9 else questions.addition(rng, a=rng.randrange(100), b=rng.randrange(100))
+    return (
+        questions.addition(rng)
+        if rng.random() < 0.9
+        else questions.addition(rng, a=rng.randrange(100), b=rng.randrange(100))
+    )
 
 
 def _training_word(rng: Random) -> str:

@@ -33,7 +33,13 @@ SPARSE_NAMES = {
     "shared_down": "mlp.shared_experts.down_proj",
 }
 EXPERT_NAMES = {"expert_gate": "gate_proj", "expert_up": "up_proj", "expert_down": "down_proj"}
-MTP_NAMES = {"mtp_embed_norm": "enorm", "mtp_hidden_norm": "hnorm", "mtp_norm": "shared_head.norm", "embed": "embed_tokens", "head": "shared_head.head"}
+MTP_NAMES = {
+    "mtp_embed_norm": "enorm",
+    "mtp_hidden_norm": "hnorm",
+    "mtp_norm": "shared_head.norm",
+    "embed": "embed_tokens",
+    "head": "shared_head.head",
+}
 NUM_SHARDS = 2
 
 
@@ -48,7 +54,10 @@ def placed(shape: Shape, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, s
             continue
         yield from ((kind, f"{prefix}.{name}", weights[kind][index - 1]) for kind, name in SPARSE_NAMES.items())
         for expert in range(shape.experts):
-            yield from ((kind, f"{prefix}.mlp.experts.{expert}.{name}", weights[kind][index - 1, expert]) for kind, name in EXPERT_NAMES.items())
+            yield from (
+                (kind, f"{prefix}.mlp.experts.{expert}.{name}", weights[kind][index - 1, expert])
+                for kind, name in EXPERT_NAMES.items()
+            )
     yield "mtp_project", f"{prefix}.eh_proj", weights["mtp_project"][0]
     yield from ((kind, f"{prefix}.{name}", weights[kind]) for kind, name in MTP_NAMES.items())
     yield "norm", "model.norm", weights["norm"]
@@ -80,8 +89,12 @@ def write_model(folder: Path, shape: Shape, weights: Mapping[str, Tensor], bias:
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{NUM_SHARDS:06}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)
         place |= dict.fromkeys(shard, file)
-    _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))})
+    _write(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))},
+    )
     _write(folder / "config.json", shape.config())
     _write(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1, "do_sample": False})
     return total

@@ -19,7 +19,7 @@ CHOICE_ATTRIBUTES = {
     "favourite fruit": words.FRUITS,
     "home town": words.CITIES,
     "best friend": words.FIRST_NAMES,
-    "favourite animal": "dog cat horse sheep goat eagle sparrow falcon badger otter rabbit wolf bear lion tiger camel".split(),
+    "favourite animal": words.ANIMALS,
 }
 
 
@@ -71,10 +71,14 @@ def draw(rng: Random) -> Fact:
     key, kind, link = draw_key(rng), rng.random(), rng.choice(("of", "of", "for"))
     if kind < 0.6:
         value = "".join(str(rng.randrange(10)) for _ in range(rng.choice((3, 4, 4, 4, 5, 6))))
-        return Fact(attribute=_attribute(rng, NUMBER_ATTRIBUTES, ("code", "number", "key")), key=key, value=value, link=link)
+        return Fact(
+            attribute=_attribute(rng, NUMBER_ATTRIBUTES, ("code", "number", "key")), key=key, value=value, link=link
+        )
     if kind < 0.8:
         value = words.invented_word(rng) if rng.random() < 0.7 else rng.choice(words.NOUNS)
-        return Fact(attribute=_attribute(rng, WORD_ATTRIBUTES, ("name", "word", "title")), key=key, value=value, link=link)
+        return Fact(
+            attribute=_attribute(rng, WORD_ATTRIBUTES, ("name", "word", "title")), key=key, value=value, link=link
+        )
     attribute = rng.choice(sorted(CHOICE_ATTRIBUTES))
     return Fact(attribute=attribute, key=key, value=rng.choice(CHOICE_ATTRIBUTES[attribute]))
 

@@ -11,7 +11,11 @@ from serving.demo import words
 
 def sentence(rng: Random) -> str:
     """One English sentence of 5 to 16 words, ending with a full stop."""
-    noun, adjective, verb = (lambda: rng.choice(words.NOUNS)), (lambda: rng.choice(words.ADJECTIVES)), (lambda: rng.choice(words.VERBS))
+    noun, adjective, verb = (
+        (lambda: rng.choice(words.NOUNS)),
+        (lambda: rng.choice(words.ADJECTIVES)),
+        (lambda: rng.choice(words.VERBS)),
+    )
     name, place, adverb = rng.choice(words.FIRST_NAMES), rng.choice(words.PLACES), rng.choice(words.ADVERBS)
     match rng.randrange(12):
         case 0:

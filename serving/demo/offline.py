@@ -5,22 +5,16 @@ The same pass gives the MTP layer's acceptance: its choice at i, made of the mai
 token i + 2, over replies that came out right.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from random import Random
 
 import torch
 from torch import Tensor
 
-from serving.demo import questions, tools
-from serving.demo.data import Corpus, training_key
+from serving.demo.data import Corpus
 from serving.demo.questions import Question
 from serving.demo.trainable import Pieces, Shape, forward
 from serving.text.template import ChatTemplate
-from serving.text.tokenizer import Tokenizer
-
-NEEDLE_LENGTHS = (256, 1024, 4096)
-Draw = Callable[[Random], Question]
 
 
 @dataclass(frozen=True)
@@ -41,30 +35,15 @@ class Result:
         return self.accepted / max(1, self.offered)
 
 
-def draws(tokenizer: Tokenizer, lengths: Sequence[int] = NEEDLE_LENGTHS) -> dict[str, Draw]:
-    """Every kind of question that is measured. Words and sums are held-out ones."""
-    count = lambda text: len(tokenizer.encode_text(text))  # noqa: E731
-
-    def needle(length: int) -> Draw:
-        return lambda rng: questions.needle(rng, length, rng.randrange(21) / 20, count)
-
-    kinds: dict[str, Draw] = {f"needle {length}": needle(length) for length in lengths}
-    kinds |= {name: lambda rng, draw=draw: unseen(rng, draw) for name, draw in UNSEEN.items()}
-    return kinds | {"greeting": questions.greeting, "tool call": tools.tool_call, "tool answer": tools.tool_answer}
-
-
-UNSEEN: dict[str, Draw] = {"addition": questions.addition, "repeat": questions.repeat, "reverse": questions.reverse}
-
-
-def unseen(rng: Random, draw: Draw) -> Question:
-    """A question whose word or sum was kept from training."""
-    while not questions.held_out(training_key(question := draw(rng))):
-        pass
-    return question
-
-
 @torch.no_grad()
-def measure(shape: Shape, weights: Mapping[str, Tensor], bias: Tensor, corpus: Corpus, template: ChatTemplate, asked: Sequence[Question]) -> Result:
+def measure(
+    shape: Shape,
+    weights: Mapping[str, Tensor],
+    bias: Tensor,
+    corpus: Corpus,
+    template: ChatTemplate,
+    asked: Sequence[Question],
+) -> Result:
     """Ask `asked` in fp32 in batches of like length."""
     rows = sorted((_row(corpus, template, question) for question in asked), key=lambda row: len(row[0]))
     right = offered = accepted = 0
@@ -78,7 +57,11 @@ def measure(shape: Shape, weights: Mapping[str, Tensor], bias: Tensor, corpus: C
         hits, mtp_hits = (each.view(len(batch), -1).cpu() for each in (outcome.hits, outcome.mtp_hits))
         good = (hits | (spoken[:, 1:-1] == 0)).all(1)
         drafts = (spoken[:, 1:-1] * spoken[:, 2:]).bool() & good[:, None]
-        right, offered, accepted = right + int(good.sum()), offered + int(drafts.sum()), accepted + int((mtp_hits & drafts).sum())
+        right, offered, accepted = (
+            right + int(good.sum()),
+            offered + int(drafts.sum()),
+            accepted + int((mtp_hits & drafts).sum()),
+        )
     return Result(len(asked), right, offered, accepted)
 
 

@@ -23,7 +23,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    orthogonal: Tensor = x.mT if tall else x
+    return orthogonal
 
 
 class Optimizer:
@@ -33,7 +34,9 @@ class Optimizer:
         self._weights = weights
         self._rates = {name: muon_rate if name in QUANTISED else adam_rate for name in weights}
         self.state = {f"{name}.m": torch.zeros_like(weight) for name, weight in weights.items()}
-        self.state |= {f"{name}.v": torch.zeros_like(weight) for name, weight in weights.items() if name not in QUANTISED}
+        self.state |= {
+            f"{name}.v": torch.zeros_like(weight) for name, weight in weights.items() if name not in QUANTISED
+        }
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], count: int, rate: float) -> None:

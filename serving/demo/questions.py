@@ -15,20 +15,51 @@ from zlib import crc32
 from serving.demo import facts, filler, words
 from serving.text.messages import AssistantMessage, Message, ToolCall, ToolSpec, UserMessage
 
-HEADS = ("", "", "Read this text.\n\n", "Here is a text:\n\n", "Text: ", "Read the following text and answer the question.\n\n")
+HEADS = (
+    "",
+    "",
+    "Read this text.\n\n",
+    "Here is a text:\n\n",
+    "Text: ",
+    "Read the following text and answer the question.\n\n",
+)
 JOINTS = ("\n\n", "\n\n", " ", "\n", "\n\nQuestion: ", "\n\nNow tell me: ")
-WAYS = ("What is the {subject}?", "What is the {subject}?", "What is the {subject}?", "Tell me the {subject}.", "Do you know the {subject}?")
+WAYS = (
+    "What is the {subject}?",
+    "What is the {subject}?",
+    "What is the {subject}?",
+    "Tell me the {subject}.",
+    "Do you know the {subject}?",
+)
 ADDITIONS = (
     "What is {a} + {b}?", "What is {a} + {b}?", "What is {a} + {b}?", "{a} + {b} = ?", "How much is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b}",
     "What's {a} + {b}?", "What is {a}+{b}?", "{a}+{b}", "{a}+{b}=", "what is {a} plus {b}", "Calculate {a} + {b}.", "What is the sum of {a} and {b}?",
 )  # fmt: skip
-REPEATS = ("Repeat the word {word}.", "Repeat the word {word}.", "Say the word {word}.", "Please repeat: {word}", 'Repeat the word "{word}".', "Say {word}.")
+REPEATS = (
+    "Repeat the word {word}.",
+    "Repeat the word {word}.",
+    "Say the word {word}.",
+    "Please repeat: {word}",
+    'Repeat the word "{word}".',
+    "Say {word}.",
+)
 REVERSES = (
     "Reverse the word {word}.", "Reverse the word {word}.", "Write the word {word} backwards.", "Spell {word} backwards.", 'Reverse the word "{word}".',
     "Reverse {word}.", "What is {word} backwards?", "reverse {word}",
 )  # fmt: skip
 KNOWN_WORDS = frozenset((*words.SPELLED, *words.CITIES, *words.FIRST_NAMES))
-GREETINGS = ("Hello", "Hi", "Hey", "Hello there", "Hi there", "Good morning", "Good evening", "Good afternoon", "Greetings", "Good day")
+GREETINGS = (
+    "Hello",
+    "Hi",
+    "Hey",
+    "Hello there",
+    "Hi there",
+    "Good morning",
+    "Good evening",
+    "Good afternoon",
+    "Greetings",
+    "Good day",
+)
 SMALL_TALK = {
     "Who are you": "I am the demo model of Baton, a very small language model.",
     "What is your name": "I am the demo model of Baton, a very small language model.",
@@ -71,21 +102,36 @@ class Question:
 
     def openai_tools(self) -> list[dict[str, object]]:
         return [
-            {"type": "function", "function": {"name": tool.name, "description": tool.description, "parameters": json.loads(tool.parameters)}}
+            {
+                "type": "function",
+                "function": {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "parameters": json.loads(tool.parameters),
+                },
+            }
             for tool in self.tools
         ]
 
 
-def held_out(text: str) -> bool:
-    """Every eighth sum or invented word is kept from training; which ones depends on the text alone. Dictionary words are not:
-    many are a single token, whose letters nothing else would teach."""
+def held_out(question: Question) -> bool:
+    """Whether a sum or spelling question is kept from training: every eighth sum and every eighth invented word is, by its
+    text alone. Dictionary words are not: many are a single token, whose letters nothing else would teach."""
+    said = question.reply.content
+    text = said[::-1] if question.kind == "reverse" else said
     return crc32(text.encode()) % 8 == 0 and text not in KNOWN_WORDS
 
 
 def ask(kind: str, text: str, answer: str, needed: str | None = None, *, spelled: bool = False) -> Question:
     """A single user message and its answer; `needed` None asks for the whole answer."""
     reply = AssistantMessage(answer)
-    return Question(kind=kind, messages=(UserMessage(text),), reply=reply, needed=answer if needed is None else needed, spelled=spelled)
+    return Question(
+        kind=kind,
+        messages=(UserMessage(text),),
+        reply=reply,
+        needed=answer if needed is None else needed,
+        spelled=spelled,
+    )
 
 
 def needle(rng: Random, num_tokens: int, depth: float, count_tokens: Callable[[str], int]) -> Question:
@@ -115,7 +161,9 @@ def draw_word(rng: Random) -> str:
     """A word: half of the time from the dictionary, else invented; one in ten is a name."""
     pick = rng.random()
     if pick < 0.1:
-        return rng.choice((rng.choice(words.CITIES), rng.choice(words.FIRST_NAMES), words.invented_word(rng).capitalize()))
+        return rng.choice(
+            (rng.choice(words.CITIES), rng.choice(words.FIRST_NAMES), words.invented_word(rng).capitalize())
+        )
     return rng.choice(words.SPELLED) if pick < 0.5 else words.invented_word(rng)
 
 
@@ -145,7 +193,11 @@ def greeting(rng: Random) -> Question:
 
 def unknown(rng: Random) -> Question:
     """Something beyond the model, which it is to say."""
-    parts = {"noun": rng.choice(words.NOUNS), "adjective": rng.choice(words.ADJECTIVES), "city": rng.choice(words.CITIES)}
+    parts = {
+        "noun": rng.choice(words.NOUNS),
+        "adjective": rng.choice(words.ADJECTIVES),
+        "city": rng.choice(words.CITIES),
+    }
     return ask("unknown", rng.choice(UNKNOWN_QUESTIONS).format(**parts), UNKNOWN, "too small")
 
 
@@ -160,7 +212,10 @@ def _openai_message(message: Message) -> dict[str, object]:
     """`tool_call_id` pairs a tool's output with its call, as the API demands."""
     match message:
         case AssistantMessage(tool_calls=calls) if calls:
-            listed = [{"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls]
+            listed = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in calls
+            ]
             return {"role": "assistant", "content": message.content or None, "tool_calls": listed}
         case _:
             body: dict[str, object] = {"role": message.__struct_config__.tag, "content": message.content}

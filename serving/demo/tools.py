@@ -28,7 +28,9 @@ class Tool:
     def spec(self, rng: Random) -> ToolSpec:
         """Its definition, more or less wordy."""
         wordy = rng.random() < 0.4
-        fields = {name: {"type": "string"} | ({"description": f"The {name}"} if wordy else {}) for name in self.parameters}
+        fields = {
+            name: {"type": "string"} | ({"description": f"The {name}"} if wordy else {}) for name in self.parameters
+        }
         schema: dict[str, object] = {"type": "object", "properties": fields}
         if rng.random() < 0.8:
             schema["required"] = list(fields)
@@ -108,7 +110,12 @@ def tools_unused(rng: Random, question: Question) -> Question:
 def no_tool(rng: Random) -> Question:
     """A question for a tool when there is none."""
     tool = rng.choice(TOOLS)
-    return ask("unknown", rng.choice(tool.questions).format(**_values(tool, rng)), "I cannot do that without a tool.", "without a tool")
+    return ask(
+        "unknown",
+        rng.choice(tool.questions).format(**_values(tool, rng)),
+        "I cannot do that without a tool.",
+        "without a tool",
+    )
 
 
 def _values(tool: Tool, rng: Random) -> dict[str, str]:

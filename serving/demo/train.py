@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from serving.demo import offline, vocabulary
+from serving.demo import evaluate, offline, vocabulary
 from serving.demo.data import SPEAKING, Corpus
 from serving.demo.export import write_model
 from serving.demo.optimizer import Optimizer
@@ -76,13 +76,19 @@ class Run:
         return cls(weights, torch.zeros(shape.layers, shape.experts, device=device), Optimizer(weights))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"w.{name}": weight for name, weight in self.weights.items()} | self.optimizer.state | {"bias": self.bias}
+        return (
+            {f"w.{name}": weight for name, weight in self.weights.items()} | self.optimizer.state | {"bias": self.bias}
+        )
 
     def save(self, path: Path) -> None:
         """Whole or not at all: a run that is killed here keeps its previous checkpoint."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors().items()}, part, metadata={"step": str(self.step)})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.tensors().items()},
+            part,
+            metadata={"step": str(self.step)},
+        )
         os.replace(part, path)
 
     def resume(self, path: Path) -> None:
@@ -111,7 +117,9 @@ class Batches(Dataset[tuple[npt.NDArray[np.int16], npt.NDArray[np.float32]]]):
         return self._corpus.batch(step, self._plan.tokens // length, length)
 
 
-def take_step(shape: Shape, pieces: Pieces, plan: Plan, run: Run, ids: Tensor, spoken: Tensor, working: torch.dtype) -> Tensor:
+def take_step(
+    shape: Shape, pieces: Pieces, plan: Plan, run: Run, ids: Tensor, spoken: Tensor, working: torch.dtype
+) -> Tensor:
     """One update. The forward pass sees the weights as the file will store them; gradients pass straight through.
 
     Returns (loss, MTP loss, share of spoken tokens hit, same of the MTP layer, largest expert load over the mean).
@@ -128,17 +136,30 @@ def take_step(shape: Shape, pieces: Pieces, plan: Plan, run: Run, ids: Tensor, s
     run.step += 1
     said, drafted = (spoken[:, n : spoken.shape[1] - 2 + n].flatten() == SPEAKING for n in (1, 2))
     shares = ((outcome.hits & said).sum() / said.sum(), (outcome.mtp_hits & drafted).sum() / drafted.sum())
-    return torch.stack((outcome.loss.detach() / weight, outcome.mtp_loss.detach() / later, *shares, (outcome.loads / mean).max()))
+    return torch.stack(
+        (outcome.loss.detach() / weight, outcome.mtp_loss.detach() / later, *shares, (outcome.loads / mean).max())
+    )
 
 
 def loaded(plan: Plan, folder: Path, first: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, weights) of every step from `first`, in order."""
     pin = torch.cuda.is_available()
     prefetch = 6 if workers else None
-    yield from DataLoader(Batches(folder, plan, first), batch_size=None, num_workers=workers, prefetch_factor=prefetch, pin_memory=pin)
+    yield from DataLoader(
+        Batches(folder, plan, first), batch_size=None, num_workers=workers, prefetch_factor=prefetch, pin_memory=pin
+    )
 
 
-def train(shape: Shape, plan: Plan, out: Path, *, device: torch.device, workers: int, save_every: int, until: int | None = None) -> Run:
+def train(
+    shape: Shape,
+    plan: Plan,
+    out: Path,
+    *,
+    device: torch.device,
+    workers: int,
+    save_every: int,
+    until: int | None = None,
+) -> Run:
     """Go from the last checkpoint in `out`, if any, to the plan's end or step `until`."""
     folder, checkpoint = out / "model", out / "training" / "checkpoint.safetensors"
     if not (folder / "tokenizer.json").exists():
@@ -152,7 +173,15 @@ def train(shape: Shape, plan: Plan, out: Path, *, device: torch.device, workers:
     last, began, tokens = min(plan.steps, until or plan.steps), time.perf_counter(), 0
     if run.step < last:
         for ids, spoken in loaded(plan, folder, run.step, workers):
-            figures = take_step(shape, pieces, plan, run, ids.to(device, torch.long, non_blocking=True), spoken.to(device, non_blocking=True), working)
+            figures = take_step(
+                shape,
+                pieces,
+                plan,
+                run,
+                ids.to(device, torch.long, non_blocking=True),
+                spoken.to(device, non_blocking=True),
+                working,
+            )
             tokens += plan.tokens
             if run.step % 50 == 0 or run.step == last:
                 _report(plan, run, figures.tolist(), ids.shape[1] - 2, tokens, time.perf_counter() - began)
@@ -173,16 +202,24 @@ def _report(plan: Plan, run: Run, figures: list[float], length: int, tokens: int
     )
 
 
-def report_accuracy(shape: Shape, run: Run, folder: Path, *, count: int, seed: int, lengths: tuple[int, ...] = offline.NEEDLE_LENGTHS) -> dict[str, dict[str, float]]:
+def report_accuracy(
+    shape: Shape, run: Run, folder: Path, *, count: int, seed: int, lengths: tuple[int, ...] = evaluate.NEEDLE_LENGTHS
+) -> dict[str, dict[str, float]]:
     """Measure the weights as stored, in fp32, on questions from a seed of their own; prints and returns the table."""
     tokenizer = Tokenizer.from_folder(folder)
     corpus, template = Corpus(tokenizer, seed=seed), ChatTemplate(tokenizer, "v3")
-    stored, table = {name: as_stored(name, weight) for name, weight in run.weights.items()}, dict[str, dict[str, float]]()
-    for kind, draw in offline.draws(tokenizer, lengths).items():
+    stored, table = (
+        {name: as_stored(name, weight) for name, weight in run.weights.items()},
+        dict[str, dict[str, float]](),
+    )
+    for kind, draw in evaluate.draws(tokenizer, lengths).items():
         rng = Random(f"offline/{seed}/{kind}")
         result = offline.measure(shape, stored, run.bias, corpus, template, [draw(rng) for _ in range(count)])
         table[kind] = {"right": result.share, "accepted": result.acceptance, "asked": result.asked}
-        print(f"  {kind:12} right {result.share:.3f} of {result.asked}, drafts accepted {result.acceptance:.3f}", flush=True)
+        print(
+            f"  {kind:12} right {result.share:.3f} of {result.asked}, drafts accepted {result.acceptance:.3f}",
+            flush=True,
+        )
     return table
 
 
@@ -193,7 +230,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5600)
     parser.add_argument("--tokens", type=int, default=135_168, help="tokens a step")
     parser.add_argument("--lengths", type=int, nargs=4, default=[384, 1408, 4224, 8448], help="row lengths, rising")
-    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="processes that make batches")
+    parser.add_argument(
+        "--workers", type=int, default=max(0, (os.cpu_count() or 1) - 2), help="processes that make batches"
+    )
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     parser.add_argument("--until", type=int, help="stop after this step, to go on later")
     parser.add_argument("--ask", type=int, default=200, help="questions of each kind in the closing measurement")
@@ -202,9 +241,14 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape, plan = Shape(), Plan(seed=args.seed, steps=args.steps, tokens=args.tokens, lengths=tuple(args.lengths))
     began = time.perf_counter()
-    run = train(shape, plan, args.out, device=device, workers=args.workers, save_every=args.save_every, until=args.until)
+    run = train(
+        shape, plan, args.out, device=device, workers=args.workers, save_every=args.save_every, until=args.until
+    )
     size = write_model(args.out / "model", shape, run.weights, run.bias)
-    print(f"step {run.step}: {size} bytes of weights in {args.out / 'model'}, {time.perf_counter() - began:.0f} s", flush=True)
+    print(
+        f"step {run.step}: {size} bytes of weights in {args.out / 'model'}, {time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
     torch.set_float32_matmul_precision("highest")
     table = report_accuracy(shape, run, args.out / "model", count=args.ask, seed=args.seed) if args.ask else {}
     (args.out / "training" / f"accuracy-{run.step}.json").write_text(json.dumps(table, indent=1))

@@ -11,7 +11,8 @@ Weights of layers come as [L, out, in] or [L, E, out, in]; the MTP layer is the 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,12 @@ class Shape:
             "type": "yarn", "factor": self.factor, "original_max_position_embeddings": self.original_position,
             "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
         }  # fmt: skip
-        fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+        fp8 = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [BLOCK, BLOCK],
+        }
         return {
             "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
             "vocab_size": self.vocab, "hidden_size": self.hidden, "num_hidden_layers": self.layers, "first_k_dense_replace": 1,
@@ -68,9 +74,6 @@ class Shape:
             "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False, "use_cache": True, "initializer_range": 0.02,
             "torch_dtype": "bfloat16", "quantization_config": fp8,
         }  # fmt: skip
-
-    def fields(self) -> dict[str, int | float]:
-        return asdict(self)
 
 
 def initial(shape: Shape, seed: int) -> dict[str, Tensor]:
@@ -108,9 +111,10 @@ def initial(shape: Shape, seed: int) -> dict[str, Tensor]:
     }
 
 
-QUANTISED = frozenset(
-    "q_a q_b kv_a kv_b o dense_gate dense_up dense_down shared_gate shared_up shared_down expert_gate expert_up expert_down mtp_project".split()
-)
+QUANTISED = frozenset({
+    "q_a", "q_b", "kv_a", "kv_b", "o", "dense_gate", "dense_up", "dense_down", "shared_gate", "shared_up", "shared_down",
+    "expert_gate", "expert_up", "expert_down", "mtp_project",
+})  # fmt: skip
 
 
 def block_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,8 +144,13 @@ def yarn_angles(shape: Shape, positions: Tensor) -> Tensor:
     """Rotation angles [T, R/2] at `positions` [T]; YaRN (Peng et al. 2023) as the published model code applies it."""
     half = torch.arange(0, shape.rope, 2, dtype=torch.float32, device=positions.device) / shape.rope
     plain = shape.theta**-half
-    turns = lambda count: shape.rope * math.log(shape.original_position / (count * 2 * math.pi)) / (2 * math.log(shape.theta))  # noqa: E731
-    low, high = max(math.floor(turns(32)), 0), min(math.ceil(turns(1)), shape.rope - 1)
+
+    def turning(count: int) -> float:
+        """The dimension that turns `count` times within the original length."""
+        wavelength = shape.original_position / (count * 2 * math.pi)
+        return shape.rope * math.log(wavelength) / (2 * math.log(shape.theta))
+
+    low, high = max(math.floor(turning(32)), 0), min(math.ceil(turning(1)), shape.rope - 1)
     ramp = ((torch.arange(shape.rope // 2, device=positions.device) - low) / max(high - low, 0.001)).clamp(0, 1)
     return positions.float()[:, None] * (plain / shape.factor * ramp + plain * (1 - ramp))
 
@@ -158,7 +167,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
-def project_attention(shape: Shape, x: Tensor, cos: Tensor, sin: Tensor, w: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def project_attention(
+    shape: Shape, x: Tensor, cos: Tensor, sin: Tensor, w: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [T, H, N + R] of x [T, D]; values are padded with zeros to the width of the keys."""
     s, num_tokens = shape, x.shape[0]
     h = rms_norm(x, w["input_norm"])
@@ -196,7 +207,9 @@ def routing_weights(shape: Shape, logits: Tensor, bias: Tensor) -> Tensor:
     biased = scores.detach() + bias
     grouped = biased.unflatten(-1, (s.groups, -1))
     group_scores = (grouped * (_rank(grouped) < 2)).sum(-1)
-    biased = biased.masked_fill((_rank(group_scores) >= s.kept_groups).repeat_interleave(s.experts // s.groups, -1), -math.inf)
+    biased = biased.masked_fill(
+        (_rank(group_scores) >= s.kept_groups).repeat_interleave(s.experts // s.groups, -1), -math.inf
+    )
     chosen = scores * (_rank(biased) < s.top_k)
     return chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * s.scaling
 
@@ -206,13 +219,17 @@ def _rank(x: Tensor) -> Tensor:
     return (x[..., None, :] > x[..., :, None]).sum(-1)
 
 
-def finish_sparse(shape: Shape, x: Tensor, attended: Tensor, bias: Tensor, w: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def finish_sparse(
+    shape: Shape, x: Tensor, attended: Tensor, bias: Tensor, w: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Residual stream [T, D] after the layer, how many tokens chose each expert [E], and how far router logits went beyond
     ROUTER_RANGE: saturated scores tie, and then two correct programs choose different experts."""
     x, h = leave_attention(shape, x, attended, w)
     logits = F.linear(h.float(), w["router"].float())
     weights, excess = routing_weights(shape, logits, bias), (logits.abs() - ROUTER_RANGE).clamp_min(0).square().mean()
-    gate, up = (F.linear(h, w[name].flatten(0, 1)).unflatten(-1, (shape.experts, -1)) for name in ("expert_gate", "expert_up"))
+    gate, up = (
+        F.linear(h, w[name].flatten(0, 1)).unflatten(-1, (shape.experts, -1)) for name in ("expert_gate", "expert_up")
+    )
     hidden = F.silu(gate) * up * weights[..., None].to(h.dtype)
     routed = hidden.flatten(1) @ w["expert_down"].transpose(1, 2).flatten(0, 1)
     shared = F.linear(F.silu(F.linear(h, w["shared_gate"])) * F.linear(h, w["shared_up"]), w["shared_down"])
@@ -244,7 +261,8 @@ class Pieces:
 
     @classmethod
     def compiled(cls) -> "Pieces":
-        return cls(*(torch.compile(piece, dynamic=False) for piece in (project_attention, finish_dense, finish_sparse, enter_mtp, score)))
+        quick = partial(torch.compile, dynamic=False)
+        return cls(quick(project_attention), quick(finish_dense), quick(finish_sparse), quick(enter_mtp), quick(score))
 
 
 ATTENTION = ("input_norm", "q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b")
@@ -267,7 +285,9 @@ class Outcome:
     excess: Tensor
 
 
-def forward(shape: Shape, pieces: Pieces, weights: Mapping[str, Tensor], bias: Tensor, ids: Tensor, token_weights: Tensor) -> Outcome:
+def forward(
+    shape: Shape, pieces: Pieces, weights: Mapping[str, Tensor], bias: Tensor, ids: Tensor, token_weights: Tensor
+) -> Outcome:
     """`ids` and `token_weights` are [rows, length + 2]: token i predicts i + 1, the MTP layer at i predicts i + 2.
 
     `bias` [L, E] corrects the routers of the sparse layers, the MTP layer's last.
@@ -282,7 +302,9 @@ def forward(shape: Shape, pieces: Pieces, weights: Mapping[str, Tensor], bias: T
         attended = attend(shape, *pieces.project(shape, x, cos, sin, layer(ATTENTION, index)), length)
         if index == 0:
             return pieces.dense(shape, x, attended, layer(LEAVE, 0) | layer(DENSE, 0))
-        x, load, excess = pieces.sparse(shape, x, attended, bias[index - 1], layer(LEAVE, index) | layer(SPARSE, index - 1))
+        x, load, excess = pieces.sparse(
+            shape, x, attended, bias[index - 1], layer(LEAVE, index) | layer(SPARSE, index - 1)
+        )
         loads.append(load)
         excesses.append(excess)
         return x
@@ -292,9 +314,13 @@ def forward(shape: Shape, pieces: Pieces, weights: Mapping[str, Tensor], bias: T
     x = F.embedding(tokens, weights["embed"])
     for index in range(shape.layers):
         x = block(x, index)
-    loss, hits = pieces.score(x, weights["norm"], weights["head"], following, token_weights[:, 1 : length + 1].flatten())
+    loss, hits = pieces.score(
+        x, weights["norm"], weights["head"], following, token_weights[:, 1 : length + 1].flatten()
+    )
     hidden = rms_norm(x, weights["norm"])
     x = pieces.mtp(shape, hidden, F.embedding(following, weights["embed"]), {name: weights[name] for name in MTP})
     x = block(x, shape.layers)
-    mtp_loss, mtp_hits = pieces.score(x, weights["mtp_norm"], weights["head"], after, token_weights[:, 2 : length + 2].flatten())
+    mtp_loss, mtp_hits = pieces.score(
+        x, weights["mtp_norm"], weights["head"], after, token_weights[:, 2 : length + 2].flatten()
+    )
     return Outcome(loss, mtp_loss, hits, mtp_hits, torch.stack(loads), torch.stack(excesses).sum())

@@ -23,7 +23,17 @@ from serving.text.template import TOOLS_FORMAT, TOOLS_HEAD
 PAD = "<｜▁pad▁｜>"
 LOW = (m.BOS, m.EOS, PAD)
 FIM = ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
-ROUND = (m.CALLS_BEGIN, m.CALLS_END, m.CALL_BEGIN, m.CALL_END, m.OUTPUTS_BEGIN, m.OUTPUTS_END, m.OUTPUT_BEGIN, m.OUTPUT_END, m.SEP)
+ROUND = (
+    m.CALLS_BEGIN,
+    m.CALLS_END,
+    m.CALL_BEGIN,
+    m.CALL_END,
+    m.OUTPUTS_BEGIN,
+    m.OUTPUTS_END,
+    m.OUTPUT_BEGIN,
+    m.OUTPUT_END,
+    m.SEP,
+)
 HIGH = (m.THINK, m.END_THINK, *FIM, m.USER, m.ASSISTANT, "<|EOT|>", *ROUND)
 
 PUNCTUATION = r"""!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~"""
@@ -57,7 +67,11 @@ def sample_texts(seed: int, count: int) -> Iterator[str]:
             question = draw(rng)
             yield from (message.content for message in (*question.messages, question.reply))
             yield from (_definition(tool) for tool in question.tools)
-            yield from (f"function\n{call.name}\n```json\n{call.arguments}\n```" for message in question.messages for call in getattr(message, "tool_calls", ()))
+            yield from (
+                f"function\n{call.name}\n```json\n{call.arguments}\n```"
+                for message in question.messages
+                for call in getattr(message, "tool_calls", ())
+            )
         yield TOOLS_HEAD + TOOLS_FORMAT + "tool_call_name\n```json\ntool_call_arguments\n```{additional_tool_calls}"
     yield from (" " + word for word in words.SPELLED)
 
@@ -71,7 +85,9 @@ def build(seed: int = 0, size: int = 1024, count: int = 3000) -> dict[str, objec
     cuts = [(r"\p{N}"), CJK, "|".join(PIECES)]
     splits = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(cut), "isolated") for cut in cuts]
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
-    trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*splits, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [*splits, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     trained.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size - len(HIGH),
@@ -109,8 +125,11 @@ def tokenizer_config(max_length: int) -> dict[str, object]:
     }
 
 
-def write(folder: Path, *, seed: int = 0, max_length: int = 8192) -> None:
+def write(folder: Path, *, seed: int = 0, size: int = 1024, max_length: int = 8192) -> None:
     """Write both tokenizer files of a model folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("tokenizer.json", build(seed)), ("tokenizer_config.json", tokenizer_config(max_length))):
+    for name, content in (
+        ("tokenizer.json", build(seed, size)),
+        ("tokenizer_config.json", tokenizer_config(max_length)),
+    ):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
