@@ -201,6 +201,8 @@ class DecodeWorker:
             stale = isinstance(error, StaleError)
             self._metrics.add("baton_kv_stale_total" if stale else "baton_frames_refused_total")
             self._log.warning("%s", error)
+        for outcome in self._arrivals.outcomes():  # before the next event, which may abort what has just arrived
+            self._conclude(outcome, now_s)
 
     def _on_message(self, event: Received, message: AnyMessage, now_s: float) -> None:
         sender, incarnation = event.sender, event.incarnation

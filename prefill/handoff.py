@@ -176,6 +176,8 @@ class Handoffs:
         handoff = self._handoffs[order.job_id]
         handoff.num_open -= 1
         handoff.moved_s = now_s
+        if done.error is None:
+            self._count(order.num_tokens)
         if done.error is not None and not handoff.closing:
             self._fail(handoff, f"writing to {order.worker_id} failed: {done.error}", retryable=True)
         elif handoff.closing:
@@ -243,6 +245,7 @@ class Handoffs:
             agent=ticket.agent,
             source_page_ids=page_ids,
             target_page_ids=ticket.page_ids[start:end],
+            num_tokens=min((first_page + end) * PAGE_TOKENS, handoff.num_tokens) - (first_page + start) * PAGE_TOKENS,
             notice=encode_notice(notice),
         )
         self._manager.hold(page_ids)
@@ -253,11 +256,9 @@ class Handoffs:
         handoff.num_open += 1
         handoff.num_writes += 1
         handoff.num_bytes += num_bytes
-        self._count(handoff, first_page + start, first_page + end)
 
-    def _count(self, handoff: _Handoff, start_page: int, end_page: int) -> None:
+    def _count(self, num_tokens: int) -> None:
         layout = self._pool.layout
-        num_tokens = min(end_page * PAGE_TOKENS, handoff.num_tokens) - start_page * PAGE_TOKENS
         for kind, num_bytes in (
             ("latent", layout.latent_bytes(num_tokens)),
             ("mtp", layout.mtp_bytes(num_tokens)),

@@ -14,13 +14,17 @@ from serving.core.errors import PeerError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteOrder:
-    """One transfer: pages of ours into pages of the decode worker `worker_id`, whose pool is described by `agent`."""
+    """One transfer: pages of ours into pages of the decode worker `worker_id`, whose pool is described by `agent`.
+
+    `num_tokens` of their rows are valid.
+    """
 
     job_id: str
     worker_id: str
     agent: bytes
     source_page_ids: list[int]
     target_page_ids: list[int]
+    num_tokens: int
     notice: bytes
 
 

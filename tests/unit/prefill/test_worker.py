@@ -178,6 +178,7 @@ def test_pages_that_decode_holds_are_not_sent(stage: Callable[..., Stage]) -> No
     s.decode.hear(KVBind)
     s.grant(first_page=3, page_ids=[6], epochs=[1])
     assert s.decode.hear(KVReady).num_bytes == s.engine.layout.page_bytes
+    s.wait(lambda: s.used() == 0)
     num_rows = s.worker.metric("baton_kv_handoff_bytes_total", kind="latent") / s.engine.layout.latent_bytes(1)
     assert num_rows == 200 - 3 * 64
 
