@@ -94,7 +94,7 @@ class Rank:
         pid = os.getpid()
         try:
             worker = _build(spec, LoadProgress(events))
-            events.put(RankEvent(state="ready", pid=pid, detail="serving", address=worker.address))
+            events.put(RankEvent(state="ready", pid=pid, detail=f"pid {pid}", address=worker.address))
             worker.run()
             events.put(RankEvent(state="ended", pid=pid, detail="drained"))
         except BatonError as error:

@@ -9,16 +9,17 @@ scale nothing by it and have a router for HTTP, so the three are ended right aft
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
-import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 
+from serving.cluster import guard
 from serving.core.errors import StartupError
 
 NAMESPACE = "baton"
@@ -28,8 +29,7 @@ _OBJECT_STORE_BYTES = 80 * 1024 * 1024
 # Ray puts its sockets below its folder, and a socket's path must stay below 108 bytes.
 _LONGEST_FOLDER = 34
 _PREFIX = "baton-"
-# Locked as long as the owner lives.
-_LOCK = "lock"
+_GUARD_TIMEOUT_S = 15.0
 
 # Ray's defaults poll ten times a second for work that comes in milliseconds; we start a handful of actors and then want silence. Measured
 # on 2 cores with three idle actors: 5.9 % of a core with the defaults, 1.8 % with these and without the three processes above.
@@ -62,6 +62,16 @@ _SYSTEM_CONFIG: dict[str, int | bool] = {
     "prestart_worker_first_driver": False,
 }
 
+_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Its name notwithstanding: 0 keeps every socket of Ray on the loopback interface, on any system.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Transfers between workers of one host need no other interface either.
+    "UCX_NET_DEVICES": "lo",
+}
+
 
 class RayHead:
     """Ray's head node as children of this process. One a process at a time; owns the environment variables that Ray reads."""
@@ -74,10 +84,12 @@ class RayHead:
 
     def __enter__(self) -> RayHead:
         """Raises StartupError if Ray does not come up."""
-        _remove_folders_of_the_dead()
         self.folder = _private_folder()
-        self._lock = (self.folder / _LOCK).open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._guard = subprocess.Popen(
+            [sys.executable, "-S", "-E", guard.__file__, str(self.folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         try:
             self._start()
         except BaseException:
@@ -99,12 +111,7 @@ class RayHead:
         token = self.folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        os.environ.update(
-            RAY_AUTH_MODE="token",
-            RAY_AUTH_TOKEN_PATH=str(token),
-            RAY_USAGE_STATS_ENABLED="0",
-            RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-        )
+        os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN_PATH=str(token))
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):  # would lead to somebody else's cluster
             os.environ.pop(name, None)
         import ray
@@ -131,6 +138,7 @@ class RayHead:
             with contextlib.suppress(psutil.Error):
                 if any(unused in part for part in process.cmdline() for unused in _UNUSED):
                     process.kill()
+                    process.wait()
                 elif process.name() in _NEEDED:
                     self._processes.append(process)
 
@@ -138,8 +146,7 @@ class RayHead:
         import ray
 
         ray.shutdown()
-        self._lock.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._guard.communicate(timeout=_GUARD_TIMEOUT_S)
 
 
 def _private_folder() -> Path:
@@ -153,13 +160,3 @@ def _private_folder() -> Path:
         raise StartupError(
             f"no folder can be made in {parent} ({error.strerror}); set TMPDIR to a short path that is writable"
         ) from None
-
-
-def _remove_folders_of_the_dead() -> None:
-    """A server that was killed could not tidy up; we do it for those that were ours."""
-    for parent in {tempfile.gettempdir(), "/tmp"}:
-        for lock in Path(parent).glob(f"{_PREFIX}*/{_LOCK}"):
-            with contextlib.suppress(OSError), lock.open() as file:
-                if lock.stat().st_uid == os.getuid():
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(lock.parent, ignore_errors=True)

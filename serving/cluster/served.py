@@ -5,13 +5,14 @@ with ServedProcess(["--model", "DIR"]) as server: ... server.url ...
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 from serving.cluster.process import child_command
 from serving.core.errors import StartupError
@@ -22,10 +23,8 @@ _READY = re.compile(r"baton: ready on (http://\S+) \(\d+ prefill, \d+ decode ran
 class ServedProcess:
     """`arguments` follow `baton serve`; without a port among them a free one is taken. It ends with the process that made it."""
 
-    def __init__(
-        self, arguments: Sequence[str] = (), *, stderr: IO[bytes] | None = None, timeout_s: float = 120.0
-    ) -> None:
-        """`stderr` receives progress and errors; None: ours."""
+    def __init__(self, arguments: Sequence[str] = (), *, stderr: Path | None = None, timeout_s: float = 120.0) -> None:
+        """`stderr` is a file for progress and errors; None: they go where ours go."""
         self._arguments = [*arguments] if "--port" in arguments else [*arguments, "--port", "0"]
         self._stderr = stderr
         self._timeout_s = timeout_s
@@ -40,7 +39,9 @@ class ServedProcess:
     def start(self) -> None:
         """Returns when it is ready. Raises StartupError if it ends or is not ready in time."""
         command = [*child_command("serving", end=signal.SIGTERM), "serve", *self._arguments]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._stderr, text=True)
+        with contextlib.ExitStack() as stack:
+            stderr = stack.enter_context(self._stderr.open("wb")) if self._stderr is not None else None
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
         watchdog = threading.Timer(self._timeout_s, self._process.kill)
         watchdog.start()
         assert self._process.stdout is not None

@@ -1,0 +1,119 @@
+"""What a server does when its processes die and when it is told to stop, seen from outside."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.cluster.conftest import StartServer
+from tests.cluster.watched_server import WatchedServer, eventually, still_running
+
+PROMPT = "the quick brown fox"
+WITHOUT_TOKEN = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, timeout=5)
+"""
+
+
+@pytest.mark.parametrize(("victim", "other"), [("decode-0", "prefill-0"), ("prefill-0", "decode-0")])
+def test_a_killed_worker_comes_back_alone_and_answers_the_same(server: WatchedServer, victim: str, other: str):
+    text, before = server.complete(PROMPT), server.worker_pids()
+    psutil.Process(before[victim]).kill()
+    assert eventually(lambda: server.worker_pids()[victim] != before[victim], timeout_s=60)
+    assert eventually(server.is_ready, timeout_s=5)
+    assert server.worker_pids()[other] == before[other]
+    assert server.complete(PROMPT) == text
+    assert server.complete(PROMPT + "!") != text
+
+
+def test_a_killed_router_is_restarted_alone_on_its_port(server: WatchedServer):
+    text, before, old = server.complete(PROMPT), server.worker_pids(), server.router().pid
+    psutil.Process(old).kill()
+    assert eventually(lambda: not server.is_ready(), timeout_s=5)
+    assert eventually(server.is_ready, timeout_s=30)
+    assert server.router().pid != old
+    assert server.worker_pids() == before
+    assert all(psutil.pid_exists(pid) for pid in before.values())
+    assert server.complete(PROMPT) == text
+
+
+def test_nothing_listens_beyond_this_machine(server: WatchedServer):
+    addresses = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in [psutil.Process(server.process.pid), *server.family()]
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1"}
+
+
+def test_ray_refuses_whoever_has_no_token(server: WatchedServer):
+    gcs = next(process for process in server.family() if process.name() == "gcs_server")
+    ports = [c.laddr.port for c in gcs.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert ports
+    for port in ports:
+        refused = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TOKEN, f"127.0.0.1:{port}"],
+            env={"RAY_AUTH_MODE": "disabled", "HOME": "/nonexistent"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert refused.returncode != 0
+        assert "nauthenticated" in refused.stderr, refused.stderr
+
+
+def test_sigterm_lets_streams_finish_ends_with_0_and_leaves_nothing(start_server: StartServer):
+    server = start_server()
+    alone = server.complete(PROMPT, 400)
+    family, texts = server.family(), []
+    thread = threading.Thread(target=lambda: texts.append(server.complete(PROMPT, 400)))
+    thread.start()
+    running = 'baton_requests_running{role="decode",worker="decode-0"} 1'
+    assert eventually(lambda: running in httpx.get(f"{server.url}/metrics").text, timeout_s=10)
+    exit_code = server.stop(signal.SIGTERM)
+    thread.join()
+    assert exit_code == 0
+    assert texts == [alone]
+    assert still_running(family, after_s=0) == []
+
+
+def test_a_killed_server_takes_everything_with_it(start_server: StartServer):
+    server = start_server()
+    family = server.family()
+    folders = {
+        Path(c.split("=")[1]).parents[3] for p in family for c in p.cmdline() if c.startswith("--raylet_socket_name=")
+    }
+    assert [folder.is_dir() for folder in folders] == [True]
+    server.stop(signal.SIGKILL)
+    assert still_running(family, after_s=10) == []
+    assert eventually(lambda: not any(folder.exists() for folder in folders), timeout_s=5)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
+
+
+def test_what_a_worker_cannot_start_with_is_one_line_and_leaves_nothing(served_model: Path):
+    command = [sys.executable, "-m", "serving", "serve", "--model", str(served_model), "--port", "0"]
+    process = subprocess.Popen([*command, "--set", "kv.memory_fraction=1e-9"], stderr=subprocess.PIPE, text=True)
+    family: set[psutil.Process] = set()
+    while process.poll() is None:
+        family |= set(psutil.Process(process.pid).children(recursive=True))
+        time.sleep(0.1)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+    assert "does not start: kv.memory_fraction" in errors.splitlines()[-1]
+    assert len(family) > 5
+    assert still_running(family, after_s=0) == []
