@@ -5,7 +5,7 @@
     peers <--frames-- DEALER sockets (ours)  /                          \\ post, call, connect <-- any thread
 
 A peer is whoever has sent an authentic frame, or whom we connected to. It gets heartbeats until it falls silent for
-PEER_TIMEOUT_S or returns in another incarnation; either is reported as `PeerGone`. Silence is not proof that its
+`peer_timeout_s` or returns in another incarnation; either is reported as `PeerGone`. Silence is not proof that its
 process is gone; a later incarnation is, because a supervisor starts one only after the end of the one before.
 A frame of an earlier incarnation than the last one heard is refused and counted.
 
@@ -100,10 +100,12 @@ class Mailbox(Generic[T]):
         heartbeat_s: float,
         metrics: Metrics,
         driver: Driver[T] | None = None,
+        peer_timeout_s: float = PEER_TIMEOUT_S,
     ) -> None:
         """Raises StartupError if no port of `host` can be bound."""
         self._codec = Codec(secret, worker_id, incarnation)
         self._heartbeat_s = heartbeat_s
+        self._peer_timeout_s = peer_timeout_s
         self._metrics = metrics
         self._driver = driver
         self._log = logging.getLogger(f"baton.mailbox.{worker_id}")
@@ -311,11 +313,11 @@ class Mailbox(Generic[T]):
             self._log.debug("%s is not connected: %s", name, error)
 
     def _beat(self, now_s: float) -> None:
-        stalled = now_s - self._beat_s > self._heartbeat_s + PEER_TIMEOUT_S / 2
+        stalled = now_s - self._beat_s > self._heartbeat_s + self._peer_timeout_s / 2
         self._beat_s = now_s
         for name, peer in list(self._peers.items()):
-            if now_s - peer.heard_s > PEER_TIMEOUT_S and not stalled:  # else we slept, and they may have spoken
-                silent = PeerGone(name, peer.incarnation, False, f"{name} has been silent for {PEER_TIMEOUT_S:g} s")
+            if now_s - peer.heard_s > self._peer_timeout_s and not stalled:  # else we slept, and they may have spoken
+                silent = PeerGone(name, peer.incarnation, False, f"{name} has been silent for {self._peer_timeout_s:g} s")
                 self._forget(name, silent)
             else:
                 self._send(name, self._heartbeat())

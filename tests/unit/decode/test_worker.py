@@ -282,24 +282,17 @@ def test_a_writer_that_gives_up_unasked_frees_the_pages_and_the_router_knows_fro
     assert s.router.hears_no(JobFailed, 0.1)
 
 
-@pytest.mark.parametrize("proof", ["roster", "incarnation"])
-def test_a_silent_writer_quarantines_its_pages_and_only_proof_frees_them(
-    stage: Callable[..., Stage], proof: str
-) -> None:
+def test_a_silent_writer_quarantines_its_pages_and_only_proof_frees_them(stage: Callable[..., Stage]) -> None:
     s = stage()
     s.ticket()
     s.prefill.close()
     assert s.router.hear(JobFailed, 4.0, job_id="j").retryable
     s.wait(lambda: s.worker.pages()["quarantined"] == 2)
-    if proof == "roster":
-        address = PeerAddress("prefill-0", "tcp://127.0.0.1:1", 1)
-        alive = WorkerInfo(address=address, role="prefill", state="ready")
-        s.router.say(Roster(workers=[alive]))
-        time.sleep(0.2)
-        assert s.worker.pages()["quarantined"] == 2
-        s.router.say(Roster(workers=[WorkerInfo(address=address, role="prefill", state="dead")]))
-    else:
-        s.peer("prefill-0", incarnation=2)
+    address = PeerAddress("prefill-0", "tcp://127.0.0.1:1", 1)
+    s.router.say(Roster(workers=[WorkerInfo(address=address, role="prefill", state="ready")]))
+    time.sleep(0.2)
+    assert s.worker.pages()["quarantined"] == 2
+    s.router.say(Roster(workers=[WorkerInfo(address=address, role="prefill", state="dead")]))
     s.wait(lambda: s.used() == 0)
 
 

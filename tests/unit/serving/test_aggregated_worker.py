@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -85,12 +84,3 @@ def test_it_drains(serving: Serving) -> None:
     client.finish([request])
     client.wait(lambda: bool(late.failures))
     running.join(5.0)
-
-
-def test_it_uses_next_to_no_cpu_when_idle(serving: Serving) -> None:
-    _, _, client = serving
-    client.finish([client.submit([5, 6, 7], 4)])
-    time.sleep(0.3)
-    before_s = time.process_time()
-    time.sleep(1.5)
-    assert time.process_time() - before_s < 0.04

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from multiprocessing.connection import Connection
-from typing import Protocol
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -24,16 +21,12 @@ LAYOUT = PageLayout(num_layers=3, num_mtp_layers=1, row_width=24, element_bytes=
 NUM_PAGES = 12
 
 
-class Pair(Protocol):
+@dataclass
+class Pair:
     source: PageSource
     target: PageTarget
     ours: KVPool
     theirs: KVPool
-
-
-class _Pair:
-    def __init__(self, source: PageSource, target: PageTarget, ours: KVPool, theirs: KVPool) -> None:
-        self.source, self.target, self.ours, self.theirs = source, target, ours, theirs
 
 
 def numbered_pool(layout: PageLayout = LAYOUT, *, sign: int = 1) -> KVPool:
@@ -56,7 +49,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
             source, target = NixlSource("prefill-test", ours), NixlTarget("decode-test", theirs)
         stack.callback(target.close)
         stack.callback(source.close)
-        yield _Pair(source, target, ours, theirs)
+        yield Pair(source, target, ours, theirs)
 
 
 def settle(
@@ -145,10 +138,8 @@ def test_pools_of_other_page_sizes_do_not_pair() -> None:
     target.close()
 
 
-@pytest.mark.parametrize("agent", [b"", b"decode", b"\x81\xa1a\x01"])
+@pytest.mark.parametrize("agent", [b"", b"somebody", b"\x81\xa1a\x01"])
 def test_an_agent_that_is_none_is_a_peer_error(pair: Pair, agent: bytes) -> None:
-    if agent == b"decode" and isinstance(pair.target.agent, bytes) and pair.target.agent == b"decode":
-        pytest.skip("the name of the local target")
     with pytest.raises(PeerError):
         pair.source.connect(agent)
 
@@ -156,63 +147,3 @@ def test_an_agent_that_is_none_is_a_peer_error(pair: Pair, agent: bytes) -> None
 def test_adjacent_pages_become_one_descriptor() -> None:
     assert list(runs([3, 4, 5, 9, 10], [7, 8, 1, 2, 3])) == [(3, 7, 2), (5, 1, 1), (9, 2, 2)]
     assert list(runs([], [])) == []
-
-
-# NIXL across two processes.
-
-
-def _target_process(pipe: Connection) -> None:
-    """Owns the target; answers every notification with what it holds. Ends on the first message."""
-    torch.set_num_threads(1)
-    pool = numbered_pool(sign=-1)
-    target = NixlTarget("decode-far", pool)
-    pipe.send(target.agent)
-    while not pipe.poll(0.001):
-        for notice in target.notifications():
-            pipe.send((notice, pool.tensor[[7, 8, 1]].numpy()))
-    target.close()
-
-
-Far = tuple[NixlSource, KVPool, Connection, multiprocessing.process.BaseProcess]
-
-
-@pytest.fixture
-def far() -> Iterator[Callable[[], Far]]:
-    context = multiprocessing.get_context("spawn")
-    with ExitStack() as stack:
-
-        def start() -> Far:
-            ours = numbered_pool()
-            pipe, other = context.Pipe()
-            process = context.Process(target=_target_process, args=(other,), daemon=True)
-            process.start()
-            stack.callback(process.join, 10)
-            stack.callback(process.kill)
-            source = NixlSource("prefill-near", ours)
-            stack.callback(source.close)
-            return source, ours, pipe, process
-
-        yield start
-
-
-def test_pages_cross_processes_and_a_killed_target_is_an_error_not_a_hang(far: Callable[[], Far]) -> None:
-    source, ours, pipe, process = far()
-    peer = source.connect(pipe.recv())
-    source.write(peer, [3, 4, 5], [7, 8, 1], b"far")
-    assert settle(source, None)[0][0].error is None
-    assert pipe.poll(10)
-    notice, held = pipe.recv()
-    assert notice == b"far"
-    assert torch.equal(torch.from_numpy(held), ours.tensor[[3, 4, 5]])
-
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    time.sleep(1.0)
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.02, "an idle agent uses the CPU"
-
-    process.kill()
-    process.join(10)
-    handles = [source.write(peer, [page], [page], b"ghost") for page in range(3)]
-    completed, _ = settle(source, None)
-    assert sorted(done.handle for done in completed) == handles
-    assert any(done.error is not None for done in completed)
