@@ -3,18 +3,25 @@ way must be the reply's next token. That is what greedy decoding of this reply c
 
 The same pass gives the MTP layer's acceptance: its choice at i, made of the main state at i and token i + 1, against
 token i + 2, over replies that came out right.
+
+    python -m serving.demo.offline --ask 50
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from serving.demo.data import Corpus
+from serving.demo.evaluate import MODEL_FOLDER, NEEDLE_LENGTHS, drawn_questions, draws
+from serving.demo.export import read_model
 from serving.demo.questions import Question
 from serving.demo.trainable import Pieces, Shape, forward
 from serving.text.template import ChatTemplate
+from serving.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -68,3 +75,41 @@ def measure(
 def _row(corpus: Corpus, template: ChatTemplate, question: Question) -> tuple[list[int], int]:
     prompt = template.render(question.messages, tools=question.tools)
     return prompt + corpus.reply_ids(question), len(prompt)
+
+
+def report(
+    shape: Shape,
+    weights: Mapping[str, Tensor],
+    bias: Tensor,
+    folder: Path,
+    *,
+    count: int,
+    seed: int,
+    lengths: Sequence[int] = NEEDLE_LENGTHS,
+) -> dict[str, dict[str, float]]:
+    """Measure `count` questions of each kind of `seed`; prints and returns shares right and drafts accepted by kind."""
+    tokenizer = Tokenizer.from_folder(folder)
+    corpus, template = Corpus(tokenizer, seed=seed), ChatTemplate(tokenizer, "v3")
+    table = dict[str, dict[str, float]]()
+    for kind, draw in draws(tokenizer, lengths).items():
+        result = measure(shape, weights, bias, corpus, template, drawn_questions(kind, draw, count, seed))
+        table[kind] = {"right": result.share, "accepted": result.acceptance, "asked": result.asked}
+        print(
+            f"  {kind:12} right {result.share:.3f} of {result.asked}, drafts accepted {result.acceptance:.3f}",
+            flush=True,
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the embedded model's answers and drafts without a server.")
+    parser.add_argument("--model", type=Path, default=MODEL_FOLDER)
+    parser.add_argument("--ask", type=int, default=50, help="questions of each kind")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    weights, bias = read_model(args.model, Shape())
+    report(Shape(), weights, bias, args.model, count=args.ask, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from serving.demo import evaluate, offline, vocabulary
+from serving.demo import offline, vocabulary
 from serving.demo.data import SPEAKING, Corpus
 from serving.demo.export import write_model
 from serving.demo.optimizer import Optimizer
 from serving.demo.trainable import Pieces, Shape, as_stored, forward, initial
-from serving.text.template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
 
 MTP_WEIGHT = 0.3
@@ -202,27 +200,6 @@ def _report(plan: Plan, run: Run, figures: list[float], length: int, tokens: int
     )
 
 
-def report_accuracy(
-    shape: Shape, run: Run, folder: Path, *, count: int, seed: int, lengths: tuple[int, ...] = evaluate.NEEDLE_LENGTHS
-) -> dict[str, dict[str, float]]:
-    """Measure the weights as stored, in fp32, on questions from a seed of their own; prints and returns the table."""
-    tokenizer = Tokenizer.from_folder(folder)
-    corpus, template = Corpus(tokenizer, seed=seed), ChatTemplate(tokenizer, "v3")
-    stored, table = (
-        {name: as_stored(name, weight) for name, weight in run.weights.items()},
-        dict[str, dict[str, float]](),
-    )
-    for kind, draw in evaluate.draws(tokenizer, lengths).items():
-        rng = Random(f"offline/{seed}/{kind}")
-        result = offline.measure(shape, stored, run.bias, corpus, template, [draw(rng) for _ in range(count)])
-        table[kind] = {"right": result.share, "accepted": result.acceptance, "asked": result.asked}
-        print(
-            f"  {kind:12} right {result.share:.3f} of {result.asked}, drafts accepted {result.acceptance:.3f}",
-            flush=True,
-        )
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for model and checkpoints")
@@ -250,7 +227,10 @@ def main() -> None:
         flush=True,
     )
     torch.set_float32_matmul_precision("highest")
-    table = report_accuracy(shape, run, args.out / "model", count=args.ask, seed=args.seed) if args.ask else {}
+    stored = {name: as_stored(name, weight) for name, weight in run.weights.items()}
+    table = (
+        offline.report(shape, stored, run.bias, args.out / "model", count=args.ask, seed=args.seed) if args.ask else {}
+    )
     (args.out / "training" / f"accuracy-{run.step}.json").write_text(json.dumps(table, indent=1))
 
 
