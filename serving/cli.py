@@ -6,6 +6,7 @@ A BatonError is one line on standard error and its exit code; anything else is o
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,14 @@ from serving.core.config import Config, load_config, to_dict
 from serving.core.errors import BatonError, ConfigError
 
 _PASSED_ON = ("bench", "chat")
+_BENCHMARKS = {
+    "engine": "the engine alone, beside peers on the same weights",
+    "served": "what HTTP, router and two workers cost over the engine alone",
+    "idle": "CPU of a server without requests",
+    "memory": "peak memory of the workers, against what they must hold",
+    "ask": "how often the embedded model answers right through the API",
+}
+"""Modules of serving.bench."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,20 +51,14 @@ def _pass_on(command: str, arguments: list[str]) -> int:
 
         return chat(arguments)
     what = arguments[0] if arguments else ""
-    if what == "engine":
-        from serving.bench.engine import main as engine
-
-        return engine(arguments[1:])
-    if what == "idle":
-        from serving.cluster.idle import main as idle
-
-        return idle(arguments[1:])
     if what in ("-h", "--help"):
-        print(
-            "usage: baton bench {engine,idle} [options]\n\nengine: the engine alone, beside peers\nidle: CPU of a server without requests"
-        )
+        lines = [f"{name:<8}{help_text}" for name, help_text in _BENCHMARKS.items()]
+        print("\n".join([f"usage: baton bench {{{','.join(_BENCHMARKS)}}} [options]", "", *lines]))
         return 0
-    raise ConfigError(f"baton bench {what!r}: there is no such benchmark; choose engine or idle")
+    if what not in _BENCHMARKS:
+        raise ConfigError(f"baton bench {what!r}: there is no such benchmark; choose one of {', '.join(_BENCHMARKS)}")
+    code: int = importlib.import_module(f"serving.bench.{what}").main(arguments[1:])
+    return code
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -122,9 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (serve, demo, doctor):
         _add_server_options(command)
     commands.add_parser("chat", help="talk to a server", add_help=False)
-    commands.add_parser(
-        "bench", help="engine: the engine beside peers; idle: CPU of a server without requests", add_help=False
-    )
+    commands.add_parser("bench", help="measure: " + ", ".join(_BENCHMARKS), add_help=False)
     check = commands.add_parser("check-config", help="read a configuration file and print all settings in force")
     check.add_argument("file", type=Path, metavar="FILE")
     return parser

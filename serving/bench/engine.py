@@ -10,7 +10,6 @@ Systems take turns within each repeat, so that a busy machine is busy for all of
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -22,8 +21,9 @@ from typing import Any
 
 import torch
 
-from serving.bench.report import provenance
-from serving.bench.shapes import SHAPES, write_checkpoint
+from serving.bench.options import count, counts
+from serving.bench.report import provenance, write_report
+from serving.bench.shapes import SHAPES, random_prompts, write_checkpoint
 from serving.bench.systems import MENTIONED, PEERS, Baton, System, installed_version
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
@@ -59,12 +59,7 @@ def main(argv: Sequence[str]) -> int:
     report["ratios"] = ratios(figures)
     report["other_peers"] = {name: installed_version(name) for name in MENTIONED}
     print(_table(figures), file=sys.stderr)
-    text = json.dumps(report, indent=2)
-    if options.out is None:
-        print(text)
-    else:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+    write_report(report, options.out)
     return 0
 
 
@@ -88,7 +83,7 @@ def measure(
     figures: list[Figure] = []
     same: dict[str, list[bool]] = {system.name: [] for system in systems[1:]}
     for batch in batches:
-        prompts = _prompts(batch, prompt_tokens, vocab_size, seed)
+        prompts = random_prompts(batch, prompt_tokens, vocab_size, seed)
         texts = [system.generate(prompts, new_tokens) for system in systems]
         for system, text in zip(systems[1:], texts[1:], strict=True):
             same[system.name] += [mine == theirs for mine, theirs in zip(texts[0], text, strict=True)]
@@ -125,11 +120,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     model.add_argument("--model", type=Path, help="a Hugging Face folder instead")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every system")
-    parser.add_argument("--batch", type=_counts, default=[1, 8], help="sequences at once, comma-separated")
-    parser.add_argument("--prompt-tokens", type=_count, default=128)
-    parser.add_argument("--new-tokens", type=_count, default=65, help="at least 2")
-    parser.add_argument("--max-batched-tokens", type=_count, default=512, help="prefill tokens of one step")
-    parser.add_argument("--repeats", type=_count, default=5)
+    parser.add_argument("--batch", type=counts, default=[1, 8], help="sequences at once, comma-separated")
+    parser.add_argument("--prompt-tokens", type=count, default=128)
+    parser.add_argument("--new-tokens", type=count, default=65, help="at least 2")
+    parser.add_argument("--max-batched-tokens", type=count, default=512, help="prefill tokens of one step")
+    parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--peer", action="append", choices=sorted(PEERS), default=[], help="measure this one too")
     parser.add_argument("--out", type=Path, help="write the JSON here instead of standard output")
@@ -137,17 +132,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.new_tokens < 2:
         parser.error("--new-tokens must be at least 2: the first token is the prefill's")
     return options
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a count; give 1 or more")
-    return value
-
-
-def _counts(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -177,12 +161,6 @@ def _systems(options: argparse.Namespace, model_dir: Path) -> list[System]:
         max_batched_tokens=options.max_batched_tokens,
     )
     return [baton, *(PEERS[name](model_dir, dtype=options.dtype) for name in options.peer)]
-
-
-def _prompts(batch: int, num_tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed + 1)
-    prompts: list[list[int]] = torch.randint(2, vocab_size, (batch, num_tokens), generator=generator).tolist()
-    return prompts
 
 
 def _figure(name: str, batch: int, prompt_tokens: int, new_tokens: int, times: list[tuple[float, float]]) -> Figure:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
             "baton-serving": installed_version("baton-serving"),
         },
     }
+
+
+def write_report(report: Mapping[str, Any], out: Path | None) -> None:
+    """JSON to `out`, or to standard output."""
+    text = json.dumps(report, indent=2)
+    if out is None:
+        print(text)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + "\n")
 
 
 def _git(*arguments: str) -> str | None:

@@ -97,6 +97,12 @@ def write_checkpoint(folder: Path, shape: str, seed: int) -> int:
     return sum(weight.numel() for weight in weights.values())
 
 
+def random_prompts(batch: int, num_tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    prompts: list[list[int]] = torch.randint(2, vocab_size, (batch, num_tokens), generator=generator).tolist()
+    return prompts
+
+
 def _random(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(like.shape, generator=generator)
     if "norm" in name:

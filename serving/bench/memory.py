@@ -1,0 +1,123 @@
+"""`baton bench memory`: peak memory of each worker, against what it must hold.
+
+    allowed = peak of a worker that has loaded next to nothing + 1.3 x resident weights + pool
+
+"Next to nothing" is a model of a fraction of a megabyte behind the same command with a pool of a few pages: every import and
+every buffer of a worker that does not depend on the model is in it. Peaks are VmHWM when the server is ready, and
+again after prompts of several lengths, when activations have come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from kvcache.layout import PageLayout
+from serving.bench.options import count, counts
+from serving.bench.report import provenance, write_report
+from serving.bench.served import write_servable
+from serving.bench.shapes import random_prompts
+from serving.bench.streams import ask_all
+from serving.bench.usage import peak_bytes, process_name
+from serving.cluster.preflight import resolve_model_dir
+from serving.cluster.served import ServedProcess
+from serving.core.config import load_config
+from serving.model.config import ModelConfig
+from serving.model.deepseek_v3 import DeepseekV3
+from serving.model.names import name_table
+
+_WEIGHTS_FACTOR = 1.3
+_TINY_PAGES = 16
+_RANK = "ray::Rank.run"
+_NAME = "bench"
+
+
+def main(argv: Sequence[str]) -> int:
+    """`argv` without the command's name. JSON on standard output or in --out, a table on standard error. 1: over the gate."""
+    options = _parse(argv)
+    report = provenance(["baton", "bench", "memory", *argv])
+    model_dir = resolve_model_dir(load_config(overrides=[f"model.dir={options.model}"]))
+    model_config = ModelConfig.from_folder(model_dir)
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
+        write_servable(Path(scratch), "tiny", 0)
+        tiny = _peaks(Path(scratch), _TINY_PAGES, [64], ModelConfig.from_folder(scratch).vocab_size)
+    peaks = _peaks(model_dir, options.pages, options.prompt_tokens, model_config.vocab_size)
+    weights = _weight_bytes(model_config)
+    pool = (options.pages + 1) * _page_bytes(model_config)
+    base = max(tiny["ready"])
+    allowed = base + int(_WEIGHTS_FACTOR * weights) + pool
+    passed = max(peaks["ready"]) <= allowed
+    report |= {
+        "settings": {"pages": options.pages, "prompt_tokens": options.prompt_tokens, "model": model_dir.name},
+        "loaded_next_to_nothing_bytes": tiny,
+        "peak_bytes": peaks,
+        "weight_bytes": weights,
+        "pool_bytes": pool,
+        "allowed_bytes": allowed,
+        "passed": passed,
+    }
+    _show(report)
+    write_report(report, options.out)
+    return 0 if passed else 1
+
+
+def _peaks(model_dir: Path, pages: int, prompt_tokens: Sequence[int], vocab_size: int) -> dict[str, list[int]]:
+    """Bytes of each worker, "ready" and "served"."""
+    settings = (f"model.name={_NAME}", f"kv.prefill_pages={pages}", f"kv.decode_pages={pages}")
+    arguments = ["--model", str(model_dir), *(part for setting in settings for part in ("--set", setting))]
+    with ServedProcess(arguments) as server:
+        ready = _rank_peaks(server.process.pid)
+        for num_tokens in prompt_tokens:
+            (prompt,) = random_prompts(1, num_tokens, min(vocab_size, 256), num_tokens)
+            ask_all(server.url, [{"model": _NAME, "prompt": prompt, "max_tokens": 8, "ignore_eos": True}])
+        return {"ready": ready, "served": _rank_peaks(server.process.pid)}
+
+
+def _rank_peaks(root_pid: int) -> list[int]:
+    processes = psutil.Process(root_pid).children(recursive=True)
+    return [peak_bytes(process.pid) for process in processes if process_name(process) == _RANK]
+
+
+def _weight_bytes(config: ModelConfig) -> int:
+    """In the type that a CPU computes in."""
+    targets = name_table(DeepseekV3(config, torch.float32, "meta")).values()
+    return sum(target.into.numel() * target.into.element_size() for target in targets if target.repeats is None)
+
+
+def _page_bytes(config: ModelConfig) -> int:
+    return PageLayout(
+        num_layers=config.num_layers,
+        num_mtp_layers=config.num_mtp_layers,
+        row_width=config.latent_width,
+        element_bytes=torch.float32.itemsize,
+    ).page_bytes
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="baton bench memory", description="Peak memory of the workers of a server.")
+    parser.add_argument(
+        "--model", default="", metavar="DIR", help="Hugging Face folder; the embedded model if not given"
+    )
+    parser.add_argument("--pages", type=count, default=72, help="of each pool")
+    parser.add_argument(
+        "--prompt-tokens", type=counts, default=[64, 512, 4096], help="asked once ready; comma-separated"
+    )
+    parser.add_argument("--out", type=Path, help="write the JSON here instead of standard output")
+    return parser.parse_args(argv)
+
+
+def _show(report: dict[str, Any]) -> None:
+    def mib(values: Sequence[int]) -> str:
+        return ", ".join(f"{value / 2**20:.1f}" for value in values)
+
+    for name, peaks in (("next to nothing", report["loaded_next_to_nothing_bytes"]), ("model", report["peak_bytes"])):
+        print(f"{name:<16} ready {mib(peaks['ready'])} MiB, served {mib(peaks['served'])} MiB", file=sys.stderr)
+    weights, pool, allowed = report["weight_bytes"], report["pool_bytes"], report["allowed_bytes"]
+    print(f"weights {mib([weights])}, pool {mib([pool])}; allowed {mib([allowed])} MiB", file=sys.stderr)
