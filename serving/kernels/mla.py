@@ -30,8 +30,7 @@ def attend(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, *, scale: float, causal:
     # The fused CPU kernel wants one width for q, k and v: zeros change neither scores nor the kept part of the output.
     q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(0, 1)[None] for x in (q_THQ, k_SHQ, v_SHV))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    # lse arrives as [1, H, T], or [1, T, H] in memory; the op's metadata says the former.
-    return out[0].transpose(0, 1)[..., :v_width], lse[0].transpose(0, 1).to(torch.float32)
+    return out[0].transpose(0, 1)[..., :v_width], lse[0].transpose(0, 1)
 
 
 def attend_reference(

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from serving.core.errors import ModelFolderError
@@ -120,7 +120,10 @@ class ShardReader:
         entry = self._entries[name]
         if entry.shard != self._shard or self._bytes_read >= self._mapped_bytes:
             self._close()
-            mapped: Any = safe_open(entry.shard, framework="pt", device="cpu")
+            try:
+                mapped: Any = safe_open(entry.shard, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise ModelFolderError(f"{entry.shard} cannot be opened ({error}); fetch it again") from None
             self._file = mapped.__enter__()
             self._shard = entry.shard
         self._bytes_read += entry.num_bytes * (end - start) // max(entry.shape[0], 1)

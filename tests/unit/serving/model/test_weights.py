@@ -73,6 +73,17 @@ def test_a_truncated_shard_is_named(tmp_path: Path, keep: int) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    one_shard(tmp_path)
+    content = (tmp_path / SHARD).read_bytes()
+    # The same length, another shape of the same tensor: shape and byte range no longer agree.
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 131}))
+    (tmp_path / SHARD).write_bytes(content.replace(b'"shape":[128,64]', b'"shape":[131,64]'))
+    with pytest.raises(ModelFolderError, match=f"{SHARD} cannot be opened"):
+        load(tmp_path)
+
+
 def test_pickles_are_not_read(tmp_path: Path) -> None:
     one_shard(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
