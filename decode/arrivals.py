@@ -182,7 +182,7 @@ class Arrivals:
         if arrival is None and len(self._early) < _MAX_EARLY and message.job_id not in self._closing:
             self._early[message.job_id] = bind
         elif arrival is None:
-            self._refuse(bind, message.job_id, "the job is over or never came")
+            self._refuse(bind, message.job_id, "the job is over or never came", router_told=False)
         elif arrival.bind is not None:
             raise StaleError(f"job {message.job_id} is bound already; drop the message")
         else:
@@ -253,7 +253,7 @@ class Arrivals:
         """Time's part: binds that wait in vain, hand-offs that do not move, writers that have not closed yet."""
         for job_id, early in [item for item in self._early.items() if item[1].received_s + BIND_WAIT_S <= now_s]:
             del self._early[job_id]
-            self._refuse(early, job_id, "the decode job never came")
+            self._refuse(early, job_id, "the decode job never came", router_told=False)
         for arrival in list(self._arrivals.values()):
             bind = arrival.bind
             if bind is not None and arrival.binding is None and bind.received_s + BIND_WAIT_S <= now_s:
@@ -357,7 +357,7 @@ class Arrivals:
             _require(found == announced, f"page {index} has checksum {found:08x}, announced is {announced:08x}")
 
     def _fail(self, arrival: _Arrival, reason: str, *, now_s: float, no_room: bool = False) -> None:
-        """The router hears of it before the writer, which would tell it too."""
+        """The router hears of it from here, whatever the writer makes of it."""
         self._outcomes.append(ArrivalFailed(arrival.job_id, arrival.router, reason, no_room=no_room))
         if arrival.binding is not None:
             self._metrics.add("baton_kv_handoff_failures_total", reason="decode")
@@ -381,8 +381,9 @@ class Arrivals:
         self._manager.closed(job_id)
         self._watch()
 
-    def _refuse(self, bind: _Bind, job_id: str, reason: str) -> None:
-        self._mailbox.post(bind.writer.worker_id, KVRefused(job_id=job_id, reason=reason))
+    def _refuse(self, bind: _Bind, job_id: str, reason: str, *, router_told: bool = True) -> None:
+        refusal = KVRefused(job_id=job_id, reason=reason, router_told=router_told)
+        self._mailbox.post(bind.writer.worker_id, refusal)
 
     def _watch(self) -> None:
         """Tell the I/O thread how many jobs may still be written to by somebody who is there."""

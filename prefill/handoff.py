@@ -43,11 +43,12 @@ class HandoffDone:
 
 @dataclass(frozen=True, slots=True)
 class HandoffFailed:
-    """The job cannot go on with this decode worker."""
+    """The job cannot go on with this decode worker. `router_told`: the decode worker has said so."""
 
     job_id: str
     reason: str
     retryable: bool
+    router_told: bool = False
 
 
 Outcome = HandoffDone | HandoffFailed
@@ -141,7 +142,8 @@ class Handoffs:
     def refused(self, sender: str, message: KVRefused) -> None:
         handoff = self._of(sender, message.job_id)
         if handoff is not None and not handoff.closing:
-            self._fail(handoff, f"{sender} refused the hand-off: {message.reason}", retryable=True)
+            reason = f"{sender} refused the hand-off: {message.reason}"
+            self._fail(handoff, reason, retryable=True, router_told=message.router_told)
 
     def close(self, sender: str, message: KVClose) -> None:
         """The decode worker gives up. It hears KVClosed when nothing is in flight, at once if the job is over here."""
@@ -149,7 +151,7 @@ class Handoffs:
         if handoff is None:
             self._mailbox.post(sender, KVClosed(job_id=message.job_id))
         elif not handoff.closing:
-            self._fail(handoff, f"{sender} gave the hand-off up", retryable=True)
+            self._fail(handoff, f"{sender} gave the hand-off up", retryable=True, router_told=True)
 
     def advance(self, job_id: str, now_s: float) -> None:
         """A chunk has settled: write what is complete now."""
@@ -289,9 +291,10 @@ class Handoffs:
                 self._metrics.observe("baton_kv_handoff_seconds", now_s - handoff.began_s)
             self._outcomes.append(HandoffDone(handoff.job_id))
 
-    def _fail(self, handoff: _Handoff, reason: str, *, retryable: bool) -> None:
-        self._metrics.add("baton_kv_handoff_failures_total", reason="prefill")
-        self._outcomes.append(HandoffFailed(handoff.job_id, reason, retryable))
+    def _fail(self, handoff: _Handoff, reason: str, *, retryable: bool, router_told: bool = False) -> None:
+        if not router_told:
+            self._metrics.add("baton_kv_handoff_failures_total", reason="prefill")
+        self._outcomes.append(HandoffFailed(handoff.job_id, reason, retryable, router_told))
         self._close(handoff)
 
     def _close(self, handoff: _Handoff) -> None:

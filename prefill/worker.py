@@ -321,6 +321,10 @@ class PrefillWorker:
         if isinstance(outcome, HandoffDone):
             del self._jobs[job_id]
             self._scheduler.finish(job_id)
+        elif outcome.router_told:
+            self._log.info("job %s: %s", job_id, outcome.reason)
+            self._scheduler.abort(job_id)
+            del self._jobs[job_id]
         else:
             self._scheduler.abort(job_id)
             self._fail(job_id, outcome.reason, retryable=outcome.retryable)

@@ -178,7 +178,8 @@ class AggregatedWorker:
                 if self._jobs.pop(message.job_id, None) is not None:
                     self._aggregated.abort(message.job_id)
             case KVBind():
-                refusal = KVRefused(job_id=message.job_id, reason="a worker of role both takes no hand-off")
+                reason = "a worker of role both takes no hand-off"
+                refusal = KVRefused(job_id=message.job_id, reason=reason, router_told=False)
                 self._mailbox.post(sender, refusal)
             case Attach():
                 self._reporter.attach(sender)

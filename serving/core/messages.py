@@ -103,10 +103,11 @@ class KVTicket(Message, frozen=True):
 
 
 class KVRefused(Message, frozen=True):
-    """No ticket: identity differs, the job is gone, or it never came."""
+    """No ticket: identity differs, there is no room, the job is gone, or it never came. `router_told`: its router knows already."""
 
     job_id: str
     reason: str
+    router_told: bool
 
 
 class KVReady(Message, frozen=True):
@@ -128,7 +129,7 @@ class KVReady(Message, frozen=True):
 
 
 class KVClose(Message, frozen=True):
-    """Decode gives the job up: stop writing, and say when nothing is in flight any more."""
+    """Decode gives the job up, and its router knows: stop writing, and say when nothing is in flight any more."""
 
     job_id: str
 

@@ -172,7 +172,9 @@ def test_a_bind_that_comes_before_its_job_waits_for_it(stage: Callable[..., Stag
 def test_a_bind_whose_job_never_comes_is_refused(stage: Callable[..., Stage]) -> None:
     s = stage()
     s.prefill.say(KVBind(job_id="nobody", identity=s.engine.identity))
-    assert "never came" in s.prefill.hear(KVRefused, job_id="nobody").reason
+    refused = s.prefill.hear(KVRefused, job_id="nobody")
+    assert "never came" in refused.reason
+    assert not refused.router_told
 
 
 def test_a_peer_of_another_model_gets_no_page(stage: Callable[..., Stage]) -> None:
@@ -313,7 +315,9 @@ def test_a_job_without_room_waits_and_is_sent_back_when_prefill_already_asks(sta
     s.prefill.say(KVBind(job_id="late", identity=s.engine.identity))
     assert s.router.hears_no(Preempted, 0.5)
     s.router.hear(Preempted, 4.0, job_id="late")
-    assert "no room" in s.prefill.hear(KVRefused, job_id="late").reason
+    refused = s.prefill.hear(KVRefused, job_id="late")
+    assert "no room" in refused.reason
+    assert refused.router_told
     s.router.say(s.job("later", max_new_tokens=200))
     s.router.say(Abort(job_id="holder-1"))
     s.prefill.say(KVBind(job_id="later", identity=s.engine.identity))

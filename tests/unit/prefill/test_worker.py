@@ -221,20 +221,26 @@ def test_a_close_for_a_job_that_is_over_or_never_was_is_answered_at_once(stage: 
         s.decode.hear(KVClosed, job_id=job_id)
 
 
-@pytest.mark.parametrize("answer", ["refused", "closed", "misfit"])
-def test_a_decode_worker_that_does_not_want_the_job_ends_it(stage: Callable[..., Stage], answer: str) -> None:
+@pytest.mark.parametrize("answer", ["refused", "closed", "never came", "misfit"])
+def test_a_decode_worker_that_does_not_want_the_job_ends_it_and_the_router_hears_it_once(
+    stage: Callable[..., Stage], answer: str
+) -> None:
     s = stage()
     s.submit()
     s.decode.hear(KVBind)
-    if answer == "refused":
-        s.decode.say(KVRefused(job_id="j", reason="no room"), to="prefill-0")
-    elif answer == "closed":
+    if answer == "closed":
         s.decode.say(KVClose(job_id="j"), to="prefill-0")
-    else:
+    elif answer == "misfit":
         s.grant(page_ids=[1], epochs=[1])
-    assert s.router.hear(JobFailed, job_id="j").retryable == (answer != "misfit")
+    else:
+        told = answer == "refused"
+        s.decode.say(KVRefused(job_id="j", reason=answer, router_told=told), to="prefill-0")
     s.decode.hear(KVClosed, job_id="j")
     s.wait(lambda: s.used() == 0)
+    if answer in ("refused", "closed"):  # the decode worker has told the router
+        assert s.router.hears_no(JobFailed, 0.1)
+    else:
+        assert s.router.hear(JobFailed, job_id="j").retryable == (answer == "never came")
 
 
 def test_a_stuck_write_fails_the_job_and_keeps_its_pages_until_it_is_over(stage: Callable[..., Stage]) -> None:
