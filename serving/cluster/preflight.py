@@ -55,9 +55,11 @@ def check_ports(config: Config) -> None:
 
 def check_port(host: str, port: int) -> None:
     """Raises StartupError if `host`:`port` cannot be bound now."""
+    if port > 65535:
+        raise StartupError(f"port {port} does not exist; choose one up to 65535 with --port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise StartupError(
             f"{host}:{port} is no address to listen on ({error}); give --host and --port of this machine"
         ) from None
