@@ -75,7 +75,6 @@ async def serve(settings: Settings, served: Served, listener: socket.socket) -> 
             log_config=None,
             server_header=False,
             timeout_keep_alive=75,
-            h11_max_incomplete_event_size=None,
         )
     )
 

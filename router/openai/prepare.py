@@ -27,6 +27,7 @@ from serving.text.template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
 
 _MAX_STOPS = 16
+_MAX_TEXTS = 1024
 _DEFAULT_COMPLETION_TOKENS = 16
 _LONGEST_TOKEN_BYTES = 256
 _SEED_MASK = (1 << 63) - 1
@@ -202,21 +203,19 @@ def _prompts(body: CompletionBody, served: Served, max_model_len: int) -> list[l
         raise RequestError("prompt is empty", param="prompt", code="invalid_value")
     if all(isinstance(item, int) for item in given):
         given = [[item for item in given if isinstance(item, int)]]
-    prompts: list[list[int]] = []
-    for item in given:
-        if type(item) is not type(given[0]):
-            raise RequestError(
-                "prompt must be a string, strings, token ids, or lists of token ids",
-                param="prompt",
-                code="invalid_value",
-            )
-        if isinstance(item, str):
-            _check_length(len(item), max_model_len, "prompt")
-            prompts.append(served.tokenizer.encode_completion(item))
-        elif isinstance(item, list):
-            _check_ids(item, served, "prompt")
-            prompts.append(item)
-    return prompts
+    if len(given) * (body.n or 1) > _MAX_TEXTS:
+        raise RequestError(f"prompts times n: at most {_MAX_TEXTS}", param="prompt", code="invalid_value")
+    if len({type(item) for item in given}) > 1:
+        raise RequestError("prompt mixes strings, ids and lists of ids", param="prompt", code="invalid_value")
+    return [_prompt(item, served, max_model_len) for item in given if not isinstance(item, int)]
+
+
+def _prompt(given: str | list[int], served: Served, max_model_len: int) -> list[int]:
+    if isinstance(given, list):
+        _check_ids(given, served, "prompt")
+        return given
+    _check_length(len(given), max_model_len, "prompt")
+    return served.tokenizer.encode_completion(given)
 
 
 def _check_length(num_chars: int, max_model_len: int, param: str) -> None:

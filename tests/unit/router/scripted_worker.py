@@ -71,6 +71,7 @@ class ScriptedWorker:
     jobs: dict[str, Job] = field(default_factory=dict)
     attached: set[bytes] = field(default_factory=set)
     promised: dict[str, int] = field(default_factory=dict)
+    landed: dict[str, int] = field(default_factory=dict)
     progress: int = 0
     socket: zmq.Socket[bytes] | None = None
     address: PeerAddress | None = None
@@ -207,6 +208,8 @@ class ScriptedCluster:
                 self._later(worker.step_s, lambda: self._first_token(worker, message.job_id))
             case DecodeJob():
                 self._take(worker, identity, message)
+                if message.job_id in worker.landed:
+                    self._land(worker, message.job_id, worker.landed.pop(message.job_id))
             case Abort():
                 self._drop(worker, message.job_id)
             case MetricsQuery():
@@ -235,13 +238,18 @@ class ScriptedCluster:
         if finished or worker.role == "prefill":
             self._drop(worker, job_id)
         if not finished and decode is not None:
-            target = self.workers[decode.worker_id]
-            if job_id in target.jobs:
-                target.jobs[job_id].next = job.next
-                target.jobs[job_id].stages = {"transfer_exposed": 0.001, "decode_join": 0.001, "first_step": 0.001}
-                self._later(target.step_s, lambda: self._next_token(target, job_id))
+            self._land(self.workers[decode.worker_id], job_id, job.next)
         elif not finished:
             self._later(worker.step_s, lambda: self._next_token(worker, job_id))
+
+    def _land(self, worker: ScriptedWorker, job_id: str, index: int) -> None:
+        """The latents are there; the DecodeJob may still be on its way."""
+        job = worker.jobs.get(job_id)
+        if job is None:
+            worker.landed[job_id] = index
+            return
+        job.next, job.stages = index, {"transfer_exposed": 0.001, "decode_join": 0.001, "first_step": 0.001}
+        self._later(worker.step_s, lambda: self._next_token(worker, job_id))
 
     def _next_token(self, worker: ScriptedWorker, job_id: str) -> None:
         job = worker.jobs.get(job_id)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from router.generation import Outcome
@@ -82,6 +84,35 @@ async def test_a_retryable_failure_starts_another_life(
     async with front(saying(TEXT), pair(prefill, decode)) as f:
         assert await content(f) == TEXT
         assert f.ended("failed") == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_random_faults_lose_and_repeat_nothing(front: Callable[..., Any], seed: int) -> None:
+    rng = random.Random(seed)
+    decode: Faults = lambda job: rng.choices((None, "preempt", "fail", "hold"), (0.95, 0.03, 0.01, 0.01))[0]  # noqa: E731
+    prefill: Faults = lambda job: rng.choices((None, "fail"), (0.95, 0.05))[0]  # noqa: E731
+    workers = [
+        *(ScriptedWorker(f"prefill-{n}", "prefill", before_token=prefill) for n in range(2)),
+        *(ScriptedWorker(f"decode-{n}", "decode", before_token=decode) for n in range(2)),
+    ]
+    async with front(saying(TEXT), workers) as f:
+        replies = await asyncio.gather(*(f.client.post(CHAT, json=chat_body(stream=True)) for _ in range(24)))
+        texts = [streamed(reply) for reply in replies]
+        finished = texts.count(TEXT)
+        assert finished > 12
+        assert all(text == TEXT or "gave up after 4 attempts" in text for text in texts)
+        assert (f.ended("finished"), f.ended("failed")) == (finished, 24 - finished)
+        await f.until(lambda: f.cluster.num_jobs == 0)
+        assert all(worker.pages.total == worker.tokens.total == 0 for worker in f.view)
+
+
+def streamed(reply: httpx.Response) -> str:
+    """The content of a stream, an error's text behind it."""
+    if reply.status_code != 200:
+        return str(reply.json()["error"]["message"])
+    chunks = [json.loads(line.removeprefix("data: ")) for line in reply.text.split("\n\n")[:-2]]
+    parts = [c["error"]["message"] if "error" in c else c["choices"][0]["delta"].get("content", "") for c in chunks]
+    return "".join(parts)
 
 
 async def test_endless_failure_ends_in_an_error(front: Callable[..., Any]) -> None:

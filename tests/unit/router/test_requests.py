@@ -96,6 +96,7 @@ def test_a_wrong_chat_names_its_field_in_one_line(served: Served, fields: dict[s
         ({"prompt": [99999]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": 5}, "prompt"),
+        ({"prompt": ["a"] * 9, "n": 128}, "prompt"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
