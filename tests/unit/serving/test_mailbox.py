@@ -32,7 +32,7 @@ def make() -> Iterator[Make]:
                 host="127.0.0.1",
                 secret=SECRET,
                 heartbeat_s=0.05,
-                peer_timeout_s=0.6,
+                peer_timeout_s=1.0,
                 metrics=metrics or Metrics("worker", worker=name),
                 **more,  # type: ignore[arg-type]
             )
@@ -80,7 +80,7 @@ def test_a_peer_that_falls_silent_is_reported_once_and_not_as_proven_dead(make: 
     prefill.connect(decode.address)
     prefill.post("decode-0", Abort(job_id="x"))
     wait_for(decode, is_abort)
-    time.sleep(0.9)  # heartbeats keep both alive without a word from the step loops
+    time.sleep(1.4)  # heartbeats keep both alive without a word from the step loops
     assert decode.get(0) == []
     assert prefill.get(0) == []
     prefill.close()
