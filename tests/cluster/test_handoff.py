@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +24,30 @@ LENGTHS = [1, 2, 3, 17, 63, 64, 65, 100, 127, 128, 129, 191, 192, 193, 256, 257,
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model") / "tiny"
+
+
+@pytest.fixture(scope="module")
+def engines(folder: Path) -> tuple[Engine, Engine]:
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
     return create_engine(folder, num_pages=256), create_engine(folder, num_pages=256)
+
+
+@pytest.fixture(scope="module")
+def transformers_texts(engines: tuple[Engine, Engine], folder: Path) -> list[list[int]]:
+    """Greedy answers of transformers to `mixed_prompts(3)`, twelve tokens each; the engines have written the folder."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    answers = []
+    for prompt in mixed_prompts(3):
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
 
 
 @pytest.fixture
@@ -55,11 +77,17 @@ def mixed_prompts(seed: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("backend", "run_ahead"), [("nixl", False), ("nixl", True), ("local", False)])
-def test_the_text_of_two_workers_is_that_of_one(
-    engines: tuple[Engine, Engine], pair: Callable[..., WorkerPair], backend: str, run_ahead: bool
+def test_the_text_of_two_workers_is_that_of_one_and_of_transformers(
+    engines: tuple[Engine, Engine],
+    transformers_texts: list[list[int]],
+    pair: Callable[..., WorkerPair],
+    backend: str,
+    run_ahead: bool,
 ) -> None:
-    prompts = mixed_prompts(seed=3)
+    prompts = mixed_prompts(3)
+    assert len(prompts) == 32
     wanted = expected(engines[0], prompts, 12)
+    assert wanted == transformers_texts
     workers = pair(backend=backend, run_ahead=run_ahead)
     client = workers.client
     first = client.finish([client.submit(prompt, 12) for prompt in prompts])
