@@ -187,11 +187,12 @@ class Handoffs:
         else:
             self._finish_if_done(handoff, now_s)
 
-    def peer_gone(self, worker_id: str, reason: str) -> None:
-        """Nobody waits for our word any more; writes in flight end by themselves."""
+    def peer_gone(self, worker_id: str, incarnation: int, reason: str) -> None:
+        """Lives of a decode worker up to `incarnation` wait for our word no more; writes in flight end by themselves."""
         self._mailbox.call(lambda: self._writes.part(worker_id))
-        for handoff in [handoff for handoff in self._handoffs.values() if handoff.decode.worker_id == worker_id]:
-            if not handoff.closing:
+        for handoff in list(self._handoffs.values()):
+            decode = handoff.decode
+            if decode.worker_id == worker_id and decode.incarnation <= incarnation and not handoff.closing:
                 self._fail(handoff, reason, retryable=True)
 
     def expire(self, now_s: float) -> None:

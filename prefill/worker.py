@@ -239,7 +239,7 @@ class PrefillWorker:
     def _on_gone(self, event: PeerGone) -> None:
         self._log.warning("%s", event.reason)
         self._reporter.gone(event)
-        self._handoffs.peer_gone(event.peer, event.reason)
+        self._handoffs.peer_gone(event.peer, event.incarnation, event.reason)
         for job_id in [job_id for job_id, job in self._jobs.items() if job.router == event.peer]:
             self._scheduler.abort(job_id)
             self._handoffs.abandon(job_id)

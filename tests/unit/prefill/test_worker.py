@@ -277,6 +277,26 @@ def test_a_decode_worker_that_falls_silent_fails_its_jobs(stage: Callable[..., S
     s.wait(lambda: s.used() == 0)
 
 
+def test_a_restarted_decode_worker_ends_the_jobs_of_its_old_life_and_none_of_its_new_one(
+    stage: Callable[..., Stage],
+) -> None:
+    s = stage()
+    s.submit("old")
+    s.decode.hear(KVBind)
+    again = ScriptedPeer("decode-0", incarnation=2)
+    try:
+        s.submit("new", decode=again.address)
+        again.hear(KVBind, job_id="new")
+        assert "restarted" in s.router.hear(JobFailed, job_id="old").reason
+        ticket = KVTicket(job_id="new", first_page=0, page_ids=[0, 1, 2, 3], epochs=[1, 1, 1, 1], agent=s.target.agent)
+        again.say(ticket, to="prefill-0")
+        again.hear(KVReady, job_id="new")
+        s.wait(lambda: s.used() == 0)
+        assert s.router.hears_no(JobFailed, 0.1)
+    finally:
+        again.close()
+
+
 def test_a_router_that_falls_silent_takes_its_jobs_with_it(stage: Callable[..., Stage]) -> None:
     s = stage()
     s.submit()
