@@ -43,7 +43,7 @@ test: test-unit
 	$(BIN)/python -m pytest -q tests --ignore=tests/unit -m 'not gpu'
 
 test-unit: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/unit -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit -m 'not gpu'
 
 lint: install
 	$(BIN)/ruff check .
