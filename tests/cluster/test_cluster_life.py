@@ -89,6 +89,22 @@ def test_sigterm_lets_streams_finish_ends_with_0_and_leaves_nothing(start_server
     assert still_running(family, after_s=0) == []
 
 
+def test_a_server_whose_supervisor_dies_says_so_and_leaves_nothing(start_server: StartServer):
+    server = start_server()
+    family = server.family()
+    next(process for process in family if process.name().startswith("ray::Supervisor")).kill()
+    assert server.process.wait(timeout=60) == 1
+    assert "supervisor has died" in server.log.read_text().splitlines()[-1]
+    assert still_running(family, after_s=0) == []
+
+
+def test_mode_both_answers_the_same_from_one_worker(server: WatchedServer, start_server: StartServer):
+    prompts = [PROMPT, PROMPT + "!", "once upon a time " * 40]
+    both = start_server("--set", "engine.mode=both")
+    assert list(both.worker_pids()) == ["both-0"]
+    assert [both.complete(prompt) for prompt in prompts] == [server.complete(prompt) for prompt in prompts]
+
+
 def test_a_killed_server_takes_everything_with_it(start_server: StartServer):
     server = start_server()
     family = server.family()
