@@ -45,7 +45,9 @@ class Display:
         self._line(text)
 
     def ready(self, url: str, num_prefill: int, num_decode: int) -> None:
+        """From here every change is a line that stays."""
         self.stop()
+        self._status = None
         print(f"baton: ready on {url} ({num_prefill} prefill, {num_decode} decode ranks)", flush=True)
 
     def stop(self) -> None:
