@@ -317,7 +317,9 @@ class Mailbox(Generic[T]):
         self._beat_s = now_s
         for name, peer in list(self._peers.items()):
             if now_s - peer.heard_s > self._peer_timeout_s and not stalled:  # else we slept, and they may have spoken
-                silent = PeerGone(name, peer.incarnation, False, f"{name} has been silent for {self._peer_timeout_s:g} s")
+                silent = PeerGone(
+                    name, peer.incarnation, False, f"{name} has been silent for {self._peer_timeout_s:g} s"
+                )
                 self._forget(name, silent)
             else:
                 self._send(name, self._heartbeat())

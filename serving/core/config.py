@@ -31,7 +31,9 @@ class ModelTable:
     dtype: str = _key("auto", "compute type; auto: float32 on a CPU", choices=("auto", "float32", "bfloat16"))
     device: str = _key("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
     mtp: bool = _key(True, "load the multi-token-prediction layer if the model has one, and keep its latents")
-    max_model_len: int = _key(0, "longest prompt + answer in tokens; 0: the model's own limit, or what the pool holds", low=0)
+    max_model_len: int = _key(
+        0, "longest prompt + answer in tokens; 0: the model's own limit, or what the pool holds", low=0
+    )
     chat_format: str = _key("auto", "auto: from the tokenizer's template", choices=("auto", "v3", "r1", "v3.1"))
 
 
@@ -158,12 +160,16 @@ def _read_toml(path: Path) -> dict[str, dict[str, Any]]:
     try:
         data = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; pass --config with an existing TOML file, or none for the defaults") from None
+        raise ConfigError(
+            f"{path}: no such file; pass --config with an existing TOML file, or none for the defaults"
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
     for name, table in data.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"{path}: {name!r} stands outside of a table; write it under one of {_names(_known_tables())}")
+            raise ConfigError(
+                f"{path}: {name!r} stands outside of a table; write it under one of {_names(_known_tables())}"
+            )
     return data
 
 
