@@ -227,7 +227,7 @@ class PrefillScheduler:
             return False
         sequence.slot = self._slots.take()
         sequence.page_ids = allocation.page_ids
-        sequence.num_computed = job.num_planned = allocation.num_cached
+        sequence.num_cached = sequence.num_computed = job.num_planned = allocation.num_cached
         self._admitted[sequence.job_id] = self._waiting.pop(sequence.job_id)
         job.hit = allocation.num_cached > 0
         return True

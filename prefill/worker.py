@@ -252,7 +252,7 @@ class PrefillWorker:
         if plan is None:
             return None
         for sequence in plan.late:
-            self._fail(sequence.job_id, "the prompt was not started within its time budget", retryable=False)
+            self._fail(sequence.job_id, "the prompt was not started within its time budget", overloaded=True)
         for sequence in plan.opened:
             self._open(sequence, now_s)
         if not plan.step.chunks:
@@ -269,7 +269,7 @@ class PrefillWorker:
             page_ids=list(sequence.page_ids),
         )
         self._engine.runner.open_slot(sequence.slot, spec)
-        self._metrics.add("baton_prefix_hit_tokens_total", sequence.num_computed)
+        self._metrics.add("baton_prefix_hit_tokens_total", sequence.num_cached)
         job = self._jobs[sequence.job_id]
         job.opened_s = now_s
         if job.decode is not None:
@@ -296,7 +296,13 @@ class PrefillWorker:
             job_id, token = first.sequence.job_id, first.token
             job = self._jobs[job_id]
             logprobs = None if token.logprobs is None else [token.logprobs]
-            tokens = JobTokens(job_id=job_id, token_ids=[token.token_id], logprobs=logprobs, finish=first.finish)
+            tokens = JobTokens(
+                job_id=job_id,
+                token_ids=[token.token_id],
+                logprobs=logprobs,
+                finish=first.finish,
+                num_cached_tokens=first.sequence.num_cached,
+            )
             jobs.setdefault(job.router, []).append(tokens)
             stages.setdefault(job.router, {})[job_id] = {
                 "prefill_queue": job.opened_s - job.received_s,
@@ -331,10 +337,10 @@ class PrefillWorker:
 
     # Bookkeeping.
 
-    def _fail(self, job_id: str, reason: str, *, retryable: bool) -> None:
+    def _fail(self, job_id: str, reason: str, *, retryable: bool = False, overloaded: bool = False) -> None:
         job = self._jobs.pop(job_id)
         self._log.warning("job %s: %s", job_id, reason)
-        self._reporter.fail(job.router, job_id, reason, retryable=retryable)
+        self._reporter.fail(job.router, job_id, reason, retryable=retryable, overloaded=overloaded)
 
     def _fail_all(self, reason: str) -> None:
         for job_id in list(self._jobs):

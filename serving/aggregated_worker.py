@@ -142,7 +142,7 @@ class AggregatedWorker:
         stepped = self._aggregated.step(now_s)
         self._moved = bool(stepped.events or stepped.late) or self._aggregated.num_running > 0
         for sequence in stepped.late:
-            self._fail(sequence.job_id, "the prompt was not started within its time budget", retryable=False)
+            self._fail(sequence.job_id, "the prompt was not started within its time budget", overloaded=True)
         ended_s = time.monotonic()
         self._reporter.settled(num_tokens, ended_s - now_s)
         self._metrics.add("baton_preemptions_total", self._aggregated.num_preempted - self._num_preempted)
@@ -224,7 +224,13 @@ class AggregatedWorker:
             job_id = event.sequence.job_id
             job = self._jobs[job_id]
             logprobs = None if event.logprobs is None else [event.logprobs]
-            tokens = JobTokens(job_id=job_id, token_ids=[event.token_id], logprobs=logprobs, finish=event.finish)
+            tokens = JobTokens(
+                job_id=job_id,
+                token_ids=[event.token_id],
+                logprobs=logprobs,
+                finish=event.finish,
+                num_cached_tokens=0 if job.has_first else event.sequence.num_cached,
+            )
             jobs.setdefault(job.router, []).append(tokens)
             if not job.has_first:
                 job.has_first = True
@@ -234,10 +240,10 @@ class AggregatedWorker:
         for router, batch in jobs.items():
             self._mailbox.post(router, TokenBatch(jobs=batch, stages=stages.get(router, {})))
 
-    def _fail(self, job_id: str, reason: str, *, retryable: bool) -> None:
+    def _fail(self, job_id: str, reason: str, *, retryable: bool = False, overloaded: bool = False) -> None:
         job = self._jobs.pop(job_id)
         self._log.warning("job %s: %s", job_id, reason)
-        self._reporter.fail(job.router, job_id, reason, retryable=retryable)
+        self._reporter.fail(job.router, job_id, reason, retryable=retryable, overloaded=overloaded)
 
     def _check(self) -> None:
         """The sum after every step, every page when the work ends: a violation stops the worker."""

@@ -51,9 +51,9 @@ class Reporter:
         self._state()
         self._mailbox.post(peer, MetricsReply(query_id=query.query_id, exposition=self._metrics.exposition()))
 
-    def fail(self, router: str, job_id: str, reason: str, *, retryable: bool) -> None:
+    def fail(self, router: str, job_id: str, reason: str, *, retryable: bool, overloaded: bool = False) -> None:
         """The end of a job that its router must hear of."""
-        self._mailbox.post(router, JobFailed(job_id=job_id, reason=reason, retryable=retryable))
+        self._mailbox.post(router, JobFailed(job_id=job_id, reason=reason, retryable=retryable, overloaded=overloaded))
 
     def launched(self, num_tokens: int) -> None:
         """A step of so many tokens starts: announce how long it may take."""

@@ -141,12 +141,16 @@ class KVClosed(Message, frozen=True):
 
 
 class JobTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """New tokens of one job. The positions follow on from what the job has sent before."""
+    """New tokens of one job. The positions follow on from what the job has sent before.
+
+    `num_cached_tokens`, with the first token of a job only: how many tokens of its text the prefill pool's prefix cache had.
+    """
 
     job_id: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish: FinishReason | None = None
+    num_cached_tokens: int = 0
 
 
 class TokenBatch(Message, frozen=True):
@@ -164,11 +168,12 @@ class Preempted(Message, frozen=True):
 
 
 class JobFailed(Message, frozen=True):
-    """The job is over. `retryable`: another life may succeed (a peer died); otherwise the request cannot be served."""
+    """The job is over. `retryable`: another life may succeed (a peer died); otherwise the request cannot be served, or, `overloaded`, not now."""
 
     job_id: str
     reason: str
     retryable: bool
+    overloaded: bool = False
 
 
 class WorkerState(Message, frozen=True):

@@ -54,8 +54,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 class Sequence:
     """One job inside a worker; owned and mutated by the scheduler alone.
 
-    `token_ids` is prompt + emitted tokens + tokens sampled in this job. `num_computed` tokens have their latents in `page_ids`. `slot` is the
-    row of the engine's static buffers while the job is admitted. `num_prompt_tokens` is the client's prompt, for penalties.
+    `token_ids` is prompt + emitted tokens + tokens sampled in this job. `num_computed` tokens have their latents in `page_ids`, `num_cached`
+    of them had when it was admitted. `slot` is the row of the engine's static buffers while the job is admitted. `num_prompt_tokens` is the client's prompt, for penalties.
     """
 
     job_id: str
@@ -66,6 +66,7 @@ class Sequence:
     deadline_s: float
     slot: int | None = None
     num_computed: int = 0
+    num_cached: int = 0
     num_new_tokens: int = 0
     page_ids: list[int] = field(default_factory=list)
 

@@ -310,6 +310,7 @@ def test_a_prompt_that_is_late_is_dropped_and_named(stage: Callable[..., Stage])
     s = stage()
     s.submit(budget_s=-0.1)
     failed = s.router.hear(JobFailed, job_id="j")
+    assert failed.overloaded
     assert not failed.retryable
     assert "time budget" in failed.reason
     assert s.decode.hears_no(KVBind, 0.1)
@@ -322,7 +323,9 @@ def test_a_prompt_that_never_fits_and_a_token_that_does_not_exist_are_refused(st
         "odd": {"token_ids": [5, 128], "num_prompt_tokens": 2},
     }.items():
         s.submit(job_id, **fields)
-        assert not s.router.hear(JobFailed, job_id=job_id).retryable
+        failed = s.router.hear(JobFailed, job_id=job_id)
+        assert not failed.retryable
+        assert not failed.overloaded
     s.submit()
     s.router.hear(TokenBatch)
 
@@ -332,6 +335,13 @@ def test_an_answer_of_one_token_needs_no_decode_worker(stage: Callable[..., Stag
     s.submit(decode=None)
     assert len(s.router.hear(TokenBatch).jobs[0].token_ids) == 1
     s.wait(lambda: s.used() == 0)
+
+
+def test_the_first_token_says_how_much_of_the_prompt_was_cached(stage: Callable[..., Stage]) -> None:
+    s = stage()
+    for wanted in (0, 192):
+        s.submit(f"after-{wanted}", decode=None)
+        assert s.router.hear(TokenBatch).jobs[0].num_cached_tokens == wanted
 
 
 def test_messages_that_make_no_sense_here_are_counted_and_change_nothing(stage: Callable[..., Stage]) -> None:

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from serving.aggregated_worker import AggregatedWorker
-from serving.core.messages import DecodeJob, Drain, KVBind, KVRefused, PeerAddress, PrefillJob
+from serving.core.messages import (
+    DecodeJob,
+    Drain,
+    JobFailed,
+    KVBind,
+    KVRefused,
+    PeerAddress,
+    PrefillJob,
+    TokenBatch,
+)
 from serving.core.request import FinishReason
 from serving.engine.build import Engine
 from tests.engine_factory import GREEDY, create_engine, create_loop, random_prompts
@@ -74,6 +83,31 @@ def test_it_takes_no_hand_off_and_no_nonsense_and_goes_on(engine: Engine, servin
     client.mailbox.post("both-0", job)
     assert len(client.finish([client.submit([5, 6], 3)])[0]) == 3
     assert worker.metric("baton_frames_refused_total") == 1
+
+
+def test_first_tokens_name_their_cached_prefix_and_late_jobs_the_overload(serving: Serving) -> None:
+    worker, _, _ = serving
+    router = ScriptedPeer("router-9", worker.address)
+    prompt = random_prompts([200], 7)[0]
+
+    def submit(job_id: str, budget_s: float = 60.0) -> None:
+        job = PrefillJob(
+            job_id=job_id,
+            token_ids=prompt,
+            num_prompt_tokens=200,
+            sampling=GREEDY,
+            max_new_tokens=3,
+            budget_s=budget_s,
+            decode=None,
+        )
+        router.say(job)
+
+    for wanted in (0, 192):
+        submit(f"after-{wanted}")
+        assert [router.hear(TokenBatch).jobs[0].num_cached_tokens for _ in range(3)] == [wanted, 0, 0]
+    submit("late", budget_s=-1.0)
+    assert router.hear(JobFailed, job_id="late").overloaded
+    router.close()
 
 
 def test_it_drains(serving: Serving) -> None:
