@@ -35,7 +35,10 @@ _GRACE_S = 2.0
 """How long a request that lost its worker waits for one to exist. With 2 s to notice, its client hears within 5 s."""
 
 _BUDGET_S = 600.0
-"""Time a job may take until its first token, waiting included; what prefill orders its queue by."""
+"""Time a request may take until its first token, waiting included; what prefill orders its queue by."""
+
+_RESUMED_BUDGET_S = 60.0
+"""The same for each later life of a request that has had its first token, however old it is."""
 
 Post = Callable[[Worker, AnyMessage], None]
 Later = Callable[[float, Callable[[], None]], object]
@@ -267,7 +270,9 @@ class Dispatcher:
         self._jobs[life.job_id] = generation
         order, token_ids = generation.order, generation.all_ids()
         num_prompt_tokens, max_new_tokens = len(order.prompt_ids), generation.max_new_tokens
-        budget_s = max(1.0, _BUDGET_S - (life.started_s - generation.arrived_s))
+        budget_s = _RESUMED_BUDGET_S
+        if generation.first_s is None:
+            budget_s = max(1.0, _BUDGET_S - (life.started_s - generation.arrived_s))
         if life.decode is not None:
             decode_job = DecodeJob(
                 job_id=life.job_id,
