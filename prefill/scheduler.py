@@ -1,7 +1,7 @@
 """Which prompt tokens are computed in the next step: chunked prefill, earliest deadline first.
 
     waiting --(slot and pages)--> running --(last chunk sampled)--> done --finish / hand_over--> gone
-       |  late: dropped before it starts
+       |  late: dropped before it starts, unless its request has sent tokens in an earlier life
        +--abort, from any state; while a step is in flight the slot and the pages are given back when that step has settled
 
 Pure: time is an argument; no torch, no clock, no sockets. Steps may be scheduled before the one before is settled; they settle in order.
@@ -212,7 +212,9 @@ class PrefillScheduler:
         return sorted([*jobs, *self._waiting.values()], key=lambda job: (job.sequence.deadline_s, job.order))
 
     def _drop_late(self, now_s: float) -> tuple[Sequence, ...]:
-        late = tuple(job.sequence for job in self._waiting.values() if job.sequence.deadline_s < now_s)
+        """A request that has sent a token has met its deadline, whatever became of that life."""
+        waiting = [job.sequence for job in self._waiting.values()]
+        late = tuple(s for s in waiting if s.deadline_s < now_s and s.num_tokens == s.num_prompt_tokens)
         for sequence in late:
             del self._waiting[sequence.job_id]
         return late

@@ -124,7 +124,7 @@ class Aggregated:
     def generate(
         self, prompts: Seq[Seq[int]], sampling: SamplingParams | Seq[SamplingParams], max_new_tokens: int
     ) -> list[list[int]]:
-        """New tokens of each prompt, all run together; for tests and measurements."""
+        """New tokens of each prompt, all run together; for tests and measurements. A step takes one second of its clock."""
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         answers: dict[str, list[int]] = {f"generate-{i}": [] for i in range(len(prompts))}
         for job_id, prompt, params in zip(answers, prompts, each, strict=True):
@@ -138,8 +138,10 @@ class Aggregated:
                     deadline_s=float("inf"),
                 )
             )
+        now_s = 0.0
         while self.has_work:
-            for event in self.step(0.0).events:
+            now_s += 1.0
+            for event in self.step(now_s).events:
                 answers[event.sequence.job_id].append(event.token_id)
         return list(answers.values())
 
@@ -151,7 +153,7 @@ class Aggregated:
             self._resume(sequence, now_s)
         # Pages that a pre-emption freed are not given to a newcomer at once.
         prefill = self._prefill.schedule(now_s) if not preempted else None
-        late = self._really_late(prefill.late, now_s) if prefill is not None else ()
+        late = prefill.late if prefill is not None else ()
         assert decode is None or not decode.opened, "a sequence brings its slot from prefill"
         for sequence in prefill.opened if prefill is not None else ():
             self._open(sequence)
@@ -203,10 +205,3 @@ class Aggregated:
             sequence, token_ids=list(sequence.token_ids), slot=None, num_computed=0, page_ids=[], deadline_s=now_s
         )
         self._prefill.add(resumed)
-
-    def _really_late(self, late: tuple[Sequence, ...], now_s: float) -> tuple[Sequence, ...]:
-        """Who has sent tokens has met the deadline: a resumed sequence waits on, with the earliest deadline of all."""
-        for sequence in late:
-            if sequence.num_new_tokens > 0:
-                self._resume(sequence, now_s)
-        return tuple(sequence for sequence in late if sequence.num_new_tokens == 0)

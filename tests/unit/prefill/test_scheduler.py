@@ -134,6 +134,16 @@ def test_a_prompt_that_is_late_before_it_starts_is_dropped_and_one_that_has_star
     assert prefill.scheduler.num_waiting == 0
 
 
+def test_a_resumed_request_is_never_late() -> None:
+    prefill = Prefill()
+    resumed = create_sequence("resumed", TEXT[:10], deadline_s=1.0)
+    resumed.num_prompt_tokens = 9
+    prefill.scheduler.add(resumed)
+    prefill.add("fresh", TEXT[:10], deadline_s=1.0)
+    assert chunk_sizes(prefill.launch(now_s=2.0)) == [10]
+    assert [sequence.job_id for sequence in prefill.late] == ["fresh"]
+
+
 def test_late_prompts_are_reported_even_when_nothing_is_left_to_compute() -> None:
     prefill = Prefill()
     prefill.add("late", TEXT[:10], deadline_s=1.0)
