@@ -350,7 +350,8 @@ def finish_all(
         while len(decode.in_flight) > (1 if run_ahead and launched is not None else 0):
             for event in decode.settle():
                 answers[lives[event.sequence.job_id]].append(event.token_id)
-        if launched is None and not todo and not decode.in_flight and decode.scheduler.num_waiting == 0:
+        idle = launched is None and not todo and not decode.in_flight
+        if idle and decode.scheduler.num_waiting == decode.scheduler.num_running == 0:  # running: it waited for a page
             assert decode.num_used() == 0
             return answers
     raise AssertionError("livelock")
