@@ -22,7 +22,7 @@ from kvcache.layout import num_pages_for
 from kvcache.manager import KVManager
 from kvcache.transfer.base import PageTarget
 from kvcache.transfer.nixl import NixlTarget
-from serving.core.errors import ConfigError, PagesExhausted, PeerError, StaleError
+from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.messages import (
     Abort,
     AnyMessage,
@@ -164,8 +164,7 @@ class DecodeWorker:
         for event in self._mailbox.get(self._patience_s()):
             self._take(event)
         now_s = time.monotonic()
-        if self._scheduler.num_stalled == 0:
-            self._arrivals.grant(now_s)
+        self._arrivals.grant(now_s, may_promise=self._scheduler.num_stalled == 0)
         self._arrivals.expire(now_s)
         for outcome in self._arrivals.outcomes():
             self._conclude(outcome, now_s)
@@ -425,6 +424,4 @@ def _manager(spec: WorkerSpec, engine: Engine) -> KVManager:
 
 
 def _target(spec: WorkerSpec, engine: Engine) -> PageTarget:
-    if spec.config.transfer.backend != "nixl":
-        raise ConfigError('transfer.backend = "local" works inside one process only; set it to "nixl"')
     return NixlTarget(f"{spec.worker_id}.{spec.incarnation}.target", engine.pool)

@@ -21,7 +21,7 @@ from kvcache.transfer.nixl import NixlSource
 from prefill.handoff import HandoffDone, Handoffs, Outcome
 from prefill.scheduler import FirstToken, PrefillScheduler
 from prefill.writes import WriteDone, Writes
-from serving.core.errors import ConfigError, PagesExhausted, PeerError, StaleError
+from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.messages import (
     Abort,
     AnyMessage,
@@ -394,6 +394,4 @@ def _manager(spec: WorkerSpec, engine: Engine) -> KVManager:
 
 
 def _source(spec: WorkerSpec, engine: Engine) -> PageSource:
-    if spec.config.transfer.backend != "nixl":
-        raise ConfigError('transfer.backend = "local" works inside one process only; set it to "nixl"')
     return NixlSource(f"{spec.worker_id}.{spec.incarnation}.source", engine.pool)

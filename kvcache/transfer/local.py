@@ -77,9 +77,7 @@ class LocalSource:
         name = agent.decode(errors="replace")
         target = self._fabric.find(name)
         if target is None:
-            raise PeerError(
-                f'no pool {name!r} in this process; transfer.backend = "local" reaches no other process, use nixl'
-            )
+            raise PeerError(f"no pool {name!r} in this process; a local fabric reaches no other process, use NIXL")
         if target.pool.layout != self._pool.layout or target.pool.tensor.dtype != self._pool.tensor.dtype:
             raise PeerError(
                 f"pool {name!r} has other pages than ours; start both workers with the same model and dtype"

@@ -158,7 +158,7 @@ class NixlSource:
             info = msgspec.msgpack.decode(agent, type=AgentInfo)
         except msgspec.MsgspecError as error:
             raise PeerError(
-                f"the ticket does not describe a NIXL agent: {error}; set the same transfer.backend everywhere"
+                f"the ticket does not describe a NIXL agent: {error}; every worker of a server must run the same release"
             ) from error
         if info.page_bytes != self._agent.pool.layout.page_bytes:
             raise PeerError(f"the peer's pages have {info.page_bytes} bytes, ours {self._agent.pool.layout.page_bytes}")

@@ -69,7 +69,6 @@ class EngineTable:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferTable:
-    backend: str = _key("nixl", "how pages travel; local: inside one process only", choices=("nixl", "local"))
     checksum: str = _key("sampled", "which pages are checked on arrival", choices=("sampled", "all", "off"))
     progress_timeout_s: float = _key(10.0, "a hand-off that moves no byte for so long has failed", low=0.1)
 

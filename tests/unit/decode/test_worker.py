@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,7 +15,6 @@ from kvcache.pool import KVPool
 from kvcache.transfer.base import PageTarget
 from kvcache.transfer.local import LocalFabric, LocalSource
 from kvcache.transfer.manifest import WriteNotice, encode_notice, page_checksum, rows_of_page
-from serving.core.errors import ConfigError
 from serving.core.messages import (
     Abort,
     Attach,
@@ -324,6 +322,20 @@ def test_a_job_without_room_waits_and_is_sent_back_when_prefill_already_asks(sta
     s.prefill.hear(KVTicket, job_id="later")
 
 
+def test_a_running_text_takes_pages_that_are_promised_and_not_yet_bound(stage: Callable[..., Stage]) -> None:
+    s = stage(expected_new_tokens=1, prefix_cache=False)
+    s.router.say(s.job(max_new_tokens=40))  # 100 + 40 tokens: a third page
+    for number in range(7):
+        s.router.say(s.job(f"waiting-{number}"))
+    s.wait(lambda: s.worker.pages()["reserved"] == 16)
+    s.prefill.say(KVBind(job_id="j", identity=s.engine.identity))
+    ticket = s.prefill.hear(KVTicket, job_id="j")
+    s.write(ticket)
+    s.prefill.say(s.ready(ticket))
+    tokens = [s.router.hear(TokenBatch).jobs[0] for _ in range(39)]
+    assert tokens[-1].finish == "length"
+
+
 NONSENSE = {
     "no tokens": {"token_ids": []},
     "unknown token": {"token_ids": [128], "num_prompt_tokens": 1},
@@ -394,10 +406,3 @@ def test_a_bug_of_our_own_fails_every_job_loudly_and_stops_the_worker(
     assert {s.router.hear(JobFailed).job_id for _ in range(2)} == {"j", "waiting"}
     with pytest.raises(AssertionError, match="a bug"):
         s.running.join(5.0)
-
-
-def test_the_local_backend_is_refused_between_processes(engine: Engine) -> None:
-    config = create_config()
-    config = dataclasses.replace(config, transfer=dataclasses.replace(config.transfer, backend="local"))
-    with pytest.raises(ConfigError, match="nixl"):
-        DecodeWorker(create_spec("decode-0", "decode", config), engine=engine)

@@ -142,7 +142,7 @@ def test_a_wrong_type_names_the_right_one(tmp_path: Path, toml: str, expected: s
         ("router.port=-1", "at least 0"),
         ("prefill.units=0", "at least 1"),
         ("engine.mode=neither", "disaggregated, both"),
-        ("transfer.backend=carrier-pigeon", "nixl, local"),
+        ("transfer.checksum=some", "sampled, all, off"),
     ],
 )
 def test_a_wrong_value_says_what_is_allowed(override: str, expected: str):
