@@ -172,8 +172,12 @@ class Fleet:
     # -- time -----------------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        """A tick that comes late proves that we stood still, not that others were silent: they are judged at the next."""
+        """A tick that comes late proves that we stood still, not that others were silent: they are judged at the next.
+
+        The next one is arranged first: whatever is raised below ends this tick, not the timer.
+        """
         assert self._listener is not None
+        self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
         now_s = self._clock()
         late_s, self._due_s = now_s - self._due_s, now_s + _TICK_S
         for worker in [] if late_s > _TICK_S else self._view.newly_silent(now_s):
@@ -185,7 +189,6 @@ class Fleet:
         if now_s - self._beat_s >= self._heartbeat_s:
             self._beat(now_s)
         self._listener.tick()
-        self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
 
     def _recover(self, gap_s: float) -> None:
         """We have been silent for so long ourselves that workers may have given us and our jobs up."""

@@ -389,6 +389,24 @@ async def test_a_router_that_stood_still_starts_new_lives(front: Callable[..., A
         assert len(f.cluster.workers["decode-0"].heard_of(DecodeJob)) == 2
 
 
+async def test_a_fault_in_one_tick_is_not_the_end_of_all(
+    front: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: raised.append(context["exception"]))
+    raised: list[Exception] = []
+    ticks: list[str] = []
+
+    def tick() -> None:
+        ticks.append("tick")
+        if len(ticks) == 1:
+            raise ArithmeticError("a bug")
+
+    async with front(saying(TEXT)) as f:
+        monkeypatch.setattr(f.dispatcher, "tick", tick)
+        await f.until(lambda: len(ticks) > 2)
+    assert [str(error) for error in raised] == ["a bug"]
+
+
 async def test_an_end_is_counted_once(front: Callable[..., Any]) -> None:
     async with front(saying(TEXT)) as f:
         connection = Connection(f, chat_body())
