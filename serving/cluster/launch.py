@@ -49,9 +49,9 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP. At first they raise `Stopped`; once Ray is up they are counted and `wake` is called.
+    """SIGTERM, SIGINT and SIGHUP. At first one raises `Stopped`; once Ray is up they are counted and `wake` is called.
 
-    An exception out of a signal handler must not pass through Ray's compiled calls: it comes out as something else, or not at all.
+    Only the first raises: a second would break off the cleaning up that follows the first. An exception out of a signal handler must not pass through Ray's compiled calls: it comes out as something else, or not at all.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.num_received += 1
-        if self._raising:
+        if self._raising and self.num_received == 1:
             raise Stopped
         if self.wake is not None:
             self.wake()
