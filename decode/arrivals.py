@@ -164,16 +164,18 @@ class Arrivals:
         arrival = _Arrival(sequence, router, num_credit, bind=self._early.pop(sequence.job_id, None))
         self._arrivals[sequence.job_id] = arrival
 
-    def grant(self, now_s: float) -> None:
-        """Credits for those in line while there is room, and pages for those who have been asked to name them."""
-        for arrival in self._arrivals.values():
-            if not arrival.has_credit:
-                token_ids = arrival.sequence.token_ids
-                if not self._manager.reserve(arrival.job_id, arrival.num_credit, token_ids):
-                    break
-                arrival.has_credit = True
+    def grant(self, now_s: float, *, may_promise: bool) -> None:
+        """Credits for those in line while there is room, and pages for those who have been asked to name them.
+
+        Without `may_promise` a running sequence stalls for want of a page: no new credit, and one that nobody has bound
+        yet, the last in line first, goes back; it keeps its place.
+        """
+        if may_promise:
+            self._promise()
         for arrival in [a for a in self._arrivals.values() if a.has_credit and a.bind and not a.binding]:
             self._expose(arrival, now_s)
+        if not may_promise:
+            self._take_back()
 
     def bind(self, sender: str, incarnation: int, message: KVBind, now_s: float) -> None:
         """A prefill worker asks for pages; it may come before the DecodeJob, by another road."""
@@ -285,6 +287,22 @@ class Arrivals:
         if arrival is None or arrival.binding is None:
             raise StaleError(f"job {job_id} has no pages exposed here (any more); drop the message")
         return arrival
+
+    def _promise(self) -> None:
+        for arrival in self._arrivals.values():
+            if not arrival.has_credit:
+                token_ids = arrival.sequence.token_ids
+                if not self._manager.reserve(arrival.job_id, arrival.num_credit, token_ids):
+                    break
+                arrival.has_credit = True
+
+    def _take_back(self) -> None:
+        for arrival in reversed(self._arrivals.values()):
+            if self._manager.num_available > 0:
+                break
+            if arrival.has_credit and arrival.binding is None:
+                arrival.has_credit = False
+                self._manager.cancel(arrival.job_id)
 
     def _expose(self, arrival: _Arrival, now_s: float) -> None:
         """Credit -> pages, if both pools mean the same by a page; without room now it is tried again."""
