@@ -51,7 +51,8 @@ class Stopped(BaseException):
 class StopSignals:
     """SIGTERM, SIGINT and SIGHUP. At first one raises `Stopped`; once Ray is up they are counted and `wake` is called.
 
-    Only the first raises: a second would break off the cleaning up that follows the first. An exception out of a signal handler must not pass through Ray's compiled calls: it comes out as something else, or not at all.
+    Only the first raises: a second would break off the cleaning up that follows the first. And an exception out of a signal handler must
+    not pass through Ray's compiled calls: it comes out as something else, or not at all.
     """
 
     def __init__(self) -> None:

@@ -22,14 +22,18 @@ def stop() -> Iterator[StopSignals]:
 
 
 def test_the_first_signal_during_the_start_raises_and_the_second_lets_the_cleaning_up_end(stop: StopSignals):
-    steps = []
-    with pytest.raises(Stopped):
+    steps: list[str] = []
+
+    def start() -> None:
         try:
             signal.raise_signal(signal.SIGINT)
         finally:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
             steps.append("cleaned up")
+
+    with pytest.raises(Stopped):
+        start()
     assert steps == ["cleaned up"]
     assert stop.num_received == 3
 
