@@ -36,7 +36,11 @@ from serving.wire import MAX_FRAME_BYTES, Codec
 PEER_TIMEOUT_S = 2.0
 _BUSY_POLL_MS = 1
 _LINGER_MS = 500
-_HIGH_WATER = 100_000
+_READS_A_TURN = 64
+"""Frames of one socket before heartbeats and transfers have their turn again: a noisy peer must not starve them."""
+
+_SEND_HIGH_WATER = 100_000
+_RECEIVE_HIGH_WATER = 1_000
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -234,7 +238,7 @@ class Mailbox(Generic[T]):
 
     def _receive_router(self) -> None:
         with contextlib.suppress(zmq.Again):
-            while True:
+            for _ in range(_READS_A_TURN):
                 parts = self._router.recv_multipart(zmq.NOBLOCK)
                 envelope = self._decoded(b"" if len(parts) != 2 else parts[1])
                 if envelope is not None:
@@ -242,7 +246,9 @@ class Mailbox(Generic[T]):
 
     def _receive_dealer(self, dealer: zmq.Socket[bytes]) -> None:
         with contextlib.suppress(zmq.Again):
-            while dealer in self._dealers:
+            for _ in range(_READS_A_TURN):
+                if dealer not in self._dealers:
+                    return
                 envelope = self._decoded(dealer.recv(zmq.NOBLOCK))
                 if envelope is not None and envelope.sender == self._dealers[dealer]:
                     self._heard(envelope, route=None)
@@ -350,8 +356,8 @@ class Mailbox(Generic[T]):
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         made = self._context.socket(kind)
         made.setsockopt(zmq.LINGER, _LINGER_MS)
-        made.setsockopt(zmq.SNDHWM, _HIGH_WATER)
-        made.setsockopt(zmq.RCVHWM, _HIGH_WATER)
+        made.setsockopt(zmq.SNDHWM, _SEND_HIGH_WATER)
+        made.setsockopt(zmq.RCVHWM, _RECEIVE_HIGH_WATER)
         made.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         return made
 

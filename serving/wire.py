@@ -15,7 +15,8 @@ from serving.core.errors import PeerError
 from serving.core.messages import AnyMessage, Envelope
 
 _DIGEST_BYTES = 16
-MAX_FRAME_BYTES = 64 * 1024 * 1024
+MAX_FRAME_BYTES = 8 * 1024 * 1024
+"""The longest messages are jobs: 0.8 MB for a prompt of 160 000 tokens."""
 
 
 class Codec:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -152,10 +154,32 @@ def test_a_driver_is_polled_only_while_it_is_busy(make: Make) -> None:
     assert driver.num_polls == polls == 3
 
 
+def test_a_flood_of_a_stranger_starves_neither_transfers_nor_commands(make: Make) -> None:
+    metrics, driver, held = Metrics("worker", worker="decode-0"), CountingDriver(), threading.Event()
+    decode = make("decode-0", metrics=metrics, driver=driver)
+    context = zmq.Context()
+    stranger = context.socket(zmq.DEALER)
+    stranger.connect(decode.address.endpoint)
+    decode.call(held.wait)
+    for _ in range(900):
+        stranger.send(b"junk that nobody has signed")
+    time.sleep(0.3)  # all of it waits in our socket now
+    refused: list[float] = []
+    driver.on_poll = lambda: refused.append(metrics.value("baton_frames_refused_total"))
+    decode.call(lambda: driver.open(50))
+    held.set()
+    wait_for(decode, lambda event: event == Driven(0))
+    refused = [0.0, *refused]
+    assert all(after - before <= 64 for before, after in itertools.pairwise(refused))
+    assert refused[-1] == 900, "what was left came in later turns"
+    context.destroy(linger=0)
+
+
 class CountingDriver:
     def __init__(self) -> None:
         self.num_polls = 0
         self._left = 0
+        self.on_poll: Callable[[], object] = lambda: None
 
     def open(self, polls: int) -> None:
         self._left = polls
@@ -165,6 +189,7 @@ class CountingDriver:
         return self._left > 0
 
     def poll(self) -> list[int]:
+        self.on_poll()
         self.num_polls += 1
         self._left -= 1
         return [self._left]

@@ -22,7 +22,7 @@ from serving.core.messages import (
     WorkerInfo,
 )
 from serving.core.request import FinishReason, SamplingParams, TokenLogprobs
-from serving.wire import Codec
+from serving.wire import MAX_FRAME_BYTES, Codec
 
 SECRET = b"a secret of the cluster"
 
@@ -71,6 +71,51 @@ MESSAGES: tuple[AnyMessage, ...] = (
 def test_a_message_comes_back_with_its_sender_and_incarnation(message: AnyMessage) -> None:
     envelope = codec().decode(codec().encode(message))
     assert (envelope.sender, envelope.incarnation, envelope.message) == ("prefill-0", 3, message)
+
+
+NUM_TOKENS = 160_000
+NUM_PAGES = NUM_TOKENS // 64
+LONGEST: tuple[AnyMessage, ...] = (
+    PrefillJob(
+        job_id="j",
+        token_ids=[129_000] * NUM_TOKENS,
+        num_prompt_tokens=NUM_TOKENS,
+        sampling=SamplingParams(
+            logit_bias=dict.fromkeys(range(1 << 16, (1 << 16) + 1024), 0.1), stop_token_ids=[129_000] * 1024
+        ),
+        max_new_tokens=5,
+        budget_s=1.5,
+        decode=ADDRESS,
+    ),
+    KVTicket(
+        job_id="j",
+        first_page=0,
+        page_ids=[1 << 20] * NUM_PAGES,
+        epochs=[1 << 40] * NUM_PAGES,
+        agent=bytes(1 << 16),
+    ),
+    KVReady(
+        job_id="j",
+        epochs=[1 << 40] * NUM_PAGES,
+        num_tokens=NUM_TOKENS,
+        num_writes=NUM_PAGES,
+        num_bytes=1 << 40,
+        checksums=dict.fromkeys(range(NUM_PAGES), 2**32 - 1),
+        first_token=1,
+        hidden=bytes(4 * 7168),
+    ),
+    TokenBatch(
+        jobs=[
+            JobTokens(job_id="j" * 16, token_ids=[1 << 16], logprobs=[TokenLogprobs(-0.5, [1 << 16] * 20, [-0.5] * 20)])
+        ]
+        * 1024
+    ),
+)
+
+
+@pytest.mark.parametrize("message", LONGEST, ids=lambda message: type(message).__name__)
+def test_the_longest_messages_fit_into_a_frame_many_times(message: AnyMessage) -> None:
+    assert len(codec().encode(message)) < MAX_FRAME_BYTES / 8
 
 
 def test_a_frame_of_another_secret_is_refused() -> None:
