@@ -56,12 +56,14 @@ Outcome = HandoffDone | HandoffFailed
 
 @dataclass(slots=True, eq=False)
 class _Handoff:
-    """One job's. `num_sent` pages of the ticket are written or being written; `moved_s`: when a write last ended or the first began."""
+    """One job's. `num_sent` pages of the ticket are written or being written. `asked_s`: when KVBind went; `moved_s`: when a
+    write last ended or the first began."""
 
     job_id: str
     sequence: Sequence
     num_tokens: int
     decode: PeerAddress
+    asked_s: float
     ticket: KVTicket | None = None
     checked: frozenset[int] = frozenset()
     first: SampledToken | None = None
@@ -74,6 +76,13 @@ class _Handoff:
     moved_s: float = 0.0
     ready: bool = False
     closing: bool = False
+
+    @property
+    def waits_since_s(self) -> float | None:
+        """Since when the decode worker's next word or the end of a write is awaited. None: it is our turn."""
+        if self.closing or (self.ticket is not None and self.num_open == 0):
+            return None
+        return self.asked_s if self.ticket is None else self.moved_s
 
 
 class Handoffs:
@@ -112,10 +121,10 @@ class Handoffs:
         outcomes, self._outcomes = self._outcomes, []
         return outcomes
 
-    def begin(self, sequence: Sequence, decode: PeerAddress) -> None:
+    def begin(self, sequence: Sequence, decode: PeerAddress, now_s: float) -> None:
         """The first chunk is planned: ask for pages."""
         assert sequence.job_id not in self._handoffs
-        self._handoffs[sequence.job_id] = _Handoff(sequence.job_id, sequence, sequence.num_tokens, decode)
+        self._handoffs[sequence.job_id] = _Handoff(sequence.job_id, sequence, sequence.num_tokens, decode, now_s)
         self._mailbox.connect(decode)
         self._mailbox.post(decode.worker_id, KVBind(job_id=sequence.job_id, identity=self._identity))
 
@@ -196,23 +205,22 @@ class Handoffs:
                 self._fail(handoff, reason, retryable=True)
 
     def expire(self, now_s: float) -> None:
-        """Fails hand-offs whose writes have not moved for too long. Their pages stay held until the writes are over."""
-        for handoff in self._stuck_after(now_s - self._config.progress_timeout_s):
-            self._fail(
-                handoff,
-                f"nothing moved to {handoff.decode.worker_id} for {self._config.progress_timeout_s:g} s",
-                retryable=True,
-            )
+        """Fails hand-offs that have not moved for too long, be it that a ticket was lost on its way or that a write is stuck.
+
+        Their pages stay held until the writes are over.
+        """
+        timeout_s = self._config.progress_timeout_s
+        for handoff in list(self._handoffs.values()):
+            since_s = handoff.waits_since_s
+            if since_s is not None and since_s + timeout_s <= now_s:
+                what = "no ticket came from" if handoff.ticket is None else "nothing moved to"
+                self._fail(handoff, f"{what} {handoff.decode.worker_id} for {timeout_s:g} s", retryable=True)
 
     def due_s(self) -> float | None:
         """When `expire` may have something to do."""
-        moved_s = [
-            handoff.moved_s for handoff in self._handoffs.values() if handoff.num_open > 0 and not handoff.closing
-        ]
-        return min(moved_s) + self._config.progress_timeout_s if moved_s else None
-
-    def _stuck_after(self, moved_s: float) -> list[_Handoff]:
-        return [h for h in self._handoffs.values() if h.num_open > 0 and not h.closing and h.moved_s <= moved_s]
+        since_s = [handoff.waits_since_s for handoff in self._handoffs.values()]
+        earliest_s = min((s for s in since_s if s is not None), default=None)
+        return None if earliest_s is None else earliest_s + self._config.progress_timeout_s
 
     def _of(self, sender: str, job_id: str) -> _Handoff | None:
         handoff = self._handoffs.get(job_id)

@@ -273,7 +273,7 @@ class PrefillWorker:
         job = self._jobs[sequence.job_id]
         job.opened_s = now_s
         if job.decode is not None:
-            self._handoffs.begin(sequence, job.decode)
+            self._handoffs.begin(sequence, job.decode, now_s)
 
     def _settle(self, step: _Step) -> None:
         result = self._engine.runner.settle(step.launched)

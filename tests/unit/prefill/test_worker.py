@@ -257,6 +257,17 @@ def test_a_stuck_write_fails_the_job_and_keeps_its_pages_until_it_is_over(stage:
     s.wait(lambda: s.used() == 0)
 
 
+def test_a_ticket_that_is_lost_fails_the_job_and_gives_its_pages_back(stage: Callable[..., Stage]) -> None:
+    s = stage(progress_timeout_s=0.3)
+    s.submit()
+    s.decode.hear(KVBind)
+    failed = s.router.hear(JobFailed, job_id="j")
+    assert failed.retryable
+    assert "no ticket came" in failed.reason
+    s.decode.hear(KVClosed, job_id="j")
+    s.wait(lambda: s.used() == 0)
+
+
 def test_an_agent_that_cannot_be_written_fails_the_job(stage: Callable[..., Stage]) -> None:
     s = stage()
     s.submit()
