@@ -27,6 +27,8 @@ from serving.text.template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
 
 _MAX_STOPS = 16
+_MAX_TOKEN_IDS = 1024
+"""Of logit_bias, and of stop_token_ids: each goes to two workers with every choice, and is looked at in every step."""
 _MAX_TEXTS = 1024
 _DEFAULT_COMPLETION_TOKENS = 16
 _LONGEST_TOKEN_BYTES = 256
@@ -120,6 +122,8 @@ def _check_common(body: Sampling, served: Served) -> None:
     if body.response_format is not None and body.response_format.get("type") != "text":
         raise RequestError('only {"type": "text"} is supported', param="response_format", code="unsupported_value")
     for param, ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
+        if len(ids or ()) > _MAX_TOKEN_IDS:
+            raise RequestError(f"{param}: at most {_MAX_TOKEN_IDS} token ids", param=param, code="invalid_value")
         _check_ids(ids or (), served, param)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,7 @@ WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"99999": 1}}, "logit_bias"),
     ({"stop_token_ids": [99999]}, "stop_token_ids"),
+    ({"stop_token_ids": [1] * 1025}, "stop_token_ids"),
     ({"logprobs": 3}, "logprobs"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -140,6 +142,17 @@ def test_parameters_reach_the_workers(served: Served) -> None:
     assert prepared.sampling.logprobs == 2
     assert (prepared.max_new_tokens, prepared.stops) == (9, ("a", "b"))
     assert prepared.sampling_of(1).seed == 43
+
+
+def test_token_ids_of_a_request_are_1024_at_most(served: Served) -> None:
+    wide = dataclasses.replace(served, vocab_size=129_280)
+    biases = dict.fromkeys(map(str, range(1025)), 1.0)
+    with pytest.raises(RequestError, match="at most 1024") as refused:
+        chat(wide, logit_bias=biases)
+    assert refused.value.param == "logit_bias"
+    del biases["0"]
+    prepared = chat(wide, logit_bias=biases, stop_token_ids=list(range(1024)), ignore_eos=True)
+    assert len(prepared.sampling.logit_bias) == len(prepared.sampling.stop_token_ids) == 1024
 
 
 def test_without_a_seed_two_requests_draw_differently(served: Served) -> None:
