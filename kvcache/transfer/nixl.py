@@ -26,6 +26,7 @@ from kvcache.transfer.base import Completed, runs
 from serving.core.errors import PeerError, StartupError
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")
+_MAX_ERRORS = 1000  # a second or more of polls
 
 
 class AgentInfo(msgspec.Struct, frozen=True):
@@ -104,15 +105,18 @@ class NixlTarget:
         return self._info
 
     def notifications(self) -> list[bytes]:
+        """Raises what NIXL raises once it has raised _MAX_ERRORS times in a row: then the agent is broken, not a peer."""
         try:
             arrived = self._agent.nixl.get_new_notifs()
-        except (
-            Exception
-        ) as error:  # a peer's connection broke; what it announced is lost, and its hand-off will not move
+        except Exception as error:
+            # A peer's connection broke: what it announced is lost, and its hand-off will not move.
             self._num_errors += 1
+            if self._num_errors >= _MAX_ERRORS:
+                raise
             if self._num_errors & (self._num_errors - 1) == 0:
-                logging.getLogger("baton.nixl").warning("%d errors so far; the last: %s", self._num_errors, error)
+                logging.getLogger("baton.nixl").warning("%d errors in a row; the last: %s", self._num_errors, error)
             return []
+        self._num_errors = 0
         return [message for messages in arrived.values() for message in messages]
 
     def close(self) -> None:

@@ -147,3 +147,25 @@ def test_an_agent_that_is_none_is_a_peer_error(pair: Pair, agent: bytes) -> None
 def test_adjacent_pages_become_one_descriptor() -> None:
     assert list(runs([3, 4, 5, 9, 10], [7, 8, 1, 2, 3])) == [(3, 7, 2), (5, 1, 1), (9, 2, 2)]
     assert list(runs([], [])) == []
+
+
+def test_a_target_outlives_errors_of_its_peers_but_not_an_agent_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = NixlTarget("decode-test", numbered_pool())
+    agent = target._agent.nixl
+    working = agent.get_new_notifs
+
+    def broken() -> None:
+        raise RuntimeError("no progress")
+
+    def errors(num: int) -> None:
+        monkeypatch.setattr(agent, "get_new_notifs", broken)
+        for _ in range(num):
+            assert target.notifications() == []
+
+    errors(999)
+    monkeypatch.setattr(agent, "get_new_notifs", working)
+    assert target.notifications() == []
+    errors(999)  # they began anew
+    with pytest.raises(RuntimeError, match="no progress"):
+        target.notifications()
+    target.close()
