@@ -91,8 +91,8 @@ class Fleet:
     def post(self, worker: Worker, message: AnyMessage) -> None:
         """To a worker in this very life; dropped if that is over."""
         link = self._links.get(worker)
-        if link is not None and not link.send(self._codec.encode(message)):
-            log.warning("%s takes no more messages; dropped a %s", worker.worker_id, type(message).__name__)
+        if link is not None:
+            link.send(self._codec.encode(message))
 
     async def scrape(self) -> list[str]:
         """The metrics of every worker that answers within a second."""

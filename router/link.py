@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import zmq
 
+from serving.wire import MAX_FRAME_BYTES
+
 _READS_A_TURN = 64
 
 
@@ -26,6 +28,10 @@ class Link:
         self._closed = False
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(
+            zmq.SNDHWM, 0
+        )  # a job that could not be sent would be lost without a word; silence ends such a peer
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         self._socket.connect(endpoint)
@@ -34,14 +40,10 @@ class Link:
         self._fd = fd
         self._loop.add_reader(self._fd, self._drain)
 
-    def send(self, frame: bytes) -> bool:
-        """False: the queue is full, the peer has long been gone; the frame is dropped and silence will tell."""
-        try:
-            self._socket.send(frame, zmq.NOBLOCK)
-        except zmq.Again:
-            return False
+    def send(self, frame: bytes) -> None:
+        """Never refused and never blocks: what a slow peer does not read yet, waits."""
+        self._socket.send(frame, zmq.NOBLOCK)
         self._loop.call_soon(self._drain)
-        return True
 
     def close(self, *, linger_ms: int = 0) -> None:
         """`linger_ms`: how long what has been sent may still take to leave."""
