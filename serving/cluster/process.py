@@ -53,14 +53,17 @@ def end_descendants(*, grace_s: float) -> list[str]:
 
 
 def wait_for_end(pid: int, *, timeout_s: float) -> None:
-    """Returns when process `pid` of this host has ended; kills it after `timeout_s`."""
+    """Returns when process `pid` of this host has ended, however long that takes; kills it after `timeout_s`.
+
+    One that is in the kernel ends only when it comes out of it. One that nobody reaps has ended all the same.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        try:
-            process.wait(timeout_s)
-        except psutil.TimeoutExpired:
-            process.kill()
-            process.wait(timeout_s)
+        while process.status() != psutil.STATUS_ZOMBIE:
+            try:
+                process.wait(timeout_s)
+            except psutil.TimeoutExpired:
+                process.kill()
 
 
 def _living_descendants() -> list[psutil.Process]:

@@ -110,6 +110,39 @@ def test_waiting_for_a_process_that_does_not_end_ends_it():
     wait_for_end(process.pid, timeout_s=0.1)
 
 
+def test_waiting_goes_on_as_long_as_the_killed_process_has_not_ended(monkeypatch: pytest.MonkeyPatch):
+    process = subprocess.Popen(SLEEP)
+    kill, asked = psutil.Process.kill, list[float]()
+
+    def late(self: psutil.Process) -> None:
+        """As of one that is in the kernel: the third signal is the first to show."""
+        asked.append(time.monotonic())
+        if len(asked) == 3:
+            kill(self)
+
+    monkeypatch.setattr(psutil.Process, "kill", late)
+    wait_for_end(process.pid, timeout_s=0.05)
+    assert len(asked) == 3
+    assert ended(process.pid)
+    process.wait()
+
+
+def test_a_dead_process_that_nobody_reaps_has_ended():
+    process = python("""
+        import subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", "pass"])
+        print(child.pid, flush=True)
+        time.sleep(60)
+    """)
+    orphan = int(first_line(process))
+    assert eventually(lambda: ended(orphan))
+    started_s = time.monotonic()
+    wait_for_end(orphan, timeout_s=30.0)
+    assert time.monotonic() - started_s < 5.0
+    process.kill()
+    process.communicate()
+
+
 def test_the_guard_ends_writers_spares_readers_and_removes_the_folder(tmp_path: Path):
     folder = tmp_path / "private"
     folder.mkdir()
