@@ -15,6 +15,14 @@ _COLDEST = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class SlotBias:
+    """What one slot adds to its logits, [N] each. Made when the slot is opened: a client may name many tokens."""
+
+    token_ids: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Bias:
     """One entry a biased token: row of the batch, token id, what is added."""
 
@@ -73,28 +81,41 @@ def has_penalties(params: SamplingParams) -> bool:
     return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
 
 
+def make_slot_bias(params: SamplingParams, vocab_size: int, device: torch.device) -> SlotBias | None:
+    entries = [(token_id, value) for token_id, value in params.logit_bias.items() if 0 <= token_id < vocab_size]
+    if not entries:
+        return None
+    token_ids, values = zip(*entries, strict=True)
+    return SlotBias(token_ids=ids(token_ids, device), values=reals(values, device, torch.float32))
+
+
 def make_recipe(
-    params: list[SamplingParams], table_rows: list[int | None], vocab_size: int, device: torch.device
+    params: list[SamplingParams],
+    biases: list[SlotBias | None],
+    table_rows: list[int | None],
+    vocab_size: int,
+    device: torch.device,
 ) -> Recipe:
+    """A row each of the batch; its cost does not depend on how many tokens are biased."""
     return Recipe(
-        bias=_make_bias(params, vocab_size, device),
+        bias=_make_bias(biases, device),
         penalties=_make_penalties(params, table_rows, device),
         draws=_make_draws(params, vocab_size, device),
         logprobs=_make_logprobs(params, vocab_size, device),
     )
 
 
-def _make_bias(params: list[SamplingParams], vocab_size: int, device: torch.device) -> Bias | None:
-    entries = [
-        (row, token_id, value)
-        for row, param in enumerate(params)
-        for token_id, value in param.logit_bias.items()
-        if 0 <= token_id < vocab_size
-    ]
-    if not entries:
+def _make_bias(biases: list[SlotBias | None], device: torch.device) -> Bias | None:
+    biased = [(row, bias) for row, bias in enumerate(biases) if bias is not None]
+    if not biased:
         return None
-    rows, token_ids, values = zip(*entries, strict=True)
-    return Bias(rows=ids(rows, device), token_ids=ids(token_ids, device), values=reals(values, device, torch.float32))
+    sizes = [bias.values.shape[0] for _, bias in biased]
+    rows_N = ids([row for row, _ in biased], device)
+    return Bias(
+        rows=rows_N.repeat_interleave(ids(sizes, device), output_size=sum(sizes)),
+        token_ids=torch.cat([bias.token_ids for _, bias in biased]),
+        values=torch.cat([bias.values for _, bias in biased]),
+    )
 
 
 def _make_penalties(

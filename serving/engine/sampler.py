@@ -15,7 +15,16 @@ from torch import Tensor
 
 from serving.core.request import SamplingParams, TokenLogprobs
 from serving.engine.counts import CountTables
-from serving.engine.recipe import Draws, Penalties, Recipe, WantedLogprobs, has_penalties, make_recipe
+from serving.engine.recipe import (
+    Draws,
+    Penalties,
+    Recipe,
+    SlotBias,
+    WantedLogprobs,
+    has_penalties,
+    make_recipe,
+    make_slot_bias,
+)
 from serving.engine.staging import ids
 from serving.kernels import sampling as ops
 
@@ -49,18 +58,20 @@ class Sampler:
         self.vocab_size = vocab_size
         self.device = device
         self._params: list[SamplingParams | None] = [None] * num_slots
+        self._biases: list[SlotBias | None] = [None] * num_slots
         self._counts = CountTables(vocab_size, device)
         self._recipes: dict[tuple[int, ...], Recipe] = {}
 
     def open(self, slot: int, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         self._params[slot] = params
+        self._biases[slot] = make_slot_bias(params, self.vocab_size, self.device)
         self._counts.close(slot)
         if has_penalties(params):
             self._counts.open(slot, token_ids, num_prompt_tokens)
         self._recipes.clear()
 
     def close(self, slot: int) -> None:
-        self._params[slot] = None
+        self._params[slot] = self._biases[slot] = None
         self._counts.close(slot)
         self._recipes.clear()
 
@@ -99,8 +110,9 @@ class Sampler:
             # Two: a step that ends a prompt has a row more than its neighbours.
             if len(self._recipes) >= 2:
                 self._recipes.clear()
+            biases = [self._biases[slot] for slot in slots]
             recipe = self._recipes[slots] = make_recipe(
-                known, self._counts.rows_of(slots), self.vocab_size, self.device
+                known, biases, self._counts.rows_of(slots), self.vocab_size, self.device
             )
         return recipe
 

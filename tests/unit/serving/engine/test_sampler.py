@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import ItemsView
 
 import pytest
 import torch
@@ -172,3 +173,26 @@ def test_a_slot_that_is_not_open_cannot_be_sampled() -> None:
     sampler.close(0)
     with pytest.raises(AssertionError, match="not open"):
         _sample(sampler, [0], _logits(1, seed=0), [1])
+
+
+class _CountedBias(dict[int, float]):
+    """Knows how often it was read as a whole."""
+
+    num_reads = 0
+
+    def items(self) -> ItemsView[int, float]:
+        self.num_reads += 1
+        return super().items()
+
+
+def test_who_joins_or_leaves_a_batch_costs_nothing_of_the_biases_of_others() -> None:
+    bias = _CountedBias(dict.fromkeys(range(20), 50.0))
+    greedy = SamplingParams(temperature=0.0)
+    params = [SamplingParams(temperature=0.0, logit_bias=bias), greedy, SamplingParams(logit_bias={5: 1e4})]
+    sampler = _create(params)
+    for slots in ([0], [0, 1], [1, 0, 2], [2, 0]):
+        token_ids = _sample(sampler, slots, torch.zeros(len(slots), HEAD), [9] * len(slots))
+        drawn = dict(zip(slots, token_ids, strict=True))
+        assert drawn[0] in range(20)
+        assert drawn.get(2, 5) == 5
+    assert bias.num_reads == 1
