@@ -209,6 +209,8 @@ class DecodeScheduler:
             victim = next(reversed(self._jobs.values()))
             if victim is job or (sequence.slot is None and self._num_running > 0):
                 return None
+            if self._ends_in_flight(victim):
+                return None  # its pages come by themselves, and its last token would be lost
             assert victim not in turn.jobs, "an older sequence takes pages from one that is planned already"
             turn.preempted.append(victim.sequence)
             turn.num_coming += self._remove(victim)

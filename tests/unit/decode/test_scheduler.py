@@ -247,6 +247,19 @@ def test_pages_that_are_coming_are_waited_for_before_anybody_is_preempted() -> N
     assert len(slots_of(decode.launch())) == 2
 
 
+def test_who_draws_its_last_token_in_flight_is_not_preempted() -> None:
+    decode = Decode(num_pages=2)
+    decode.must_receive("old", TEXT[:62], max_new_tokens=20)
+    decode.must_receive("young", TEXT[100:110], max_new_tokens=3)
+    decode.step()
+    decode.launch()
+    assert decode.launch() is None
+    assert decode.scheduler.num_stalled == 1
+    assert [(e.sequence.job_id, e.finish) for e in decode.settle()] == [("old", None), ("young", FinishReason.LENGTH)]
+    assert decode.preempted == []
+    assert [e.sequence.job_id for e in decode.step()] == ["old"]
+
+
 def test_a_sequence_grows_out_of_its_own_credit() -> None:
     decode = Decode(num_pages=2)
     sequence = decode.must_receive("job", TEXT[:62], max_new_tokens=20, growth_pages=1)
