@@ -279,7 +279,7 @@ class DecodeWorker:
         if isinstance(outcome, Arrived):
             self._admit(outcome, now_s)
         elif outcome.no_room:
-            self._mailbox.post(outcome.router, Preempted(job_id=outcome.job_id))
+            self._preempt(outcome.job_id, outcome.router)
         else:
             self._log.warning("job %s: %s", outcome.job_id, outcome.reason)
             self._reporter.fail(outcome.router, outcome.job_id, outcome.reason, retryable=outcome.retryable)
@@ -302,8 +302,7 @@ class DecodeWorker:
         if plan is None:
             return None
         for sequence in plan.preempted:
-            self._metrics.add("baton_preemptions_total")
-            self._mailbox.post(self._jobs.pop(sequence.job_id).router, Preempted(job_id=sequence.job_id))
+            self._preempt(sequence.job_id, self._jobs.pop(sequence.job_id).router)
         for sequence in plan.opened:
             self._open(sequence, now_s)
         if not plan.step.rows:
@@ -354,6 +353,10 @@ class DecodeWorker:
             self._mailbox.post(router, TokenBatch(jobs=batch, stages=stages.get(router, {})))
 
     # Bookkeeping.
+
+    def _preempt(self, job_id: str, router: str) -> None:
+        self._metrics.add("baton_preemptions_total")
+        self._mailbox.post(router, Preempted(job_id=job_id))
 
     def _fail(self, job_id: str, reason: str, *, retryable: bool) -> None:
         job = self._jobs.pop(job_id)

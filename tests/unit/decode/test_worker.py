@@ -313,6 +313,7 @@ def test_a_job_without_room_waits_and_is_sent_back_when_prefill_already_asks(sta
     s.prefill.say(KVBind(job_id="late", identity=s.engine.identity))
     assert s.router.hears_no(Preempted, 0.5)
     s.router.hear(Preempted, 4.0, job_id="late")
+    assert s.worker.metric("baton_preemptions_total") == 1
     refused = s.prefill.hear(KVRefused, job_id="late")
     assert "no room" in refused.reason
     assert refused.router_told
