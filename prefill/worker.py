@@ -219,7 +219,7 @@ class PrefillWorker:
 
     def _on_job(self, router: str, job: PrefillJob, now_s: float) -> None:
         if job.job_id in self._jobs or job.job_id in self._handoffs:
-            raise PeerError(f"job {job.job_id} is here already; a job id is used once")
+            raise StaleError(f"job {job.job_id} is here already; a job id is used once, drop the message")
         if self._draining:
             self._reporter.fail(router, job.job_id, "the worker drains", retryable=True)
             return

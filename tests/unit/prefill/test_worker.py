@@ -364,7 +364,8 @@ def test_messages_that_make_no_sense_here_are_counted_and_change_nothing(stage: 
     s.decode.hear(KVBind)
     s.grant()
     s.grant()  # a second ticket
-    s.wait(lambda: s.worker.metric("baton_frames_refused_total") >= 2)
+    s.wait(lambda: s.worker.metric("baton_kv_stale_total") == 2)
+    assert s.worker.metric("baton_frames_refused_total") == 2
     s.decode.hear(KVReady)
     assert s.router.hears_no(JobFailed, 0.1)
 
