@@ -62,6 +62,7 @@ def wait_for_end(pid: int, *, timeout_s: float) -> None:
         while process.status() != psutil.STATUS_ZOMBIE:
             try:
                 process.wait(timeout_s)
+                return
             except psutil.TimeoutExpired:
                 process.kill()
 
