@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TextIO
 
 from serving.core.config import Config, from_dict
@@ -22,7 +22,7 @@ class Settings:
     router_id: str
     host: str
     port: int
-    secret: bytes
+    secret: bytes = field(repr=False)
     config: Config
 
 

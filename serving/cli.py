@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from serving.core.config import Config, load_config, to_dict
+from serving.core.config import Config, is_secret, load_config, to_dict
 from serving.core.errors import BatonError, ConfigError
 
 _PASSED_ON = ("bench", "chat")
@@ -86,7 +86,8 @@ def _check_config(options: argparse.Namespace) -> int:
     for table, keys in to_dict(config).items():
         print(f"[{table}]")
         for key, value in keys.items():
-            print(f"{key} = {_toml(value)}")
+            hidden = value and is_secret(table, key)
+            print(f"# {key}: {len(value)} in force, not shown" if hidden else f"{key} = {_toml(value)}")
     return 0
 
 

@@ -48,7 +48,7 @@ class ClusterSpec:
     """What a supervisor is told. `host` is the address that workers and directory listen on."""
 
     host: str
-    secret: bytes
+    secret: bytes = field(repr=False)
     model_dir: str
     config: Config
     units: tuple[UnitPlan, ...]

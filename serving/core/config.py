@@ -20,8 +20,11 @@ from typing import Any
 from serving.core.errors import ConfigError
 
 
-def _key(default: Any, help_text: str, *, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help_text, "choices": choices, "low": low})
+def _key(
+    default: Any, help_text: str, *, choices: tuple[str, ...] = (), low: float | None = None, secret: bool = False
+) -> Any:
+    metadata = {"help": help_text, "choices": choices, "low": low, "secret": secret}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ class RouterTable:
     host: str = _key("127.0.0.1", "address to listen on")
     port: int = _key(8000, "port to listen on", low=0)
     processes: int = _key(1, "router processes, on consecutive ports", low=1)
-    api_keys: tuple[str, ...] = _key((), "accepted bearer tokens; empty: no authentication")
+    api_keys: tuple[str, ...] = _key((), "accepted bearer tokens; empty: no authentication", secret=True)
     max_body_bytes: int = _key(8 * 1024 * 1024, "largest request body", low=1024)
     max_waiting: int = _key(1024, "requests waiting for credits before 429", low=0)
     queue_timeout_s: float = _key(60.0, "longest wait for credits", low=0.0)
@@ -133,6 +136,12 @@ def load_config(
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain data, for another process; `from_dict` reads it back."""
     return dataclasses.asdict(config)
+
+
+def is_secret(table: str, key: str) -> bool:
+    """Its value must not be shown."""
+    fields = {field.name: field for field in dataclasses.fields(getattr(Config(), table))}
+    return bool(fields[key].metadata["secret"])
 
 
 def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
@@ -231,7 +240,7 @@ def _typed(value: Any, wanted: Any, where: str) -> Any:
     if isinstance(wanted, types.GenericAlias):
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        raise ConfigError(f"{where} = {value!r}; it must be a list of strings")
+        raise ConfigError(f"{where} must be a list of strings")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not wanted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serving.core.config import Config
 
@@ -19,7 +19,7 @@ class WorkerSpec:
     role: str
     incarnation: int
     host: str
-    secret: bytes
+    secret: bytes = field(repr=False)
     model_dir: str
     num_threads: int
     config: Config

@@ -20,6 +20,7 @@ import openai
 import pytest
 
 from router.__main__ import main
+from router.settings import read_settings
 from serving.core.config import Config, to_dict
 from tests.unit.router.conftest import chat_body, saying
 from tests.unit.router.scripted_worker import SECRET, ScriptedCluster, ScriptedWorker
@@ -151,6 +152,13 @@ def test_a_wrong_start_is_one_line_and_exit_code_2(
     errors = capsys.readouterr().err
     assert says in errors
     assert errors.count("\n") == 1
+
+
+def test_settings_do_not_show_the_secret(model_folder: Path) -> None:
+    settings = read_settings(arguments("tcp://127.0.0.1:1", model_folder), SECRETS, io.StringIO())
+    assert settings.secret == SECRET
+    assert repr(SECRET) not in repr(settings)
+    assert "tcp://127.0.0.1:1" in repr(settings)
 
 
 def test_without_a_secret_it_says_which_variable(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

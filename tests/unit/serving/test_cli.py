@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -153,13 +154,22 @@ def test_the_environment_is_read_and_checked():
 
 def test_check_config_prints_what_is_in_force_and_reads_it_again(tmp_path: Path):
     path = tmp_path / "baton.toml"
-    path.write_text('[router]\nport = 81\napi_keys = ["a\\"b"]\n')
+    path.write_text('[router]\nport = 81\n[model]\nname = "a\\"b"\n')
     done = baton("check-config", str(path))
     assert done.returncode == 0
     assert "port = 81" in done.stdout
     again = tmp_path / "again.toml"
     again.write_text(done.stdout)
     assert baton("check-config", str(again)).stdout == done.stdout
+
+
+def test_check_config_shows_no_keys_and_what_it_prints_opens_nothing(tmp_path: Path):
+    path = tmp_path / "baton.toml"
+    path.write_text('[router]\napi_keys = ["sesame", "mellon"]\n')
+    printed = baton("check-config", str(path)).stdout
+    assert "# api_keys: 2 in force" in printed
+    assert "sesame" not in printed
+    assert "api_keys" not in tomllib.loads(printed)["router"]
 
 
 def test_check_config_of_a_wrong_file_is_one_line(tmp_path: Path):

@@ -10,6 +10,7 @@ import pytest
 
 from serving.core.config import Config, from_dict, load_config, to_dict
 from serving.core.errors import ConfigError
+from serving.core.spec import WorkerSpec
 
 REPOSITORY = Path(__file__).parents[4]
 
@@ -82,6 +83,23 @@ def test_it_survives_the_way_to_another_process():
     config = load_config(overrides=["router.api_keys=a,b", "engine.mode=both", "kv.memory_fraction=0.5"])
     assert from_dict(to_dict(config)) == config
     assert from_dict(to_dict(config)) != Config()
+
+
+def test_keys_and_secrets_are_shown_nowhere(tmp_path: Path):
+    config = load_config(overrides=["router.api_keys=sesame"])
+    spec = WorkerSpec(
+        worker_id="w",
+        role="both",
+        incarnation=1,
+        host="127.0.0.1",
+        secret=b"sesame",
+        model_dir=".",
+        num_threads=1,
+        config=config,
+    )
+    assert "sesame" not in repr(spec)
+    assert "max_waiting" in repr(spec)
+    assert "sesame" not in message(write(tmp_path, '[router]\napi_keys = ["sesame", 1]\n'))
 
 
 def test_it_cannot_be_changed():
