@@ -131,11 +131,15 @@ class PrefillScheduler:
         return sum(job.sequence.num_tokens - job.num_planned for job in jobs if not job.sampling)
 
     def add(self, sequence: Sequence) -> None:
-        """Raises PagesExhausted if the prompt can never fit, StaleError if the job is here already, PeerError if it has no tokens."""
+        """Raises PagesExhausted if the text can never fit, StaleError if the job is here already, PeerError if it has no tokens."""
         if sequence.job_id in self._waiting or sequence.job_id in self._admitted:
             raise StaleError(f"job {sequence.job_id} is here already; a job id is used once, drop the message")
         if not sequence.token_ids:
             raise PeerError(f"job {sequence.job_id} has an empty prompt; the router must refuse it")
+        if self._max_model_len is not None and sequence.num_tokens > self._max_model_len:
+            raise PagesExhausted(
+                f"{sequence.num_tokens} tokens are more than the {self._max_model_len} of a text here; raise model.max_model_len"
+            )
         num_pages = num_pages_for(sequence.num_tokens)
         if num_pages > self._manager.num_pages:
             raise PagesExhausted(

@@ -92,10 +92,6 @@ class Aggregated:
 
     def add(self, sequence: Sequence) -> None:
         """Raises PagesExhausted if the sequence could never be finished here."""
-        if sequence.num_tokens > self._max_model_len:
-            raise PagesExhausted(
-                f"{sequence.num_tokens} tokens are more than the {self._max_model_len} of a text here; raise model.max_model_len or the pool"
-            )
         num_left = sequence.max_new_tokens - sequence.num_new_tokens
         longest = max(min(sequence.num_tokens + num_left, self._max_model_len) - 1, sequence.num_tokens)
         if num_pages_for(longest) > self.manager.num_pages:

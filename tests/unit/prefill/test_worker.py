@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -339,6 +340,17 @@ def test_a_prompt_that_never_fits_and_a_token_that_does_not_exist_are_refused(st
         assert not failed.overloaded
     s.submit()
     s.router.hear(TokenBatch)
+
+
+def test_a_text_longer_than_the_model_allows_is_refused_and_the_worker_goes_on(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        s = Stage(create_engine(tmp_path, num_pages=16, max_position_embeddings=100), stack)
+        s.submit("long", decode=None)
+        failed = s.router.hear(JobFailed, job_id="long")
+        assert not failed.retryable
+        assert "max_model_len" in failed.reason
+        s.submit("short", token_ids=PROMPT[:100], num_prompt_tokens=100, decode=None)
+        s.router.hear(TokenBatch)
 
 
 def test_an_answer_of_one_token_needs_no_decode_worker(stage: Callable[..., Stage]) -> None:
