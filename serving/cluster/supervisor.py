@@ -227,13 +227,8 @@ class Supervisor:
         self._broadcast()
 
     def _bury(self, rank: _Rank, reason: str) -> None:
-        """Decode workers hear of it too: pages that the dead one may have written are free only now that it is proven dead."""
         rank.state, rank.detail, rank.actor = "dead", reason or "ended", None
         self._log.warning("%s, incarnation %d: %s", rank.plan.worker_id, rank.incarnation, rank.detail)
-        for other in self._state.ranks.values():
-            if other.state == "ready" and other.plan.role != "prefill":
-                self._mailbox.connect(other.info().address)
-                self._mailbox.post(other.plan.worker_id, self._roster())
         if rank.was_ready:
             now_s = time.monotonic()
             if now_s - rank.ready_since_s > _RECOVERED_S:
