@@ -206,13 +206,6 @@ class KVManager:
         credit.held, credit.exposed, credit.epochs, credit.phase = [], [], [], _Phase.ACCEPTED
         return page_ids
 
-    def require_exposed(self, job_id: str, page_id: int, epoch: int) -> None:
-        """Raises StaleError unless `page_id` is exposed to just this job in just this epoch."""
-        credit = self._credit(job_id, _Phase.EXPOSED)
-        self._pages.require_exposed(page_id, epoch)
-        if page_id not in credit.exposed:
-            raise StaleError(f"page {page_id} is not in the ticket of job {job_id}; drop the message")
-
     def cancel(self, job_id: str) -> bool:
         """Gives up what the job has here, at any time and any number of times. True: pages began to drain, so their writer must be told to close."""
         credit = self._credits.get(job_id)

@@ -24,8 +24,6 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
-from serving.core.errors import StaleError
-
 
 class PageState(StrEnum):
     """Where a page is; the values name the samples of `baton_kv_pages`."""
@@ -96,16 +94,6 @@ class Pages:
             self._free.append(page_id)
             if self._on_free is not None:
                 self._on_free(page_id)
-
-    def require_exposed(self, page_id: int, epoch: int) -> None:
-        """Raises StaleError unless the page is exposed in just this epoch: what a peer says of it is of an earlier use."""
-        if not 0 <= page_id < self.num_pages:
-            raise StaleError(f"page {page_id} does not exist here; the peer's ticket is not ours, drop the message")
-        if self._states[page_id] is not PageState.EXPOSED or self._epochs[page_id] != epoch:
-            raise StaleError(
-                f"page {page_id} is {self._states[page_id]} in epoch {self._epochs[page_id]}, not exposed in epoch {epoch}; "
-                "the message is of an earlier use and is dropped"
-            )
 
     def check(self) -> None:
         """The conservation law, counted from scratch; a violation is a bug that must stop the worker."""

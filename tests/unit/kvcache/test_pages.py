@@ -5,7 +5,6 @@ import itertools
 import pytest
 
 from kvcache.pages import LEGAL_MOVES, Pages, PageState
-from serving.core.errors import StaleError
 
 WAY = {
     PageState.CACHED: [PageState.OWNED, PageState.CACHED],
@@ -54,27 +53,6 @@ def test_the_epoch_rises_with_every_use() -> None:
         epochs.append(pages.epoch(pages.take(state)))
         pages.move(0, PageState.FREE)
     assert epochs == sorted(set(epochs))
-
-
-def test_an_old_epoch_is_refused() -> None:
-    pages, page_id = page_in(PageState.EXPOSED)
-    epoch = pages.epoch(page_id)
-    pages.require_exposed(page_id, epoch)
-    for state in (PageState.DRAINING, PageState.FREE):
-        pages.move(page_id, state)
-        with pytest.raises(StaleError, match="not exposed in epoch"):
-            pages.require_exposed(page_id, epoch)
-    assert pages.take(PageState.RESERVED) == page_id
-    pages.move(page_id, PageState.EXPOSED)
-    with pytest.raises(StaleError, match=f"not exposed in epoch {epoch}"):
-        pages.require_exposed(page_id, epoch)
-    pages.require_exposed(page_id, epoch + 1)
-
-
-@pytest.mark.parametrize("page_id", [-1, 3])
-def test_a_page_that_does_not_exist_is_a_peers_fault(page_id: int) -> None:
-    with pytest.raises(StaleError, match="does not exist"):
-        Pages(3).require_exposed(page_id, 1)
 
 
 def test_low_pages_are_used_first() -> None:
