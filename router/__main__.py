@@ -1,6 +1,7 @@
 """`python -m router`: one router process, from its settings to its exit code.
 
 settings and model folder -> bind the port -> serve -> SIGTERM: drain -> exit 0      any BatonError: one line, its exit code
+                                                       SIGTERM again: every client is told -> exit 0
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from router.openai.prepare import Served
 from router.settings import Settings, read_settings
 from router.view import View
 from serving.core.config import ModelTable
-from serving.core.errors import BatonError, StartupError
+from serving.core.errors import BatonError, StartupError, Unavailable
 from serving.metrics import Metrics
 from serving.model.config import ModelConfig
 from serving.text.template import ChatTemplate, Style, detect_style
@@ -38,6 +39,7 @@ from serving.text.tokenizer import Tokenizer
 from serving.wire import Codec
 
 _BACKLOG = 2048
+_LAST_WORDS_S = 0.5
 
 
 class _Server(uvicorn.Server):
@@ -49,7 +51,7 @@ class _Server(uvicorn.Server):
 
 
 async def serve(settings: Settings, served: Served, listener: socket.socket) -> None:
-    """Until SIGTERM or SIGINT; then streams in flight run to their end, unless a second signal comes."""
+    """Until SIGTERM or SIGINT; then streams in flight run to their end, or until a second signal ends each with an error."""
     config, loop, view = settings.config, asyncio.get_running_loop(), View()
     metrics = Metrics("router", slo=config.slo)
     incarnation = time.time_ns()  # rises with every start of the same router id
@@ -79,7 +81,10 @@ async def serve(settings: Settings, served: Served, listener: socket.socket) -> 
     )
 
     def stop() -> None:
-        server.force_exit = dispatcher.draining
+        """The first signal lets streams end. The second tells them that they do not, and leaves them a moment to be written."""
+        if dispatcher.draining:
+            dispatcher.end_all(Unavailable("the server stops; send the request again later"))
+            loop.call_later(_LAST_WORDS_S, setattr, server, "force_exit", True)
         dispatcher.draining = server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -67,6 +67,7 @@ class Dispatcher:
         self._clock = clock
         self._expected_new_tokens = expected_new_tokens
         self._jobs: dict[str, Generation] = {}
+        self._pausing: set[Generation] = set()
         self._turn = 0
         self._missing_since_s: float | None = None
         self.draining = False
@@ -109,6 +110,13 @@ class Dispatcher:
         if generation.outcome is None:
             self._leave(generation)
             self._end(generation, Outcome.CANCELLED)
+
+    def end_all(self, error: BatonError) -> None:
+        """Nobody is served any further: every client is told `error`, every job aborted."""
+        for generation in [*self._jobs.values(), *self._admission.drain(), *self._pausing]:
+            if generation.outcome is None:
+                self._leave(generation)
+                self._fail(generation, error, "unavailable")
 
     def _refuse_if_closed(self) -> None:
         role = missing_role(self._view)
@@ -305,10 +313,12 @@ class Dispatcher:
 
     def _resume_after(self, generation: Generation, delay_s: float) -> None:
         def resume() -> None:
+            self._pausing.discard(generation)
             if generation.outcome is None and generation.life is None:
                 self._admission.enter(generation, self._clock(), resumed=True)
                 self._pump()
 
+        self._pausing.add(generation)
         self._later(delay_s, resume)
 
     def _leave(self, generation: Generation) -> None:

@@ -37,7 +37,7 @@ _LOOPBACK = "127.0.0.1"
 _EMBEDDED_NAME = "baton-demo"
 _SUPERVISOR_TIMEOUT_S = 60.0
 _READY_TIMEOUT_S = 30.0
-_ROUTER_DRAIN_S = 30.0
+_LAST_WORDS_S = 3.0
 _WORKER_DRAIN_S = 25.0
 _LEFTOVER_GRACE_S = 3.0
 _FIRST_BACKOFF_S = 0.1
@@ -114,7 +114,7 @@ def _serve(config: Config, model_dir: Path, units: tuple[UnitPlan, ...], display
         try:
             cluster.start()
             cluster.serve()
-            display.note("draining; a second signal cuts the streams in flight")
+            display.note("draining; a second signal ends the streams in flight")
             cluster.drain()
             display.note("stopped")
         finally:
@@ -181,21 +181,32 @@ class Cluster:
                 self._mind(router, now_s)
 
     def drain(self) -> None:
-        """Streams run to their end, then workers settle. A second signal cuts it short."""
-        asked = self._stop.num_received
-        deadline_s = time.monotonic() + _ROUTER_DRAIN_S
+        """Streams run to their end; at the limit, or a second signal, each is told that the server stops. Then workers settle.
+
+        One more signal cuts it short.
+        """
         for router in self._routers:
             router.process.drain()
-        while any(not router.process.wait(0.05) for router in self._routers):
-            if time.monotonic() > deadline_s or self._stop.num_received > asked:
-                return
+        if not self._await_routers(self._config.router.drain_timeout_s):
+            for router in self._routers:
+                router.process.drain()
+            self._await_routers(_LAST_WORDS_S)
         import ray
 
+        asked = self._stop.num_received
         self._mailbox.post(_peer(self._supervisor).worker_id, Drain())
         deadline_s = time.monotonic() + _WORKER_DRAIN_S
         while time.monotonic() < deadline_s and self._stop.num_received == asked and self._head.alive:
             if ray.wait([self._run], timeout=0.2)[0]:
                 return
+
+    def _await_routers(self, timeout_s: float) -> bool:
+        """True: all have ended. False: time is up, or another signal has come."""
+        asked, deadline_s = self._stop.num_received, time.monotonic() + timeout_s
+        while any(not router.process.wait(0.05) for router in self._routers):
+            if time.monotonic() > deadline_s or self._stop.num_received > asked:
+                return False
+        return True
 
     def close(self) -> None:
         """Whatever still runs is ended without ceremony."""

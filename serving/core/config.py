@@ -85,6 +85,9 @@ class RouterTable:
     max_body_bytes: int = _key(8 * 1024 * 1024, "largest request body", low=1024)
     max_waiting: int = _key(1024, "requests waiting for credits before 429", low=0)
     queue_timeout_s: float = _key(60.0, "longest wait for credits", low=0.0)
+    drain_timeout_s: float = _key(
+        30.0, "time that streams in flight have to end after SIGTERM; then each is told that the server stops", low=0.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,11 @@ import pytest
 from router.account import Account
 from router.admission import Admission
 from router.dispatch import Dispatcher
-from router.generation import Generation, Order, Slo
+from router.generation import Generation, Order, Outcome, Slo
 from router.view import View, Worker
+from serving.core.errors import Unavailable
 from serving.core.messages import (
+    Abort,
     AnyMessage,
     DecodeJob,
     JobTokens,
@@ -112,3 +114,25 @@ def test_until_its_first_token_a_request_has_ten_minutes_from_its_arrival() -> N
     stage.preempt(generation)
     stage.resume()
     assert [job.budget_s for job in stage.last_jobs()] == [400.0, 400.0]
+
+
+def test_when_the_server_stops_all_are_told_and_nothing_goes_on() -> None:
+    stage = Stage()
+    paused, running = stage.submit(), stage.submit()
+    stage.preempt(paused)
+    too_long_now = stage.submit(num_prompt_tokens=99 * 64)
+    assert (stage.dispatcher.num_running, stage.dispatcher.num_waiting) == (1, 1)
+    stage.dispatcher.draining = True
+    stage.posted.clear()
+    job = job_id(running)
+    stage.dispatcher.end_all(Unavailable("the server stops"))
+    for generation in (paused, running, too_long_now):
+        assert (generation.outcome, str(generation.error)) == (Outcome.FAILED, "the server stops")
+    assert stage.posted == [Abort(job_id=job)] * 2
+    stage.resume()
+    stage.dispatcher.tick()
+    stage.dispatcher.end_all(Unavailable("again"))
+    assert (stage.dispatcher.num_running, stage.dispatcher.num_waiting) == (0, 0)
+    assert len(stage.posted) == 2
+    assert stage.metrics.value("baton_requests_total", outcome="failed") == 2
+    assert stage.metrics.value("baton_requests_rejected_total", reason="unavailable") == 1

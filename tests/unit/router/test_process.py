@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -102,6 +103,40 @@ def test_sigterm_lets_streams_end_and_exits_with_zero(model_folder: Path, cluste
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert process.wait(10.0) == 0
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_second_sigterm_tells_every_client_and_exits_with_zero(
+    model_folder: Path, cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    monkeypatch.setattr(cluster.workers["decode-0"], "before_token", lambda job: "hold" if job.next > 5 else None)
+    with running(model_folder, cluster) as (url, process), ThreadPoolExecutor() as pool:
+        sent = pool.submit(httpx.post, f"{url}/v1/chat/completions", json=chat_body(stream=streams), timeout=20.0)
+        wait_until(lambda: any(job.next > 5 for job in list(cluster.workers["decode-0"].jobs.values())))
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert not sent.done()
+        process.send_signal(signal.SIGTERM)
+        answer = sent.result(5.0)
+        assert process.wait(5.0) == 0
+    wait_until(lambda: cluster.num_jobs == 0)
+    if streams:
+        assert answer.status_code == 200
+        assert answer.text.count('"content"') > 5
+        *_, last, done = (line for line in answer.text.splitlines() if line)
+        assert done == "data: [DONE]"
+        error = json.loads(last.removeprefix("data: "))["error"]
+    else:
+        assert answer.status_code == 503
+        error = answer.json()["error"]
+    assert (error["code"], error["message"].startswith("the server stops")) == ("unavailable", True)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.01)
 
 
 def test_a_client_that_hangs_up_aborts_over_tcp(
