@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -86,6 +87,21 @@ def test_sigterm_lets_streams_finish_ends_with_0_and_leaves_nothing(start_server
     thread.join()
     assert exit_code == 0
     assert texts == [alone]
+    assert still_running(family, after_s=0) == []
+
+
+def test_a_stream_that_outlasts_the_drain_is_told_so(start_server: StartServer):
+    server = start_server("--set", "router.drain_timeout_s=0.5")
+    family = server.family()
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        *_, last, done = (line for line in lines if line)
+    assert done == "data: [DONE]"
+    assert "the server stops" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert server.process.wait(timeout=30) == 0
     assert still_running(family, after_s=0) == []
 
 
