@@ -14,7 +14,7 @@ import torch
 from decode.worker import DecodeWorker
 from serving.core.config import Config, KVTable
 from serving.core.messages import PeerAddress, Roster, WorkerInfo
-from tests.cluster.prefill_process import start_prefill
+from tests.cluster.worker_process import start_worker
 from tests.engine_factory import create_engine, create_loop, random_prompts
 from tests.model_factory import make_checkpoint
 from tests.wire_client import GREEDY, Running, WireClient, create_config, create_spec
@@ -50,7 +50,7 @@ def test_pages_exposed_to_a_killed_process_are_free_when_its_death_is_proven_and
     folder: Path, decode: DecodeWorker, proof: str
 ) -> None:
     with ExitStack() as stack:
-        process, address = start_prefill(folder, CONFIG)
+        process, address = start_worker("prefill", folder, CONFIG)
         stack.callback(process.kill)
         client = WireClient(address, decode.address)
         stack.callback(client.close)
@@ -77,7 +77,7 @@ def _prove(
         dead = WorkerInfo(address=address, role="prefill", state="dead", detail="killed by signal 9")
         client.mailbox.post("decode-0", Roster(workers=[dead]))
         return
-    process, second = start_prefill(folder, CONFIG, incarnation=2)
+    process, second = start_worker("prefill", folder, CONFIG, incarnation=2)
     stack.callback(process.kill)
     again = WireClient(second, decode.address, name="router-1")
     stack.callback(again.close)
