@@ -234,7 +234,13 @@ class Dispatcher:
             self._retry(generation, message.reason)
         else:
             self._leave(generation)
-            self._fail(generation, BatonError(f"{worker.role} worker {worker.worker_id}: {message.reason}"))
+            self._fail(generation, self._failure(worker, message))
+
+    def _failure(self, worker: Worker, message: JobFailed) -> BatonError:
+        text = f"{worker.role} worker {worker.worker_id}: {message.reason}"
+        if not message.overloaded:
+            return BatonError(text)
+        return Unavailable(f"{text}; try again later", retry_after_s=self._admission.retry_after_s(self._clock()))
 
     def _job_of(self, worker: Worker, job_id: str) -> Generation | None:
         generation = self._jobs.get(job_id)

@@ -64,7 +64,10 @@ class Life:
 
 @dataclass(eq=False, kw_only=True)
 class Generation:
-    """`token_ids` and `logprobs` grow while it runs; `notify` is called after every change. Times are of one monotonic clock."""
+    """`token_ids` and `logprobs` grow while it runs; `notify` is called after every change. Times are of one monotonic clock.
+
+    `num_cached_tokens` of the prompt did not have to be computed before the first token.
+    """
 
     order: Order
     notify: Callable[[], None]
@@ -79,6 +82,7 @@ class Generation:
     outcome: Outcome | None = None
     finish: FinishReason | None = None
     error: BatonError | None = None
+    num_cached_tokens: int = 0
     prefill_id: str = ""
     decode_id: str = ""
     placed_s: float | None = None
@@ -106,5 +110,5 @@ class Generation:
         if news.token_ids:
             self.last_s = now_s
             if self.first_s is None:
-                self.first_s = now_s
+                self.first_s, self.num_cached_tokens = now_s, news.num_cached_tokens
         self.finish = news.finish or (None if self.max_new_tokens > 0 else FinishReason.LENGTH)

@@ -114,9 +114,13 @@ class Answer(Response):
         raise NotImplementedError
 
     def _usage(self) -> Usage:
-        """Choices of one prompt share it."""
-        prompts = {id(choice.prepared): len(choice.prepared.prompt_ids) for choice in self._choices}
-        return Usage(sum(prompts.values()), sum(len(choice.generation.token_ids) for choice in self._choices))
+        """Choices of one prompt share it, and the first of them says what was cached: the others may have hit what it computed."""
+        first = {id(choice.prepared): choice for choice in reversed(self._choices)}.values()
+        return Usage(
+            num_prompt_tokens=sum(len(choice.prepared.prompt_ids) for choice in first),
+            num_completion_tokens=sum(len(choice.generation.token_ids) for choice in self._choices),
+            num_cached_tokens=sum(choice.generation.num_cached_tokens for choice in first),
+        )
 
 
 class StreamedAnswer(Answer):

@@ -26,16 +26,18 @@ DONE: Final = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request, over all its choices. A prompt counts once."""
+    """Tokens of one request, over all its choices. A prompt counts once; `num_cached_tokens` of it were not computed again."""
 
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_cached_tokens: int
 
-    def json(self) -> dict[str, int]:
+    def json(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_completion_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
 
 

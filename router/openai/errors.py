@@ -57,7 +57,7 @@ def envelope(error: Exception) -> bytes:
 
 def error_response(error: Exception) -> Response:
     headers = {}
-    if isinstance(error, e.Overloaded):
+    if isinstance(error, e.Overloaded | e.Unavailable) and error.retry_after_s is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
     if isinstance(error, e.AuthenticationError):
         headers["www-authenticate"] = "Bearer"

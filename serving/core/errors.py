@@ -9,7 +9,7 @@
         ModelNotFound               404
         RequestTooLarge             413
       Overloaded                    HTTP 429; nothing wrong, no room now
-      Unavailable                   HTTP 503; no ready worker, or the server drains
+      Unavailable                   HTTP 503; no ready worker, workers too busy, or the server drains
       PeerError                     a message or a transfer that cannot be trusted
         StaleError                  an old epoch or incarnation
         ManifestError               bytes that arrived are not the bytes that were announced
@@ -86,7 +86,11 @@ class Overloaded(BatonError):
 
 
 class Unavailable(BatonError):
-    """Nothing is ready to serve."""
+    """Nothing is ready to serve, or what was ready is too busy; `retry_after_s` is a guess, None: nobody knows."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class PeerError(BatonError):

@@ -57,13 +57,14 @@ class Job:
 
 @dataclass(eq=False)
 class ScriptedWorker:
-    """`heard` is every message it got but heartbeats. `before_token(job)` returns preempt, fail, refuse, die, hold or None."""
+    """`heard` is every message it got but heartbeats. `before_token(job)` returns preempt, fail, refuse, overload, die, hold or None."""
 
     worker_id: str
     role: str
     incarnation: int = 1
     num_pages: int = 100
     step_s: float = 0.002
+    num_cached: int = 0
     mute: bool = False
     ready: bool = True
     before_token: Callable[[Job], str | None] = lambda job: None
@@ -269,9 +270,14 @@ class ScriptedCluster:
             case "preempt":
                 self._drop(worker, job.job_id)
                 self._send(worker, job.identity, Preempted(job_id=job.job_id))
-            case "fail" | "refuse" as fault:
+            case "fail" | "refuse" | "overload" as fault:
                 self._drop(worker, job.job_id)
-                failed = JobFailed(job_id=job.job_id, reason="scripted fault", retryable=fault == "fail")
+                failed = JobFailed(
+                    job_id=job.job_id,
+                    reason="scripted fault",
+                    retryable=fault == "fail",
+                    overloaded=fault == "overload",
+                )
                 self._send(worker, job.identity, failed)
             case "die":
                 self._kill(worker, announce=True)
@@ -288,7 +294,13 @@ class ScriptedCluster:
         finish = FinishReason.STOP if token_id in message.sampling.stop_token_ids else finish
         wanted = message.sampling.logprobs
         noted = None if wanted is None else [TokenLogprobs(-0.5, [token_id] * wanted, [-0.5] * wanted)]
-        news = JobTokens(job_id=job.job_id, token_ids=[token_id], logprobs=noted, finish=finish)
+        news = JobTokens(
+            job_id=job.job_id,
+            token_ids=[token_id],
+            logprobs=noted,
+            finish=finish,
+            num_cached_tokens=worker.num_cached,
+        )
         worker.progress += 1
         stages, job.stages = job.stages, {}
         self._send(worker, job.identity, TokenBatch(jobs=[news], stages={job.job_id: stages} if stages else {}))

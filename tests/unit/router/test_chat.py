@@ -12,7 +12,7 @@ import pytest
 from serving.core.messages import DecodeJob, PrefillJob
 from serving.text import markers as m
 from tests.unit.router.conftest import CONTROL_ID, byte_ids, chat_body, saying
-from tests.unit.router.scripted_worker import EOS, ScriptedWorker
+from tests.unit.router.scripted_worker import EOS, Job, ScriptedWorker
 
 CHAT = "/v1/chat/completions"
 
@@ -51,6 +51,21 @@ async def test_usage_comes_last_when_asked_for(front: Callable[..., Any]) -> Non
     assert chunks[-1]["usage"] == whole["usage"]
     assert whole["usage"]["completion_tokens"] == len("four") + 1, "the end-of-sequence token was computed as well"
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+async def test_usage_says_what_of_each_prompt_was_cached_when_its_first_choice_began(front: Callable[..., Any]) -> None:
+    prefill, decode = ScriptedWorker("prefill-0", "prefill"), ScriptedWorker("decode-0", "decode", num_cached=50)
+
+    def cached(job: Job) -> None:
+        prefill.num_cached = job.message.sampling.seed
+
+    prefill.before_token = cached
+    async with front(saying("four"), [prefill, decode]) as f:
+        body = {"model": "bytes", "prompt": ["one", "two"], "n": 2, "seed": 3}
+        usage = (await f.client.post("/v1/completions", json=body)).json()["usage"]
+        chunks = await stream(f.client, **chat_body(n=2, seed=2, stream_options={"include_usage": True}))
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 3 + 3}
+    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
 
 
 async def test_a_whole_answer_equals_the_stream(front: Callable[..., Any]) -> None:

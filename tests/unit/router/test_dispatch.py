@@ -131,6 +131,17 @@ async def test_a_failure_that_cannot_be_retried_is_told_at_once(front: Callable[
         assert await content(f) == TEXT
 
 
+@pytest.mark.parametrize("streams", [True, False])
+async def test_a_worker_that_is_too_busy_is_no_bug_and_says_when_to_come_back(
+    front: Callable[..., Any], streams: bool
+) -> None:
+    async with front(saying(TEXT), pair(prefill=once("overload", 0))) as f:
+        response = await f.client.post(CHAT, json=chat_body(stream=streams))
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "unavailable")
+        assert int(response.headers["retry-after"]) >= 1
+        assert await content(f) == TEXT
+
+
 async def test_a_failure_in_a_stream_is_an_event_in_it(front: Callable[..., Any]) -> None:
     async with front(saying(TEXT), pair(decode=once("refuse", 5))) as f:
         response = await f.client.post(CHAT, json=chat_body(stream=True))

@@ -52,6 +52,8 @@ def test_statuses_are_those_the_tree_promises(error_type: type[e.BatonError], st
 
 def test_overload_says_when_to_come_back_in_whole_seconds() -> None:
     assert error_response(instance(e.Overloaded)).headers["retry-after"] == "3"
+    assert error_response(e.Unavailable("busy", retry_after_s=0.2)).headers["retry-after"] == "1"
+    assert "retry-after" not in error_response(e.Unavailable("nobody is there")).headers
 
 
 def test_a_bug_is_a_500_that_keeps_its_secrets() -> None:
