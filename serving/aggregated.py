@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from decode.scheduler import DecodeScheduler, TokenEvent
 from kvcache.layout import num_pages_for
 from kvcache.manager import KVManager
-from prefill.scheduler import FirstToken, PrefillScheduler
+from prefill.scheduler import FirstToken, PrefillPlan, PrefillScheduler
 from serving.core.errors import PagesExhausted
 from serving.core.request import SamplingParams, Sequence
 from serving.engine.plan import Executor, Launched, SlotSpec, StepPlan
@@ -27,10 +27,16 @@ from serving.engine.slots import Slots
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepped:
-    """What one call of `step` brought: new tokens, first tokens among them, and sequences dropped because they were late."""
+    """What one call of `step` brought: new tokens, first tokens among them; sequences that began to be computed; those dropped as late.
+
+    `num_prefill_tokens`, `num_decode_tokens`: computed by the step that has settled.
+    """
 
     events: tuple[TokenEvent, ...] = ()
+    opened: tuple[Sequence, ...] = ()
     late: tuple[Sequence, ...] = ()
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +116,20 @@ class Aggregated:
 
         Nothing to launch and nothing in flight: returns at once, empty; some event must come before that changes.
         """
-        launched, late = self._launch(now_s)
+        launched, prefill = self._launch(now_s)
+        opened, late = (prefill.opened, prefill.late) if prefill is not None else ((), ())
         if launched is not None:
             self._in_flight.append(launched)
         if not self._in_flight or (launched is not None and len(self._in_flight) <= int(self._run_ahead)):
-            return Stepped(late=late)
-        return Stepped(events=self._settle(self._in_flight.popleft()), late=late)
+            return Stepped(opened=opened, late=late)
+        step = self._in_flight.popleft()
+        return Stepped(
+            events=self._settle(step),
+            opened=opened,
+            late=late,
+            num_prefill_tokens=step.prefill.num_tokens if step.prefill is not None else 0,
+            num_decode_tokens=step.decode.num_tokens if step.decode is not None else 0,
+        )
 
     def generate(
         self, prompts: Seq[Seq[int]], sampling: SamplingParams | Seq[SamplingParams], max_new_tokens: int
@@ -141,7 +155,7 @@ class Aggregated:
                 answers[event.sequence.job_id].append(event.token_id)
         return list(answers.values())
 
-    def _launch(self, now_s: float) -> tuple[_InFlight | None, tuple[Sequence, ...]]:
+    def _launch(self, now_s: float) -> tuple[_InFlight | None, PrefillPlan | None]:
         decode = self._decode.schedule(now_s)
         preempted = decode.preempted if decode is not None else ()
         self.num_preempted += len(preempted)
@@ -149,7 +163,6 @@ class Aggregated:
             self._resume(sequence, now_s)
         # Pages that a pre-emption freed are not given to a newcomer at once.
         prefill = self._prefill.schedule(now_s) if not preempted else None
-        late = prefill.late if prefill is not None else ()
         assert decode is None or not decode.opened, "a sequence brings its slot from prefill"
         for sequence in prefill.opened if prefill is not None else ():
             self._open(sequence)
@@ -158,13 +171,13 @@ class Aggregated:
             rows=decode.step.rows if decode is not None else (),
         )
         if not step.chunks and not step.rows:
-            return None, late
+            return None, prefill
         in_flight = _InFlight(
             launched=self._executor.launch(step),
             prefill=prefill.step if prefill is not None and step.chunks else None,
             decode=decode.step if decode is not None and step.rows else None,
         )
-        return in_flight, late
+        return in_flight, prefill
 
     def _settle(self, step: _InFlight) -> tuple[TokenEvent, ...]:
         result = self._executor.settle(step.launched)

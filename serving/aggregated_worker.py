@@ -44,12 +44,13 @@ _WAITING_S = 0.1  # how often late jobs are looked for while some wait
 
 @dataclass(slots=True)
 class _Job:
-    """What the worker adds to a sequence."""
+    """What the worker adds to a sequence: who hears its tokens, and when its stages ended (0.0: not yet)."""
 
     router: str
     received_s: float
     num_credit: int
-    has_first: bool = False
+    opened_s: float = 0.0
+    first_s: float = 0.0
 
 
 class AggregatedWorker:
@@ -141,13 +142,18 @@ class AggregatedWorker:
         self._reporter.launched(num_tokens)
         stepped = self._aggregated.step(now_s)
         self._moved = bool(stepped.events or stepped.late) or self._aggregated.num_running > 0
+        for sequence in stepped.opened:
+            self._metrics.add("baton_prefix_hit_tokens_total", sequence.num_cached)
+            job = self._jobs[sequence.job_id]
+            job.opened_s = job.opened_s or now_s
         for sequence in stepped.late:
             self._fail(sequence.job_id, "the prompt was not started within its time budget", overloaded=True)
         ended_s = time.monotonic()
         self._reporter.settled(num_tokens, ended_s - now_s)
         self._metrics.add("baton_preemptions_total", self._aggregated.num_preempted - self._num_preempted)
         self._num_preempted = self._aggregated.num_preempted
-        self._metrics.add("baton_tokens_total", len(stepped.events), phase="decode")
+        self._metrics.add("baton_tokens_total", stepped.num_prefill_tokens, phase="prefill")
+        self._metrics.add("baton_tokens_total", stepped.num_decode_tokens, phase="decode")
         self._send_tokens(stepped.events, ended_s)
 
     def _patience_s(self) -> float | None:
@@ -229,12 +235,11 @@ class AggregatedWorker:
                 token_ids=[event.token_id],
                 logprobs=logprobs,
                 finish=event.finish,
-                num_cached_tokens=0 if job.has_first else event.sequence.num_cached,
+                num_cached_tokens=event.sequence.num_cached if job.first_s == 0.0 else 0,
             )
             jobs.setdefault(job.router, []).append(tokens)
-            if not job.has_first:
-                job.has_first = True
-                stages.setdefault(job.router, {})[job_id] = {"prefill": now_s - job.received_s}
+            if event.sequence.num_new_tokens <= 2:
+                stages.setdefault(job.router, {})[job_id] = _stages(job, now_s)
             if event.finish is not None:
                 del self._jobs[job_id]
         for router, batch in jobs.items():
@@ -269,6 +274,14 @@ class AggregatedWorker:
             page_states=self._manager.counts(),
             step_s=step_s,
         )
+
+
+def _stages(job: _Job, now_s: float) -> dict[str, float]:
+    """The stages that end with a first or a second token. There is no hand-off: the gap between the two is one step."""
+    if job.first_s > 0.0:
+        return {"first_step": now_s - job.first_s}
+    job.first_s = now_s
+    return {"prefill_queue": job.opened_s - job.received_s, "prefill": now_s - job.opened_s}
 
 
 def _engine(spec: WorkerSpec, progress: Progress | None) -> Engine:

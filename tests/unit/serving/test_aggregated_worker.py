@@ -63,7 +63,7 @@ def test_the_text_is_that_of_the_loop_and_survives_aborts(engine: Engine, servin
         client.abort(request)
     assert client.finish(requests) == wanted
     assert {request.finish for request in requests} == {FinishReason.LENGTH}
-    assert all("prefill" in request.stages for request in requests)
+    assert all(set(request.stages) == {"prefill_queue", "prefill", "first_step"} for request in requests)
     client.wait(lambda: is_quiet(worker), 2.0)
 
 
@@ -108,6 +108,17 @@ def test_first_tokens_name_their_cached_prefix_and_late_jobs_the_overload(servin
     submit("late", budget_s=-1.0)
     assert router.hear(JobFailed, job_id="late").overloaded
     router.close()
+
+
+def test_its_metrics_mean_what_those_of_two_workers_mean(serving: Serving) -> None:
+    worker, _, client = serving
+    prompt = random_prompts([130], 8)[0]
+    client.finish([client.submit(prompt, 4)])
+    client.finish([client.submit(prompt, 4)])  # two pages of it are cached; the last token of them is computed again
+    client.wait(lambda: is_quiet(worker), 2.0)
+    assert worker.metric("baton_prefix_hit_tokens_total") == 128
+    assert worker.metric("baton_tokens_total", phase="prefill") == 130 + 3
+    assert worker.metric("baton_tokens_total", phase="decode") == 2 * 3
 
 
 def test_it_drains(serving: Serving) -> None:
