@@ -25,6 +25,9 @@ _TICK_S = 0.25
 _METRICS_TIMEOUT_S = 1.0
 _LAST_WORDS_MS = 500
 _QUIET_S = 1.0
+# The directory tells its news at once and beats seldom; so do we.
+_DIRECTORY_BEAT_S = 1.5
+_DIRECTORY_QUIET_S = 5.0
 _STALL_S = 0.75 * SILENCE_S
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,7 @@ class Fleet:
         self._links: dict[Worker, Link] = {}
         self._directory: Link | None = None
         self._directory_heard_s = float("-inf")
+        self._directory_beat_s = float("-inf")
         self._listener: Listener | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = clock()
@@ -207,7 +211,10 @@ class Fleet:
             quiet = worker.state is None or worker.heard_s is None or now_s - worker.heard_s > _QUIET_S
             link.send(attach if quiet else heartbeat)
         if self._directory is not None:
-            self._directory.send(attach if now_s - self._directory_heard_s > _QUIET_S else heartbeat)
+            quiet = now_s - self._directory_heard_s > _DIRECTORY_QUIET_S
+            if quiet or now_s - self._directory_beat_s >= _DIRECTORY_BEAT_S:
+                self._directory_beat_s = now_s
+                self._directory.send(attach if quiet else heartbeat)
 
     def _show(self, worker: Worker, *, up: bool) -> None:
         self._metrics.set("baton_worker_up", float(up), worker=worker.worker_id, role=worker.role)

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
+from serving.cluster.directory import directory_mailbox
 from serving.cluster.display import Display
 from serving.cluster.placement import UnitPlan, count_ranks, plan_units
 from serving.cluster.preflight import check_model_folder, check_ports, resolve_model_dir, router_ports
@@ -30,8 +31,7 @@ from serving.cluster.router_process import RouterProcess
 from serving.core.config import Config
 from serving.core.errors import BatonError, StartupError
 from serving.core.messages import Attach, Drain, PeerAddress, Roster, WorkerInfo
-from serving.mailbox import Mailbox, PeerGone, Received
-from serving.metrics import Metrics
+from serving.mailbox import PeerGone, Received
 
 _LOOPBACK = "127.0.0.1"
 _EMBEDDED_NAME = "baton-demo"
@@ -144,14 +144,7 @@ class Cluster:
         self._routers: list[_Router] = []
         self._supervisor: PeerAddress | None = None
         self._run: Any = None
-        self._mailbox: Mailbox[None] = Mailbox(
-            worker_id="launch",
-            incarnation=time.time_ns(),
-            host=_LOOPBACK,
-            secret=self._secret,
-            heartbeat_s=config.telemetry.heartbeat_s,
-            metrics=Metrics("worker", worker="launch"),
-        )
+        self._mailbox = directory_mailbox("launch", host=_LOOPBACK, secret=self._secret)
         stop.wake = self._mailbox.wake
 
     def start(self) -> None:

@@ -22,6 +22,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from serving.cluster.directory import directory_mailbox
 from serving.cluster.placement import RankPlan, UnitPlan
 from serving.cluster.process import wait_for_end
 from serving.cluster.rank import Rank, RankEvent
@@ -30,8 +31,7 @@ from serving.core.config import Config
 from serving.core.errors import StartupError
 from serving.core.messages import Attach, Drain, PeerAddress, Roster, WorkerInfo
 from serving.core.spec import WorkerSpec
-from serving.mailbox import Driven, Mailbox, PeerGone, Received
-from serving.metrics import Metrics
+from serving.mailbox import Driven, PeerGone, Received
 
 SUPERVISOR_ID = "supervisor"
 _PLACEMENT_TIMEOUT_S = 60.0
@@ -101,14 +101,7 @@ class Supervisor:
         self._log = logging.getLogger("baton.supervisor")
         self._state = _State()
         self._told: deque[_Told] = deque()
-        self._mailbox: Mailbox[None] = Mailbox(
-            worker_id=SUPERVISOR_ID,
-            incarnation=time.time_ns(),
-            host=spec.host,
-            secret=spec.secret,
-            heartbeat_s=spec.config.telemetry.heartbeat_s,
-            metrics=Metrics("worker", worker=SUPERVISOR_ID),
-        )
+        self._mailbox = directory_mailbox(SUPERVISOR_ID, host=spec.host, secret=spec.secret)
         self._mailbox.start()
 
     def address(self) -> PeerAddress:
