@@ -197,6 +197,8 @@ class Api:
 
     async def metrics(self, request: Request) -> Response:
         texts = await self._fleet.scrape()
+        self._metrics.set("baton_requests_running", self._dispatcher.num_running, role="router")
+        self._metrics.set("baton_requests_waiting", self._dispatcher.num_waiting, role="router")
         return Response(merge([self._metrics.exposition(), *texts]), media_type="text/plain; version=0.0.4")
 
 

@@ -20,6 +20,7 @@ from serving.core.config import SloTable
 
 Kind = Literal["counter", "gauge", "histogram"]
 Owner = Literal["router", "worker"]
+Writer = Literal["router", "worker", "both"]
 
 _STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -31,12 +32,12 @@ _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 class Family:
     """One metric: who writes it, what it says.
 
-    The families of a worker get the label `worker` on top of `labels` when they are written out.
+    What a worker writes gets the label `worker` on top of `labels` when it is written out; what a router writes does not.
     """
 
     name: str
     kind: Kind
-    owner: Owner
+    owner: Writer
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
@@ -48,6 +49,10 @@ def _router(name: str, kind: Kind, text: str, *labels: str, buckets: tuple[float
 
 def _worker(name: str, kind: Kind, text: str, *labels: str, buckets: tuple[float, ...] = ()) -> Family:
     return Family(name=name, kind=kind, owner="worker", help=text, labels=labels, buckets=buckets)
+
+
+def _both(name: str, kind: Kind, text: str, *labels: str) -> Family:
+    return Family(name=name, kind=kind, owner="both", help=text, labels=labels)
 
 
 CATALOGUE: tuple[Family, ...] = (
@@ -113,8 +118,13 @@ CATALOGUE: tuple[Family, ...] = (
     _worker(
         "baton_step_seconds", "histogram", "Launch of an engine step to its settled result.", buckets=_STEP_BUCKETS
     ),
-    _worker("baton_requests_running", "gauge", "Jobs in the engine.", "role"),
-    _worker("baton_requests_waiting", "gauge", "Jobs that wait for a slot, pages or their latents.", "role"),
+    _both("baton_requests_running", "gauge", "Jobs in the engine; role router: requests that workers have.", "role"),
+    _both(
+        "baton_requests_waiting",
+        "gauge",
+        "Jobs that wait for a slot, pages or their latents; role router: requests that no worker has room for.",
+        "role",
+    ),
     _worker("baton_expert_tokens_total", "counter", "Tokens routed to an expert.", "layer", "expert"),
     _worker("baton_expert_balance", "gauge", "Mean over maximum of the tokens of a unit's ranks.", "unit"),
     _worker("baton_placement_version", "gauge", "Version of the expert placement in force.", "unit"),
@@ -138,7 +148,7 @@ class Metrics:
         self._gauges: dict[str, Gauge] = {}
         self._histograms: dict[str, Histogram] = {}
         for family in CATALOGUE:
-            if family.owner == owner:
+            if family.owner in (owner, "both"):
                 self._register(family, slo)
 
     def add(self, name: str, amount: float = 1.0, **labels: str) -> None:

@@ -362,6 +362,8 @@ async def test_a_full_queue_says_429_with_a_time(front: Callable[..., Any]) -> N
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
         assert f.metrics.value("baton_requests_rejected_total", reason="queue_full") == 1
+        scraped = (await f.client.get("/metrics")).text.splitlines()
+        assert {f'baton_requests_{what}{{role="router"}} 1.0' for what in ("running", "waiting")} <= set(scraped)
         gate.clear()
         assert [await running, await waiting] == [TEXT, TEXT]
 

@@ -66,9 +66,11 @@ def test_two_workers_and_a_router_merge_into_one_valid_text() -> None:
     workers = [Metrics("worker", worker=name) for name in ("prefill-0", 'odd "name"\n')]
     for number, worker in enumerate(workers):
         worker.set("baton_kv_pages", number, state="free")
+        worker.set("baton_requests_waiting", 5, role="prefill")
         worker.observe("baton_kv_handoff_seconds", 0.1)
     router = Metrics("router")
     router.add("baton_requests_total", outcome="finished")
+    router.set("baton_requests_waiting", 2, role="router")
     text = merge([router.exposition(), *(worker.exposition() for worker in workers)])
     families = list(text_string_to_metric_families(text))
     names = [family.name for family in families]
@@ -78,5 +80,11 @@ def test_two_workers_and_a_router_merge_into_one_valid_text() -> None:
         "prefill-0": 0.0,
         'odd "name"\n': 1.0,
     }
+    waiting = next(family for family in families if family.name == "baton_requests_waiting")
+    assert [(sample.labels["role"], sample.value) for sample in waiting.samples] == [
+        ("router", 2.0),
+        ("prefill", 5.0),
+        ("prefill", 5.0),
+    ]
     assert not any(sample.name.endswith("_created") for family in families for sample in family.samples)
     assert merge([]) == ""
