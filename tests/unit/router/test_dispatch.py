@@ -316,6 +316,36 @@ async def test_a_client_that_leaves_aborts_both_sides(front: Callable[..., Any],
         assert f.dispatcher.num_running == 0
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"stream": False},
+        {"stream": False, "n": 2},
+        {"stream": True, "n": 2},
+        {"stream": True, "stream_options": {"include_usage": True}},
+    ],
+    ids=json.dumps,
+)
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_a_request_leaves_no_task_behind(front: Callable[..., Any], body: dict[str, Any], leaves: bool) -> None:
+    gate = [True]
+    async with front(saying(TEXT), pair(prefill=lambda job: "hold" if gate else None)) as f:
+        before = asyncio.all_tasks()
+        connection = Connection(f, chat_body(**body))
+        await f.until(lambda: len(f.cluster.workers["prefill-0"].jobs) == body.get("n", 1))
+        assert len(asyncio.all_tasks() - before) == 2, "one serves, one watches, however many choices"
+        if leaves:
+            await connection.hang_up()
+            assert connection.received == []
+        else:
+            gate.clear()
+            await asyncio.wait_for(connection.task, 5.0)
+            assert connection.received[-1]["more_body"] is False
+        await f.until(lambda: f.cluster.num_jobs == 0)
+        assert asyncio.all_tasks() == before
+        assert f.ended("cancelled") == (body.get("n", 1) if leaves else 0)
+
+
 async def test_a_client_that_leaves_the_queue_is_never_admitted(front: Callable[..., Any]) -> None:
     workers = pair()
     workers[1].num_pages = 5
