@@ -100,12 +100,10 @@ class Api:
     ) -> Answer:
         head = chunks.head(request.scope["baton.request_id"], names[0], names[1], self._served.name)
         start = self._submit(prompts, body.n or 1, self._slo(request), make_reader)
-        if not body.stream:
-            return WholeAnswer(self._dispatcher, start, head, self._served.tokenizer)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         writer_type = chunks.ChatChunks if isinstance(body, ChatBody) else chunks.CompletionChunks
         writer = writer_type(head, self._served.tokenizer, include_usage=include_usage)
-        return StreamedAnswer(self._dispatcher, start, writer, include_usage=include_usage)
+        return (StreamedAnswer if body.stream else WholeAnswer)(self._dispatcher, start, writer)
 
     def _submit(self, prompts: list[Prepared], num_choices: int, slo: Slo, make_reader: MakeReader) -> Submit:
         """All choices or none: if one is refused, those before it are cancelled."""

@@ -19,23 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from router.generation import Generation, Order
 from router.openai.choice import Choice
-from router.openai.chunks import (
-    DONE,
-    ChunkWriter,
-    Head,
-    Usage,
-    answer,
-    chat_choice,
-    chat_logprobs,
-    completion_choice,
-    completion_logprobs,
-    event,
-)
+from router.openai.chunks import DONE, ChunkWriter, Usage, event
 from router.openai.errors import envelope, error_response
 from serving.core.errors import BatonError
 from serving.core.request import TokenLogprobs
 from serving.text.parsers import OutputDelta, merge
-from serving.text.tokenizer import Tokenizer
 
 
 class Generator(Protocol):
@@ -49,11 +37,14 @@ class Generator(Protocol):
 class Answer(Response):
     """Owns the generations of one request from submission to their end, whatever happens in between."""
 
-    def __init__(self, generator: Generator, start: Callable[[Callable[[], None]], list[Choice]]) -> None:
+    def __init__(
+        self, generator: Generator, start: Callable[[Callable[[], None]], list[Choice]], writer: ChunkWriter
+    ) -> None:
         """`start(notify)` submits; it may raise BatonError, then nothing has been submitted."""
         self.background = None
         self._generator = generator
         self._start = start
+        self._writer = writer
         self._news = asyncio.Event()
         self._gone = False
         self._begun = False
@@ -126,18 +117,6 @@ class Answer(Response):
 class StreamedAnswer(Answer):
     """Server-sent events; one write for all that is new at a wake-up."""
 
-    def __init__(
-        self,
-        generator: Generator,
-        start: Callable[[Callable[[], None]], list[Choice]],
-        writer: ChunkWriter,
-        *,
-        include_usage: bool,
-    ) -> None:
-        super().__init__(generator, start)
-        self._writer = writer
-        self._include_usage = include_usage
-
     async def _write(self, send: Send) -> None:
         ended = False
         while not ended:
@@ -147,7 +126,7 @@ class StreamedAnswer(Answer):
             body = b"".join([self._new_of(choice) for choice in self._choices if not choice.ended])
             ended = all(choice.ended for choice in self._choices)
             if ended:
-                body += self._tail()
+                body += self._writer.usage(self._usage()) + DONE
             elif not self._begun:
                 self._check()
             if body and not self._begun:
@@ -164,23 +143,9 @@ class StreamedAnswer(Answer):
             return chunk
         return chunk + self._writer.end(choice.index, choice.finish_reason)
 
-    def _tail(self) -> bytes:
-        return (self._writer.usage(self._usage()) if self._include_usage else b"") + DONE
-
 
 class WholeAnswer(Answer):
     """One JSON object when everything is there."""
-
-    def __init__(
-        self,
-        generator: Generator,
-        start: Callable[[Callable[[], None]], list[Choice]],
-        head: Head,
-        tokenizer: Tokenizer,
-    ) -> None:
-        super().__init__(generator, start)
-        self._head = head
-        self._tokenizer = tokenizer
 
     async def _write(self, send: Send) -> None:
         parts: list[_Part] = []
@@ -193,22 +158,14 @@ class WholeAnswer(Answer):
                 part.add(*choice.read())
             self._check()
         choices = [self._choice(choice, part) for choice, part in zip(self._choices, parts, strict=True)]
-        body = answer(self._head, choices, self._usage())
+        body = self._writer.answer(choices, self._usage())
         await self._begin(send, b"application/json", len(body))
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     def _choice(self, choice: Choice, part: _Part) -> dict[str, Any]:
-        message = merge(part.deltas)
         assert choice.finish_reason is not None
-        noted: dict[str, Any] | None = None
-        if self._head.object == "chat.completion":
-            if part.logprobs:
-                noted = chat_logprobs(self._tokenizer, part.ids, part.logprobs)
-            return chat_choice(choice.index, message, noted, choice.finish_reason)
-        if part.logprobs:
-            noted = completion_logprobs(self._tokenizer, part.ids, part.logprobs, len(choice.prepared.echo))
-        text = choice.prepared.echo + message.content
-        return completion_choice(choice.index, text, noted, choice.finish_reason)
+        message, echo = merge(part.deltas), choice.prepared.echo
+        return self._writer.whole(choice.index, message, part.ids, part.logprobs, echo, choice.finish_reason)
 
 
 class _Part:

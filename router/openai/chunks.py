@@ -59,12 +59,22 @@ def head(request_id: str, prefix: str, object_name: str, model: str) -> Head:
 
 
 class ChunkWriter(Protocol):
-    """Bytes of server-sent events."""
+    """Bytes of server-sent events; `whole` is an entry of `choices` in an `answer` that is sent at once."""
 
     def begin(self, index: int, echo: str) -> bytes: ...
     def delta(self, index: int, delta: OutputDelta, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> bytes: ...
     def end(self, index: int, finish_reason: str) -> bytes: ...
     def usage(self, usage: Usage) -> bytes: ...
+    def whole(
+        self,
+        index: int,
+        message: AssistantMessage,
+        ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+        echo: str,
+        finish_reason: str,
+    ) -> dict[str, Any]: ...
+    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> bytes: ...
 
 
 def event(data: bytes) -> bytes:
@@ -72,16 +82,21 @@ def event(data: bytes) -> bytes:
 
 
 class _Frame:
-    """The bytes around the choices of a chunk."""
+    """The bytes around choices."""
 
     def __init__(self, head: Head, include_usage: bool) -> None:
         self._head = head
+        self._include_usage = include_usage
         fields = msgspec.json.encode(head.json())
         self.before = b"data: " + fields[:-1] + b',"choices":[{"index":'
         self.after = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
 
     def usage(self, usage: Usage) -> bytes:
-        return event(msgspec.json.encode({**self._head.json(), "choices": [], "usage": usage.json()}))
+        """b"" where nobody asked for it."""
+        return event(self.answer([], usage)) if self._include_usage else b""
+
+    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
+        return msgspec.json.encode({**self._head.json(), "choices": choices, "usage": usage.json()})
 
 
 class ChatChunks:
@@ -114,6 +129,33 @@ class ChatChunks:
 
     def usage(self, usage: Usage) -> bytes:
         return self._frame.usage(usage)
+
+    def whole(
+        self,
+        index: int,
+        message: AssistantMessage,
+        ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+        echo: str,
+        finish_reason: str,
+    ) -> dict[str, Any]:
+        """Content is null where there are calls and no text."""
+        fields: dict[str, Any] = {
+            "role": "assistant",
+            "content": message.content or (None if message.tool_calls else ""),
+        }
+        if message.reasoning:
+            fields["reasoning_content"] = message.reasoning
+        if message.tool_calls:
+            fields["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in message.tool_calls
+            ]
+        noted = chat_logprobs(self._tokenizer, ids, logprobs) if logprobs else None
+        return {"index": index, "message": fields, "logprobs": noted, "finish_reason": finish_reason}
+
+    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
+        return self._frame.answer(choices, usage)
 
     def _chunk(self, index: int, delta: bytes, *, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
         return b'%b%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b' % (
@@ -152,6 +194,22 @@ class CompletionChunks:
     def usage(self, usage: Usage) -> bytes:
         return self._frame.usage(usage)
 
+    def whole(
+        self,
+        index: int,
+        message: AssistantMessage,
+        ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs],
+        echo: str,
+        finish_reason: str,
+    ) -> dict[str, Any]:
+        noted = completion_logprobs(self._tokenizer, ids, logprobs, len(echo)) if logprobs else None
+        text = echo + message.content
+        return {"index": index, "text": text, "logprobs": noted, "finish_reason": finish_reason}
+
+    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
+        return self._frame.answer(choices, usage)
+
     def _chunk(self, index: int, text: str, *, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
         return b'%b%d,"text":%b,"logprobs":%b,"finish_reason":%b%b' % (
             self._frame.before,
@@ -161,32 +219,6 @@ class CompletionChunks:
             finish,
             self._frame.after,
         )
-
-
-# -- whole answers ------------------------------------------------------------------------------------------------------
-
-
-def chat_choice(
-    index: int, message: AssistantMessage, noted: dict[str, Any] | None, finish_reason: str
-) -> dict[str, Any]:
-    """An entry of `choices`. Content is null where there are calls and no text."""
-    fields: dict[str, Any] = {"role": "assistant", "content": message.content or (None if message.tool_calls else "")}
-    if message.reasoning:
-        fields["reasoning_content"] = message.reasoning
-    if message.tool_calls:
-        fields["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
-        ]
-    return {"index": index, "message": fields, "logprobs": noted, "finish_reason": finish_reason}
-
-
-def completion_choice(index: int, text: str, noted: dict[str, Any] | None, finish_reason: str) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": noted, "finish_reason": finish_reason}
-
-
-def answer(head: Head, choices: list[dict[str, Any]], usage: Usage) -> bytes:
-    return msgspec.json.encode({**head.json(), "choices": choices, "usage": usage.json()})
 
 
 # -- parts --------------------------------------------------------------------------------------------------------------
