@@ -10,15 +10,16 @@ With nothing to do it waits for messages. A wrong peer never stops it; an except
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from dataclasses import dataclass
 
 from decode.arrivals import Arrivals, Arrived, Outcome
+from decode.credit import num_credit
 from decode.notices import Notices
+from decode.quarantine import QuarantineBudget
 from decode.scheduler import DecodeScheduler, TokenEvent
-from kvcache.layout import num_pages_for
+from kvcache.audit import Audit
 from kvcache.manager import KVManager
 from kvcache.transfer.base import PageTarget
 from kvcache.transfer.nixl import NixlTarget
@@ -36,22 +37,19 @@ from serving.core.messages import (
     MetricsQuery,
     Preempted,
     Roster,
-    TokenBatch,
     WorkerState,
 )
 from serving.core.request import Sequence
 from serving.core.spec import WorkerSpec
-from serving.engine.build import Engine, build_engine
+from serving.engine.build import Engine, build_engine_for
 from serving.engine.plan import Launched, SlotSpec
 from serving.engine.slots import Slots
 from serving.jobs import sequence_of
+from serving.loop import Loop, open_mailbox
 from serving.mailbox import Driven, Mailbox, PeerGone, Received
 from serving.metrics import Metrics
 from serving.model.weights import Progress
 from serving.reporter import Reporter
-
-_QUARANTINE_SHARE = 0.5
-_QUARANTINE_S = 30.0
 
 
 @dataclass(slots=True)
@@ -90,21 +88,13 @@ class DecodeWorker:
     ) -> None:
         """Raises ModelFolderError, ConfigError, StartupError."""
         config = spec.config
-        self._engine = engine or _engine(spec, progress)
-        self._log = logging.getLogger(f"baton.{spec.worker_id}")
+        self._engine = engine or build_engine_for(spec, progress)
         self._metrics = Metrics("worker", worker=spec.worker_id)
         notices = Notices(target or _target(spec, self._engine))
-        self._mailbox: Mailbox[bytes] = Mailbox(
-            worker_id=spec.worker_id,
-            incarnation=spec.incarnation,
-            host=spec.host,
-            secret=spec.secret,
-            heartbeat_s=config.telemetry.heartbeat_s,
-            metrics=self._metrics,
-            driver=notices,
-        )
+        self._mailbox: Mailbox[bytes] = open_mailbox(spec, self._metrics, notices)
+        self._loop = Loop(spec.worker_id, self._mailbox, self._metrics)
         self.address = self._mailbox.address
-        self._manager = manager or _manager(spec, self._engine)
+        self._manager = manager or KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
         self._scheduler = DecodeScheduler(
             self._manager,
             Slots(self._engine.max_num_seqs, on_give=self._engine.runner.close_slot),
@@ -129,29 +119,17 @@ class DecodeWorker:
         self._run_ahead = int(config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead)
         self._jobs: dict[str, _Job] = {}
         self._in_flight: deque[_Step] = deque()
-        self._draining = False
-        self._stopping = False
         self._moved = False
-        self._checked = True
-        self._crowded_s: float | None = None
+        self._audit = Audit(self._manager)
+        self._quarantine = QuarantineBudget(self._manager)
 
     def run(self) -> None:
         """Blocks until drained or stopped. An exception is our bug: every job is failed loudly before it is raised."""
-        self._mailbox.start()
-        try:
-            while not self._stopping and not (self._draining and self._is_empty()):
-                self._turn()
-        except BaseException:
-            self._log.exception("the decode worker stops")
-            self._fail_all("the decode worker has failed")
-            raise
-        finally:
-            self._mailbox.close()
+        self._loop.run(self._turn, self._is_empty, self._fail_all)
 
     def stop(self) -> None:
         """From any thread: `run` returns after the step in flight, whatever is unfinished."""
-        self._stopping = True
-        self._mailbox.wake()
+        self._loop.stop()
 
     def pages(self) -> dict[str, int]:
         """Pages by state; for tests, and exact only while nothing runs."""
@@ -174,7 +152,8 @@ class DecodeWorker:
         self._moved = step is not None or bool(self._in_flight)
         if self._in_flight and (step is None or len(self._in_flight) > self._run_ahead):
             self._settle(self._in_flight.popleft())
-        self._check(now_s)
+        self._audit.after_turn(idle=self._is_empty())
+        self._quarantine.check(now_s)
         self._reporter.tick(time.monotonic())
 
     def _patience_s(self) -> float | None:
@@ -189,17 +168,14 @@ class DecodeWorker:
     def _take(self, event: Received | PeerGone | Driven[bytes]) -> None:
         self._reporter.touch()
         now_s = time.monotonic()
-        try:
-            if isinstance(event, Driven):
+        if isinstance(event, Driven):
+            with self._loop.bearing_with("a write"):
                 self._arrivals.notice(event.item, now_s)
-            elif isinstance(event, PeerGone):
-                self._on_gone(event, now_s)
-            else:
+        elif isinstance(event, PeerGone):
+            self._on_gone(event, now_s)
+        else:
+            with self._loop.bearing_with(event.sender):
                 self._on_message(event, event.message, now_s)
-        except PeerError as error:
-            stale = isinstance(error, StaleError)
-            self._metrics.add("baton_kv_stale_total" if stale else "baton_frames_refused_total")
-            self._log.warning("%s", error)
         for outcome in self._arrivals.outcomes():  # before the next event, which may abort what has just arrived
             self._conclude(outcome, now_s)
 
@@ -223,36 +199,28 @@ class DecodeWorker:
             case MetricsQuery():
                 self._reporter.answer(sender, message)
             case Drain():
-                self._draining = True
+                self._loop.draining = True
             case _:
                 raise PeerError(f"a decode worker has no use for {type(message).__name__} of {sender}; dropped")
 
     def _on_job(self, router: str, job: DecodeJob, now_s: float) -> None:
         if job.job_id in self._jobs or job.job_id in self._arrivals:
             raise StaleError(f"job {job.job_id} is here already; a job id is used once, drop the message")
-        if self._draining:
+        if self._loop.draining:
             self._reporter.fail(router, job.job_id, "the worker drains", retryable=True)
             return
         try:
             sequence = sequence_of(job, vocab_size=self._engine.model_config.vocab_size, now_s=now_s)
-            num_credit = self._num_credit(sequence)
+            credit = num_credit(
+                sequence,
+                num_pages=self._manager.num_pages,
+                max_model_len=self._engine.max_model_len,
+                expected_new_tokens=self._expected_new_tokens,
+            )
         except (PeerError, PagesExhausted) as error:
             self._reporter.fail(router, job.job_id, str(error), retryable=False)
             return
-        self._arrivals.offer(sequence, router, num_credit)
-
-    def _num_credit(self, sequence: Sequence) -> int:
-        """The prompt's pages and the growth that is likely. Raises PagesExhausted if the pool could never hold the job."""
-        num_pages = self._manager.num_pages
-        num_tokens = min(sequence.num_tokens + sequence.max_new_tokens, self._engine.max_model_len)
-        num_needed = num_pages_for(max(num_tokens - 1, sequence.num_tokens))
-        if num_needed > num_pages:
-            raise PagesExhausted(
-                f"{num_tokens} tokens need {num_needed} pages, the decode pool has {num_pages}; "
-                "raise kv.decode_pages or lower model.max_model_len"
-            )
-        growth = min(sequence.max_new_tokens, self._expected_new_tokens)
-        return min(num_pages_for(sequence.num_tokens + growth), num_pages)
+        self._arrivals.offer(sequence, router, credit)
 
     def _abort(self, job_id: str, now_s: float) -> None:
         self._arrivals.abort(job_id, now_s)
@@ -260,7 +228,7 @@ class DecodeWorker:
             self._scheduler.abort(job_id)
 
     def _on_gone(self, event: PeerGone, now_s: float) -> None:
-        self._log.warning("%s", event.reason)
+        self._loop.log.warning("%s", event.reason)
         self._reporter.gone(event)
         self._arrivals.writer_gone(event.peer, event.incarnation, proven=event.proven, reason=event.reason, now_s=now_s)
         self._arrivals.router_gone(event.peer, event.reason, now_s)
@@ -281,7 +249,7 @@ class DecodeWorker:
         elif outcome.no_room:
             self._preempt(outcome.job_id, outcome.router)
         else:
-            self._log.warning("job %s: %s", outcome.job_id, outcome.reason)
+            self._loop.log.warning("job %s: %s", outcome.job_id, outcome.reason)
             self._reporter.fail(outcome.router, outcome.job_id, outcome.reason, retryable=outcome.retryable)
 
     def _admit(self, arrived: Arrived, now_s: float) -> None:
@@ -330,27 +298,25 @@ class DecodeWorker:
         num_tokens = step.launched.plan.num_tokens
         self._metrics.add("baton_tokens_total", num_tokens, phase="decode")
         self._reporter.settled(num_tokens, now_s - step.launched_s)
-        self._send_tokens(events, now_s)
+        self._reporter.tokens([self._news(event, now_s) for event in events])
 
-    def _send_tokens(self, events: list[TokenEvent], now_s: float) -> None:
-        jobs: dict[str, list[JobTokens]] = {}
-        stages: dict[str, dict[str, dict[str, float]]] = {}
-        for event in events:
-            job_id = event.sequence.job_id
-            job = self._jobs[job_id]
-            logprobs = None if event.logprobs is None else [event.logprobs]
-            tokens = JobTokens(job_id=job_id, token_ids=[event.token_id], logprobs=logprobs, finish=event.finish)
-            jobs.setdefault(job.router, []).append(tokens)
-            if event.sequence.num_new_tokens == 2:
-                stages.setdefault(job.router, {})[job_id] = {
-                    "transfer_exposed": job.exposed_s,
-                    "decode_join": job.opened_s - job.arrived_s,
-                    "first_step": now_s - job.opened_s,
-                }
-            if event.finish is not None:
-                del self._jobs[job_id]
-        for router, batch in jobs.items():
-            self._mailbox.post(router, TokenBatch(jobs=batch, stages=stages.get(router, {})))
+    def _news(self, event: TokenEvent, now_s: float) -> tuple[str, JobTokens, dict[str, float]]:
+        job_id = event.sequence.job_id
+        job = self._jobs[job_id] if event.finish is None else self._jobs.pop(job_id)
+        tokens = JobTokens(
+            job_id=job_id,
+            token_ids=[event.token_id],
+            logprobs=None if event.logprobs is None else [event.logprobs],
+            finish=event.finish,
+        )
+        if event.sequence.num_new_tokens > 2:
+            return job.router, tokens, {}
+        stages = {
+            "transfer_exposed": job.exposed_s,
+            "decode_join": job.opened_s - job.arrived_s,
+            "first_step": now_s - job.opened_s,
+        }
+        return job.router, tokens, stages
 
     # Bookkeeping.
 
@@ -360,7 +326,7 @@ class DecodeWorker:
 
     def _fail(self, job_id: str, reason: str, *, retryable: bool) -> None:
         job = self._jobs.pop(job_id)
-        self._log.warning("job %s: %s", job_id, reason)
+        self._loop.log.warning("job %s: %s", job_id, reason)
         self._reporter.fail(job.router, job_id, reason, retryable=retryable)
 
     def _fail_all(self, reason: str) -> None:
@@ -372,30 +338,12 @@ class DecodeWorker:
     def _is_empty(self) -> bool:
         return not (self._jobs or self._in_flight or self._arrivals.num_waiting or self._arrivals.num_closing)
 
-    def _check(self, now_s: float) -> None:
-        """The sum after every step, every page when the work ends, and the budget of the quarantine: a violation stops the worker."""
-        counts = self._manager.counts()
-        assert sum(counts.values()) == self._manager.num_pages
-        if counts["quarantined"] <= _QUARANTINE_SHARE * self._manager.num_pages:
-            self._crowded_s = None
-        elif self._crowded_s is None:
-            self._crowded_s = now_s
-        elif now_s - self._crowded_s > _QUARANTINE_S:
-            raise PagesExhausted(
-                f"{counts['quarantined']} pages wait for writers that do not answer; restart with new memory"
-            )
-        if not self._is_empty():
-            self._checked = False
-        elif not self._checked:
-            self._manager.check()
-            self._checked = True
-
     def _state(self, step_s: float) -> WorkerState:
         may_promise = self._scheduler.num_stalled == 0
         return WorkerState(
             role="decode",
-            ready=not self._draining,
-            draining=self._draining,
+            ready=not self._loop.draining,
+            draining=self._loop.draining,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + self._arrivals.num_waiting,
             waiting_tokens=self._arrivals.num_waiting_tokens,
@@ -404,26 +352,6 @@ class DecodeWorker:
             page_states=self._manager.counts(),
             step_s=step_s,
         )
-
-
-def _engine(spec: WorkerSpec, progress: Progress | None) -> Engine:
-    config = spec.config
-    return build_engine(
-        spec.model_dir,
-        max_num_seqs=config.decode.max_num_seqs,
-        num_pages=config.kv.decode_pages,
-        memory_fraction=config.kv.memory_fraction,
-        max_model_len=config.model.max_model_len,
-        device=config.model.device,
-        dtype=config.model.dtype,
-        mtp=config.model.mtp,
-        num_threads=spec.num_threads,
-        progress=progress,
-    )
-
-
-def _manager(spec: WorkerSpec, engine: Engine) -> KVManager:
-    return KVManager(engine.pool.num_pages, prefix_cache=spec.config.kv.prefix_cache)
 
 
 def _target(spec: WorkerSpec, engine: Engine) -> PageTarget:

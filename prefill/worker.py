@@ -10,11 +10,11 @@ nothing to do it waits for messages. A wrong peer never stops it; an exception o
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from dataclasses import dataclass
 
+from kvcache.audit import Audit
 from kvcache.manager import KVManager
 from kvcache.transfer.base import PageSource
 from kvcache.transfer.nixl import NixlSource
@@ -34,15 +34,15 @@ from serving.core.messages import (
     MetricsQuery,
     PeerAddress,
     PrefillJob,
-    TokenBatch,
     WorkerState,
 )
 from serving.core.request import Sequence
 from serving.core.spec import WorkerSpec
-from serving.engine.build import Engine, build_engine
+from serving.engine.build import Engine, build_engine_for
 from serving.engine.plan import Launched, SlotSpec
 from serving.engine.slots import Slots
 from serving.jobs import sequence_of
+from serving.loop import Loop, open_mailbox
 from serving.mailbox import Driven, Mailbox, PeerGone, Received
 from serving.metrics import Metrics
 from serving.model.weights import Progress
@@ -86,21 +86,13 @@ class PrefillWorker:
     ) -> None:
         """Raises ModelFolderError, ConfigError, StartupError."""
         config = spec.config
-        self._engine = engine or _engine(spec, progress)
-        self._log = logging.getLogger(f"baton.{spec.worker_id}")
+        self._engine = engine or build_engine_for(spec, progress)
         self._metrics = Metrics("worker", worker=spec.worker_id)
         self._writes = Writes(source or _source(spec, self._engine))
-        self._mailbox: Mailbox[WriteDone] = Mailbox(
-            worker_id=spec.worker_id,
-            incarnation=spec.incarnation,
-            host=spec.host,
-            secret=spec.secret,
-            heartbeat_s=config.telemetry.heartbeat_s,
-            metrics=self._metrics,
-            driver=self._writes,
-        )
+        self._mailbox: Mailbox[WriteDone] = open_mailbox(spec, self._metrics, self._writes)
+        self._loop = Loop(spec.worker_id, self._mailbox, self._metrics)
         self.address = self._mailbox.address
-        self._manager = manager or _manager(spec, self._engine)
+        self._manager = manager or KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
         self._max_model_len = config.model.max_model_len or self._engine.model_config.max_position_embeddings
         self._scheduler = PrefillScheduler(
             self._manager,
@@ -123,28 +115,16 @@ class PrefillWorker:
         self._run_ahead = int(config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead)
         self._jobs: dict[str, _Job] = {}
         self._in_flight: deque[_Step] = deque()
-        self._draining = False
-        self._stopping = False
-        self._checked = True
+        self._audit = Audit(self._manager)
         self._moved = False
 
     def run(self) -> None:
         """Blocks until drained or stopped. An exception is our bug: every job is failed loudly before it is raised."""
-        self._mailbox.start()
-        try:
-            while not self._stopping and not (self._draining and self._is_empty()):
-                self._turn()
-        except BaseException:
-            self._log.exception("the prefill worker stops")
-            self._fail_all("the prefill worker has failed")
-            raise
-        finally:
-            self._mailbox.close()
+        self._loop.run(self._turn, self._is_empty, self._fail_all)
 
     def stop(self) -> None:
         """From any thread: `run` returns after the step in flight, whatever is unfinished."""
-        self._stopping = True
-        self._mailbox.wake()
+        self._loop.stop()
 
     def pages(self) -> dict[str, int]:
         """Pages by state; for tests, and exact only while nothing runs."""
@@ -167,7 +147,7 @@ class PrefillWorker:
         for outcome in self._handoffs.outcomes():
             self._moved = True
             self._conclude(outcome)
-        self._check()
+        self._audit.after_turn(idle=self._is_empty())
         self._reporter.tick(now_s)
 
     def _patience_s(self) -> float | None:
@@ -189,12 +169,8 @@ class PrefillWorker:
         elif isinstance(event, PeerGone):
             self._on_gone(event)
         else:
-            try:
+            with self._loop.bearing_with(event.sender):
                 self._on_message(event.sender, event.message, now_s)
-            except PeerError as error:
-                stale = isinstance(error, StaleError)
-                self._metrics.add("baton_kv_stale_total" if stale else "baton_frames_refused_total")
-                self._log.warning("%s: %s", event.sender, error)
 
     def _on_message(self, sender: str, message: AnyMessage, now_s: float) -> None:
         match message:
@@ -213,14 +189,14 @@ class PrefillWorker:
             case MetricsQuery():
                 self._reporter.answer(sender, message)
             case Drain():
-                self._draining = True
+                self._loop.draining = True
             case _:
                 raise PeerError(f"a prefill worker has no use for {type(message).__name__}")
 
     def _on_job(self, router: str, job: PrefillJob, now_s: float) -> None:
         if job.job_id in self._jobs or job.job_id in self._handoffs:
             raise StaleError(f"job {job.job_id} is here already; a job id is used once, drop the message")
-        if self._draining:
+        if self._loop.draining:
             self._reporter.fail(router, job.job_id, "the worker drains", retryable=True)
             return
         try:
@@ -237,7 +213,7 @@ class PrefillWorker:
             self._handoffs.abandon(job_id)
 
     def _on_gone(self, event: PeerGone) -> None:
-        self._log.warning("%s", event.reason)
+        self._loop.log.warning("%s", event.reason)
         self._reporter.gone(event)
         self._handoffs.peer_gone(event.peer, event.incarnation, event.reason)
         for job_id in [job_id for job_id, job in self._jobs.items() if job.router == event.peer]:
@@ -282,34 +258,24 @@ class PrefillWorker:
         num_tokens = step.launched.plan.num_tokens
         self._metrics.add("baton_tokens_total", num_tokens, phase="prefill")
         self._reporter.settled(num_tokens, now_s - step.launched_s)
-        self._send_tokens(settled.finished, now_s)
+        # Before anything else: the first token does not wait for the hand-off.
+        self._reporter.tokens([self._news(first, now_s) for first in settled.finished])
         for first in settled.finished:
             self._hand_off(first, now_s)
         for chunk in settled.chunks:
             self._handoffs.advance(chunk.sequence.job_id, now_s)
 
-    def _send_tokens(self, finished: tuple[FirstToken, ...], now_s: float) -> None:
-        """One message a router, before anything else: the first token does not wait for the hand-off."""
-        jobs: dict[str, list[JobTokens]] = {}
-        stages: dict[str, dict[str, dict[str, float]]] = {}
-        for first in finished:
-            job_id, token = first.sequence.job_id, first.token
-            job = self._jobs[job_id]
-            logprobs = None if token.logprobs is None else [token.logprobs]
-            tokens = JobTokens(
-                job_id=job_id,
-                token_ids=[token.token_id],
-                logprobs=logprobs,
-                finish=first.finish,
-                num_cached_tokens=first.sequence.num_cached,
-            )
-            jobs.setdefault(job.router, []).append(tokens)
-            stages.setdefault(job.router, {})[job_id] = {
-                "prefill_queue": job.opened_s - job.received_s,
-                "prefill": now_s - job.opened_s,
-            }
-        for router, batch in jobs.items():
-            self._mailbox.post(router, TokenBatch(jobs=batch, stages=stages[router]))
+    def _news(self, first: FirstToken, now_s: float) -> tuple[str, JobTokens, dict[str, float]]:
+        sequence, token = first.sequence, first.token
+        job = self._jobs[sequence.job_id]
+        tokens = JobTokens(
+            job_id=sequence.job_id,
+            token_ids=[token.token_id],
+            logprobs=None if token.logprobs is None else [token.logprobs],
+            finish=first.finish,
+            num_cached_tokens=sequence.num_cached,
+        )
+        return job.router, tokens, {"prefill_queue": job.opened_s - job.received_s, "prefill": now_s - job.opened_s}
 
     def _hand_off(self, first: FirstToken, now_s: float) -> None:
         job_id = first.sequence.job_id
@@ -328,7 +294,7 @@ class PrefillWorker:
             del self._jobs[job_id]
             self._scheduler.finish(job_id)
         elif outcome.router_told:
-            self._log.info("job %s: %s", job_id, outcome.reason)
+            self._loop.log.info("job %s: %s", job_id, outcome.reason)
             self._scheduler.abort(job_id)
             del self._jobs[job_id]
         else:
@@ -339,7 +305,7 @@ class PrefillWorker:
 
     def _fail(self, job_id: str, reason: str, *, retryable: bool = False, overloaded: bool = False) -> None:
         job = self._jobs.pop(job_id)
-        self._log.warning("job %s: %s", job_id, reason)
+        self._loop.log.warning("job %s: %s", job_id, reason)
         self._reporter.fail(job.router, job_id, reason, retryable=retryable, overloaded=overloaded)
 
     def _fail_all(self, reason: str) -> None:
@@ -349,20 +315,11 @@ class PrefillWorker:
     def _is_empty(self) -> bool:
         return not (self._jobs or self._in_flight or self._handoffs.num_open)
 
-    def _check(self) -> None:
-        """The sum after every step, every page when the work ends: a violation stops the worker."""
-        assert sum(self._manager.counts().values()) == self._manager.num_pages
-        if not self._is_empty():
-            self._checked = False
-        elif not self._checked:
-            self._manager.check()
-            self._checked = True
-
     def _state(self, step_s: float) -> WorkerState:
         return WorkerState(
             role="prefill",
-            ready=not self._draining,
-            draining=self._draining,
+            ready=not self._loop.draining,
+            draining=self._loop.draining,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             waiting_tokens=self._scheduler.num_waiting_tokens,
@@ -371,26 +328,6 @@ class PrefillWorker:
             page_states=self._manager.counts(),
             step_s=step_s,
         )
-
-
-def _engine(spec: WorkerSpec, progress: Progress | None) -> Engine:
-    config = spec.config
-    return build_engine(
-        spec.model_dir,
-        max_num_seqs=config.prefill.max_num_seqs,
-        num_pages=config.kv.prefill_pages,
-        memory_fraction=config.kv.memory_fraction,
-        max_model_len=config.model.max_model_len,
-        device=config.model.device,
-        dtype=config.model.dtype,
-        mtp=config.model.mtp,
-        num_threads=spec.num_threads,
-        progress=progress,
-    )
-
-
-def _manager(spec: WorkerSpec, engine: Engine) -> KVManager:
-    return KVManager(engine.pool.num_pages, prefix_cache=spec.config.kv.prefix_cache)
 
 
 def _source(spec: WorkerSpec, engine: Engine) -> PageSource:

@@ -8,11 +8,11 @@ stops it, an exception of our own does, loudly.
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 
 from decode.scheduler import TokenEvent
+from kvcache.audit import Audit
 from kvcache.layout import num_pages_for
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
@@ -28,12 +28,12 @@ from serving.core.messages import (
     MetricsQuery,
     PrefillJob,
     Roster,
-    TokenBatch,
     WorkerState,
 )
 from serving.core.spec import WorkerSpec
-from serving.engine.build import Engine, build_engine
+from serving.engine.build import Engine, build_engine_for
 from serving.jobs import sequence_of
+from serving.loop import Loop, open_mailbox
 from serving.mailbox import Driven, Mailbox, PeerGone, Received
 from serving.metrics import Metrics
 from serving.model.weights import Progress
@@ -70,17 +70,10 @@ class AggregatedWorker:
     ) -> None:
         """Raises ModelFolderError, ConfigError, StartupError."""
         config = spec.config
-        self._engine = engine or _engine(spec, progress)
-        self._log = logging.getLogger(f"baton.{spec.worker_id}")
+        self._engine = engine or build_engine_for(spec, progress)
         self._metrics = Metrics("worker", worker=spec.worker_id)
-        self._mailbox: Mailbox[object] = Mailbox(
-            worker_id=spec.worker_id,
-            incarnation=spec.incarnation,
-            host=spec.host,
-            secret=spec.secret,
-            heartbeat_s=config.telemetry.heartbeat_s,
-            metrics=self._metrics,
-        )
+        self._mailbox: Mailbox[object] = open_mailbox(spec, self._metrics)
+        self._loop = Loop(spec.worker_id, self._mailbox, self._metrics)
         self.address = self._mailbox.address
         self._manager = KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
         on_cpu = not self._engine.pool.tensor.is_cuda
@@ -97,29 +90,16 @@ class AggregatedWorker:
         self._reporter = Reporter(self._mailbox, self._metrics, self._state)
         self._jobs: dict[str, _Job] = {}
         self._num_preempted = 0
-        self._draining = False
-        self._stopping = False
         self._moved = False
-        self._checked = True
+        self._audit = Audit(self._manager)
 
     def run(self) -> None:
         """Blocks until drained or stopped. An exception is our bug: every job is failed loudly before it is raised."""
-        self._mailbox.start()
-        try:
-            while not self._stopping and not (self._draining and not self._jobs and not self._aggregated.has_work):
-                self._turn()
-        except BaseException:
-            self._log.exception("the worker stops")
-            for job_id in list(self._jobs):
-                self._fail(job_id, "the worker has failed", retryable=True)
-            raise
-        finally:
-            self._mailbox.close()
+        self._loop.run(self._turn, self._is_empty, self._fail_all)
 
     def stop(self) -> None:
         """From any thread: `run` returns after the step in flight, whatever is unfinished."""
-        self._stopping = True
-        self._mailbox.wake()
+        self._loop.stop()
 
     def pages(self) -> dict[str, int]:
         """Pages by state; for tests, and exact only while nothing runs."""
@@ -134,7 +114,7 @@ class AggregatedWorker:
         self._moved = self._aggregated.has_work
         if self._moved:
             self._step(time.monotonic())
-        self._check()
+        self._audit.after_turn(idle=self._is_empty())
         self._reporter.tick(time.monotonic())
 
     def _step(self, now_s: float) -> None:
@@ -154,7 +134,7 @@ class AggregatedWorker:
         self._num_preempted = self._aggregated.num_preempted
         self._metrics.add("baton_tokens_total", stepped.num_prefill_tokens, phase="prefill")
         self._metrics.add("baton_tokens_total", stepped.num_decode_tokens, phase="decode")
-        self._send_tokens(stepped.events, ended_s)
+        self._reporter.tokens([self._news(event, ended_s) for event in stepped.events])
 
     def _patience_s(self) -> float | None:
         """How long to wait for a message: not at all while anything runs, None if nothing else can happen."""
@@ -169,12 +149,8 @@ class AggregatedWorker:
         if isinstance(event, PeerGone):
             self._on_gone(event)
         elif isinstance(event, Received):
-            try:
+            with self._loop.bearing_with(event.sender):
                 self._on_message(event.sender, event.message)
-            except PeerError as error:
-                stale = isinstance(error, StaleError)
-                self._metrics.add("baton_kv_stale_total" if stale else "baton_frames_refused_total")
-                self._log.warning("%s: %s", event.sender, error)
 
     def _on_message(self, sender: str, message: AnyMessage) -> None:
         match message:
@@ -192,7 +168,7 @@ class AggregatedWorker:
             case MetricsQuery():
                 self._reporter.answer(sender, message)
             case Drain():
-                self._draining = True
+                self._loop.draining = True
             case Roster():
                 pass
             case _:
@@ -201,7 +177,7 @@ class AggregatedWorker:
     def _on_job(self, router: str, job: PrefillJob, now_s: float) -> None:
         if job.job_id in self._jobs:
             raise StaleError(f"job {job.job_id} is here already; a job id is used once, drop the message")
-        if self._draining:
+        if self._loop.draining:
             self._reporter.fail(router, job.job_id, "the worker drains", retryable=True)
             return
         if job.decode is not None:
@@ -217,55 +193,50 @@ class AggregatedWorker:
         self._jobs[job.job_id] = _Job(router, now_s, num_pages_for(len(job.token_ids) + growth))
 
     def _on_gone(self, event: PeerGone) -> None:
-        self._log.warning("%s", event.reason)
+        self._loop.log.warning("%s", event.reason)
         self._reporter.gone(event)
         for job_id in [job_id for job_id, job in self._jobs.items() if job.router == event.peer]:
             self._aggregated.abort(job_id)
             self._fail(job_id, event.reason, retryable=True)
 
-    def _send_tokens(self, events: tuple[TokenEvent, ...], now_s: float) -> None:
-        jobs: dict[str, list[JobTokens]] = {}
-        stages: dict[str, dict[str, dict[str, float]]] = {}
-        for event in events:
-            job_id = event.sequence.job_id
-            job = self._jobs[job_id]
-            logprobs = None if event.logprobs is None else [event.logprobs]
-            tokens = JobTokens(
-                job_id=job_id,
-                token_ids=[event.token_id],
-                logprobs=logprobs,
-                finish=event.finish,
-                num_cached_tokens=event.sequence.num_cached if job.first_s == 0.0 else 0,
-            )
-            jobs.setdefault(job.router, []).append(tokens)
-            if event.sequence.num_new_tokens <= 2:
-                stages.setdefault(job.router, {})[job_id] = _stages(job, now_s)
-            if event.finish is not None:
-                del self._jobs[job_id]
-        for router, batch in jobs.items():
-            self._mailbox.post(router, TokenBatch(jobs=batch, stages=stages.get(router, {})))
+    def _news(self, event: TokenEvent, now_s: float) -> tuple[str, JobTokens, dict[str, float]]:
+        """There is no hand-off: the gap between first and second token is one step."""
+        job_id = event.sequence.job_id
+        job = self._jobs[job_id] if event.finish is None else self._jobs.pop(job_id)
+        is_first, stages = job.first_s == 0.0, {}
+        if is_first:
+            job.first_s = now_s
+            stages = {"prefill_queue": job.opened_s - job.received_s, "prefill": now_s - job.opened_s}
+        elif event.sequence.num_new_tokens == 2:
+            stages = {"first_step": now_s - job.first_s}
+        tokens = JobTokens(
+            job_id=job_id,
+            token_ids=[event.token_id],
+            logprobs=None if event.logprobs is None else [event.logprobs],
+            finish=event.finish,
+            num_cached_tokens=event.sequence.num_cached if is_first else 0,
+        )
+        return job.router, tokens, stages
 
     def _fail(self, job_id: str, reason: str, *, retryable: bool = False, overloaded: bool = False) -> None:
         job = self._jobs.pop(job_id)
-        self._log.warning("job %s: %s", job_id, reason)
+        self._loop.log.warning("job %s: %s", job_id, reason)
         self._reporter.fail(job.router, job_id, reason, retryable=retryable, overloaded=overloaded)
 
-    def _check(self) -> None:
-        """The sum after every step, every page when the work ends: a violation stops the worker."""
-        assert sum(self._manager.counts().values()) == self._manager.num_pages
-        if self._aggregated.has_work:
-            self._checked = False
-        elif not self._checked:
-            self._manager.check()
-            self._checked = True
+    def _fail_all(self, reason: str) -> None:
+        for job_id in list(self._jobs):
+            self._fail(job_id, reason, retryable=True)
+
+    def _is_empty(self) -> bool:
+        return not self._jobs and not self._aggregated.has_work
 
     def _state(self, step_s: float) -> WorkerState:
         aggregated = self._aggregated
         promised = sum(job.num_credit for job in self._jobs.values())
         return WorkerState(
             role="both",
-            ready=not self._draining,
-            draining=self._draining,
+            ready=not self._loop.draining,
+            draining=self._loop.draining,
             num_running=aggregated.num_running,
             num_waiting=aggregated.num_waiting,
             waiting_tokens=aggregated.num_waiting_tokens,
@@ -274,27 +245,3 @@ class AggregatedWorker:
             page_states=self._manager.counts(),
             step_s=step_s,
         )
-
-
-def _stages(job: _Job, now_s: float) -> dict[str, float]:
-    """The stages that end with a first or a second token. There is no hand-off: the gap between the two is one step."""
-    if job.first_s > 0.0:
-        return {"first_step": now_s - job.first_s}
-    job.first_s = now_s
-    return {"prefill_queue": job.opened_s - job.received_s, "prefill": now_s - job.opened_s}
-
-
-def _engine(spec: WorkerSpec, progress: Progress | None) -> Engine:
-    config = spec.config
-    return build_engine(
-        spec.model_dir,
-        max_num_seqs=config.decode.max_num_seqs,
-        num_pages=config.kv.decode_pages,
-        memory_fraction=config.kv.memory_fraction,
-        max_model_len=config.model.max_model_len,
-        device=config.model.device,
-        dtype=config.model.dtype,
-        mtp=config.model.mtp,
-        num_threads=spec.num_threads,
-        progress=progress,
-    )

@@ -7,10 +7,10 @@ FIRST_STEP_S. Knows no jobs: the worker hands in a function that measures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from serving.core.messages import JobFailed, MetricsQuery, MetricsReply, WorkerState
+from serving.core.messages import JobFailed, JobTokens, MetricsQuery, MetricsReply, TokenBatch, WorkerState
 from serving.mailbox import Mailbox, PeerGone
 from serving.metrics import Metrics
 
@@ -54,6 +54,17 @@ class Reporter:
     def fail(self, router: str, job_id: str, reason: str, *, retryable: bool, overloaded: bool = False) -> None:
         """The end of a job that its router must hear of."""
         self._mailbox.post(router, JobFailed(job_id=job_id, reason=reason, retryable=retryable, overloaded=overloaded))
+
+    def tokens(self, news: Iterable[tuple[str, JobTokens, dict[str, float]]]) -> None:
+        """What one step brought: router, new tokens of a job, seconds of the stages that ended with them. One message a router."""
+        jobs: dict[str, list[JobTokens]] = {}
+        stages: dict[str, dict[str, dict[str, float]]] = {}
+        for router, tokens, ended in news:
+            jobs.setdefault(router, []).append(tokens)
+            if ended:
+                stages.setdefault(router, {})[tokens.job_id] = ended
+        for router, batch in jobs.items():
+            self._mailbox.post(router, TokenBatch(jobs=batch, stages=stages.get(router, {})))
 
     def launched(self, num_tokens: int) -> None:
         """A step of so many tokens starts: announce how long it may take."""

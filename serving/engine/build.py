@@ -18,6 +18,7 @@ from kvcache.layout import PAGE_TOKENS, PageLayout, num_pages_for
 from kvcache.pool import KVPool
 from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
+from serving.core.spec import WorkerSpec
 from serving.engine.runner import Runner
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
@@ -92,6 +93,23 @@ def build_engine(
         identity=identity(folder, layout, dtype=torch_dtype),
         max_model_len=longest,
         max_num_seqs=max_num_seqs,
+    )
+
+
+def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engine:
+    """The engine of one worker, as large as its role says. Raises as `build_engine` does."""
+    config, prefills = spec.config, spec.role == "prefill"
+    return build_engine(
+        spec.model_dir,
+        max_num_seqs=config.prefill.max_num_seqs if prefills else config.decode.max_num_seqs,
+        num_pages=config.kv.prefill_pages if prefills else config.kv.decode_pages,
+        memory_fraction=config.kv.memory_fraction,
+        max_model_len=config.model.max_model_len,
+        device=config.model.device,
+        dtype=config.model.dtype,
+        mtp=config.model.mtp,
+        num_threads=spec.num_threads,
+        progress=progress,
     )
 
 
