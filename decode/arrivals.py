@@ -150,6 +150,11 @@ class Arrivals:
         owed = sum(arrival.num_credit for arrival in self._arrivals.values() if not arrival.has_credit)
         return max(0, self._manager.num_available - owed)
 
+    @property
+    def has_unbound_credit(self) -> bool:
+        """`grant` could take pages back."""
+        return any(arrival.has_credit and arrival.binding is None for arrival in self._arrivals.values())
+
     def jobs(self) -> list[tuple[str, str]]:
         """(job id, router) of every job here."""
         return [(arrival.job_id, arrival.router) for arrival in self._arrivals.values()]

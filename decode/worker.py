@@ -149,7 +149,8 @@ class DecodeWorker:
         step = self._launch(now_s)
         if step is not None:
             self._in_flight.append(step)
-        self._moved = step is not None or bool(self._in_flight)
+        may_take_back = self._scheduler.num_stalled > 0 and self._arrivals.has_unbound_credit
+        self._moved = step is not None or bool(self._in_flight) or may_take_back
         if self._in_flight and (step is None or len(self._in_flight) > self._run_ahead):
             self._settle(self._in_flight.popleft())
         self._audit.after_turn(idle=self._is_empty())

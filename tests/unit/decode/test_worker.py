@@ -323,7 +323,10 @@ def test_a_job_without_room_waits_and_is_sent_back_when_prefill_already_asks(sta
     s.prefill.hear(KVTicket, job_id="later")
 
 
-def test_a_running_text_takes_pages_that_are_promised_and_not_yet_bound(stage: Callable[..., Stage]) -> None:
+def test_a_running_text_takes_pages_that_are_promised_and_not_yet_bound(
+    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.reporter.STATE_INTERVAL_S", 0.0)  # no report is due that would wake the worker
     s = stage(expected_new_tokens=1, prefix_cache=False)
     s.router.say(s.job(max_new_tokens=40))  # 100 + 40 tokens: a third page
     for number in range(7):
