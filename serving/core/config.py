@@ -99,7 +99,7 @@ class SloTable:
 @dataclass(frozen=True, kw_only=True)
 class TelemetryTable:
     log_level: str = _key("info", "what is logged", choices=("debug", "info", "warning", "error"))
-    heartbeat_s: float = _key(0.5, "time between heartbeats; a peer silent for 2 s is dead", low=0.05)
+    heartbeat_s: float = _key(0.75, "time between heartbeats; a peer silent for 2 s is dead", low=0.05)
 
 
 @dataclass(frozen=True, kw_only=True)
