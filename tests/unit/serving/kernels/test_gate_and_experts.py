@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp, silu_mul
-from serving.kernels.gemm import linear, pack
+from serving.kernels.gemm import linear, pack, padded_rows
 from serving.kernels.topk import gate_topk
 
 
@@ -91,3 +91,20 @@ def test_a_packed_weight_gives_the_plain_product(dtype: torch.dtype, num_rows: i
 
 def test_silu_mul_takes_the_gate_first() -> None:
     torch.testing.assert_close(silu_mul(torch.tensor([[2.0, 3.0]])), F.silu(torch.tensor([[2.0]])) * 3)
+
+
+def test_products_meet_few_numbers_of_rows_and_waste_little() -> None:
+    sizes = {num_rows: padded_rows(num_rows) for num_rows in range(1, 4097)}
+    assert all(sizes[n] == n for n in range(1, 17)), "a small decode batch is multiplied as it is"
+    assert all(n <= size < 1.25 * n + 16 for n, size in sizes.items())
+    assert len({size for size in sizes.values() if size > 16}) < 32
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 65, 500])
+def test_padded_rows_leave_no_trace_in_a_product(num_rows: int) -> None:
+    weight, x = torch.randn(48, 32), torch.randn(num_rows, 32)
+    out = linear(x, pack(weight))
+    assert out.shape == (num_rows, 48)
+    torch.testing.assert_close(out, x @ weight.T)
+    x[-1] += 1
+    assert not torch.allclose(linear(x, pack(weight))[-1], out[-1])
