@@ -1,14 +1,62 @@
-"""FP8 e4m3 weights with one fp32 scale a block, as the published checkpoints store them (`weight_scale_inv`).
+"""FP8 e4m3 with fp32 scales: weights one scale a block, as the published checkpoints store them (`weight_scale_inv`), and
+activations one scale a row and 128 columns.
 
 `w = q * scale` of the block that holds it; blocks at the lower and right edge may be partial.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FP8_MAX = 448.0
+# Columns of an activation, rows and columns of a weight, that share a scale.
+BLOCK = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedRows:
+    """Activations [T, D] as FP8; `x[t, d] = values[t, d] * scales[t, d // 128]`.
+
+    `values`: e4m3 [T, D], rows contiguous. `scales`: fp32 [T, ceil(D / 128)] with strides (1, R), R = T rounded up to a
+    multiple of 4: the scales of one column block lie side by side, which is how a product reads them, and each block
+    begins on 16 bytes, which the copy engine asks for. `empty_rows` allocates both.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """[T, D] in `dtype`; the product is fp32."""
+        wide = self.values.to(torch.float32)
+        return wide.mul_(self.scales.repeat_interleave(BLOCK, dim=1)[:, : wide.shape[1]]).to(dtype)
+
+
+def empty_rows(num_rows: int, width: int, device: torch.device) -> QuantisedRows:
+    """Uninitialised rows for a kernel to fill."""
+    values = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(-(-width // BLOCK), -(-num_rows // 4) * 4, dtype=torch.float32, device=device)
+    return QuantisedRows(values=values, scales=scales.t()[:num_rows])
+
+
+def quantise_rows_fp8_reference(x_TD: Tensor) -> QuantisedRows:
+    """Any float [T, D] to FP8 such that the largest value of each row's 128 columns becomes 448. A row of zeros has scale 1."""
+    num_rows, width = x_TD.shape
+    rows = empty_rows(num_rows, width, x_TD.device)
+    blocks_TBC = F.pad(x_TD.to(torch.float32), (0, -width % BLOCK)).unflatten(1, (-1, BLOCK))
+    largest_TB = blocks_TBC.abs().amax(dim=2)
+    rows.scales.copy_(torch.where(largest_TB > 0, largest_TB / FP8_MAX, 1.0))
+    quantised = (blocks_TBC / rows.scales[:, :, None]).flatten(1)[:, :width]
+    rows.values.copy_(quantised.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn))
+    return rows
+
+
+def quantise_rows_fp8(x_TD: Tensor) -> QuantisedRows:
+    """Any float [T, D] to FP8 with one scale a row and 128 columns, as `quantise_rows_fp8_reference` has it."""
+    return quantise_rows_fp8_reference(x_TD)
 
 
 def dequantise_block_fp8(quantised: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
