@@ -80,6 +80,10 @@ class Dispatcher:
     def num_waiting(self) -> int:
         return len(self._admission)
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs or self._pausing or len(self._admission))
+
     # -- the client's side ----------------------------------------------------------------------------------------------
 
     def submit(self, order: Order, notify: Callable[[], None]) -> Generation:
@@ -155,7 +159,7 @@ class Dispatcher:
             self._resume_after(generation, 0.0)
 
     def tick(self) -> None:
-        """Called a few times a second: time-outs of the queue, and the end of hope when a role has had no worker for too long."""
+        """Called a few times a second while there are requests: time-outs of the queue, and the end of hope when a role has had no worker for too long."""
         now_s = self._clock()
         for generation in self._admission.expired(now_s):
             waited_s = now_s - generation.arrived_s

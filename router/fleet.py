@@ -22,6 +22,8 @@ from serving.metrics import Metrics
 from serving.wire import Codec
 
 _TICK_S = 0.25
+"""Between two looks while there are requests. Without any, the next heartbeat is soon enough."""
+
 _METRICS_TIMEOUT_S = 1.0
 _LAST_WORDS_MS = 500
 _QUIET_S = 1.0
@@ -40,6 +42,11 @@ class Listener(Protocol):
     def on_lost(self, worker: Worker) -> None: ...
     def on_stalled(self) -> None: ...
     def tick(self) -> None: ...
+
+    @property
+    def busy(self) -> bool:
+        """There are requests, so `tick` is wanted a few times a second."""
+        ...
 
 
 class Fleet:
@@ -69,6 +76,7 @@ class Fleet:
         self._listener: Listener | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._due_s = clock()
+        self._resting = False
         self._beat_s = clock()
         self._num_beats = 0
         self._queries: dict[int, tuple[set[str], list[str], asyncio.Future[None]]] = {}
@@ -94,6 +102,8 @@ class Fleet:
 
     def post(self, worker: Worker, message: AnyMessage) -> None:
         """To a worker in this very life; dropped if that is over."""
+        if self._resting:
+            self._arrange(self._clock() + _TICK_S)
         link = self._links.get(worker)
         if link is not None:
             link.send(self._codec.encode(message))
@@ -181,18 +191,33 @@ class Fleet:
         The next one is arranged first: whatever is raised below ends this tick, not the timer.
         """
         assert self._listener is not None
-        self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
         now_s = self._clock()
-        late_s, self._due_s = now_s - self._due_s, now_s + _TICK_S
+        late_s, unheard_s = now_s - self._due_s, now_s - self._beat_s
+        beats = unheard_s > self._heartbeat_s - _TICK_S / 2
+        self._arrange(self._next_s(now_s, now_s if beats else self._beat_s))
         for worker in [] if late_s > _TICK_S else self._view.newly_silent(now_s):
             log.warning("%s worker %s has been silent for %.0f s", worker.role, worker.worker_id, SILENCE_S)
             self._show(worker, up=False)
             self._listener.on_lost(worker)
-        if self._links and now_s - self._beat_s > _STALL_S:
-            self._recover(now_s - self._beat_s)
-        if now_s - self._beat_s >= self._heartbeat_s:
+        if self._links and unheard_s > _STALL_S:
+            self._recover(unheard_s)
+        if beats:
             self._beat(now_s)
         self._listener.tick()
+
+    def _next_s(self, now_s: float, beat_s: float) -> float:
+        """When the next tick is due if the last heartbeat leaves at `beat_s`. An idle router sleeps from one to the next."""
+        assert self._listener is not None
+        if self._listener.busy:
+            return now_s + _TICK_S
+        return max(now_s + _TICK_S, min(beat_s + self._heartbeat_s, self._view.silence_due_s()))
+
+    def _arrange(self, due_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        now_s = self._clock()
+        self._due_s, self._resting = due_s, due_s > now_s + _TICK_S
+        self._timer = asyncio.get_running_loop().call_later(due_s - now_s, self._tick)
 
     def _recover(self, gap_s: float) -> None:
         """We have been silent for so long ourselves that workers may have given us and our jobs up."""

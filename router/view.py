@@ -9,6 +9,7 @@ Pure: time is an argument, messages come in decoded. Must not know sockets, requ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -149,6 +150,11 @@ class View:
                 joined.append(Worker(info.address, info.role, info.state, now_s))
                 self._workers[worker_id] = joined[-1]
         return RosterChange(joined, left)
+
+    def silence_due_s(self) -> float:
+        """When the first of those that are heard will count as silent if it says nothing more; infinite where none is heard."""
+        heard_s = (worker.heard_s for worker in self if not worker.silent)
+        return min((s for s in heard_s if s is not None), default=math.inf) + SILENCE_S
 
     def newly_silent(self, now_s: float) -> list[Worker]:
         """Workers that were heard once and have been silent for 2 s; each is named once per silence."""
