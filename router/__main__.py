@@ -39,14 +39,14 @@ from serving.text.tokenizer import Tokenizer
 from serving.wire import Codec
 
 _BACKLOG = 2048
-_DATE_EVERY_S = 1.0
 _LAST_WORDS_S = 0.5
 
 
 class _Server(uvicorn.Server):
     """Signals are ours: uvicorn would raise them again after the drain, and the exit code would not be 0.
 
-    So is the wait between them: uvicorn looks ten times a second whether it should end, half of what an idle router uses.
+    So is the wait for them: uvicorn looks ten times a second whether it should end, and makes the Date header, which
+    `router.middleware` does when there is an answer to date.
     """
 
     def __init__(self, config: uvicorn.Config) -> None:
@@ -59,9 +59,7 @@ class _Server(uvicorn.Server):
         self._stopped.set()
 
     async def main_loop(self) -> None:
-        while not await self.on_tick(0):  # 0: the Date header is brought up to date
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), _DATE_EVERY_S)
+        await self._stopped.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -94,6 +92,7 @@ async def serve(settings: Settings, served: Served, listener: socket.socket) -> 
             access_log=False,
             log_config=None,
             server_header=False,
+            date_header=False,
             timeout_keep_alive=75,
         )
     )

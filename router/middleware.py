@@ -1,9 +1,12 @@
-"""What surrounds every request, as plain ASGI: the request id in and out, and the API key under /v1."""
+"""What surrounds every request, as plain ASGI: the request id in and out, the date, and the API key under /v1."""
 
 from __future__ import annotations
 
+import functools
 import re
+import time
 import uuid
+from email.utils import formatdate
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,8 +22,16 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in scope["headers"] if key == name), None)
 
 
+@functools.lru_cache(maxsize=1)
+def _date(second: int) -> bytes:
+    return formatdate(second, usegmt=True).encode()
+
+
 class RequestIds:
-    """Outermost: every response bears x-request-id, the client's own if it is harmless. `scope["baton.request_id"]` is the text."""
+    """Outermost: every response bears its date, and x-request-id, the client's own if it is harmless.
+
+    `scope["baton.request_id"]` is the text of the latter.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -35,7 +46,8 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                ours = ((b"date", _date(int(time.time()))), (b"x-request-id", request_id))
+                message["headers"] = [*message.get("headers", ()), *ours]
             await send(message)
 
         await self._app(scope, receive, send_with_id)

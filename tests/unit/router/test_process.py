@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
@@ -92,6 +93,12 @@ def test_the_official_client_streams_and_does_not(url: str) -> None:
         with pytest.raises(openai.BadRequestError) as wrong:
             client.chat.completions.create(model="bytes", messages=messages, n=0)
         assert (wrong.value.param, wrong.value.type) == ("n", "invalid_request_error")
+
+
+def test_every_answer_is_dated_once(url: str) -> None:
+    for path in ("/livez", "/nowhere"):
+        dates = httpx.get(f"{url}{path}").headers.get_list("date")
+        assert [abs(parsedate_to_datetime(date).timestamp() - time.time()) < 2.0 for date in dates] == [True]
 
 
 def test_sigterm_lets_streams_end_and_exits_with_zero(model_folder: Path, cluster: ScriptedCluster) -> None:
