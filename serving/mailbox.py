@@ -34,6 +34,10 @@ from serving.metrics import Metrics
 from serving.wire import MAX_FRAME_BYTES, Codec
 
 PEER_TIMEOUT_S = 2.0
+_EARLY, _LATE = 0.75, 1.1
+"""Periods after which a heartbeat leaves with whatever wakes the thread, and by itself. As a rule a peer's heartbeat wakes it: who answers
+that one at once needs no timer of its own, and late is what keeps the two timers from racing."""
+
 _BUSY_POLL_MS = 1
 _LINGER_MS = 500
 _READS_A_TURN = 64
@@ -219,8 +223,9 @@ class Mailbox(Generic[T]):
             for item in self._driver.poll():
                 self._inbound.put(Driven(item))
         now_s = time.monotonic()
-        if self._peers and now_s >= self._beat_due_s:
-            self._beat_due_s = now_s + self._heartbeat_s
+        early_s = (_LATE - _EARLY) * self._heartbeat_s if ready else 0.0
+        if self._peers and now_s >= self._beat_due_s - early_s:
+            self._beat_due_s = now_s + _LATE * self._heartbeat_s
             self._beat(now_s)
 
     def _timeout_ms(self) -> int | None:

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from serving.core.errors import StartupError
-from serving.core.messages import Abort, Attach, PeerAddress
+from serving.core.messages import Abort, Attach, Heartbeat, PeerAddress
 from serving.mailbox import PEER_TIMEOUT_S, Driven, Mailbox, PeerGone, Received
 from serving.metrics import Metrics
 from serving.wire import Codec
@@ -33,10 +33,8 @@ def make() -> Iterator[Make]:
                 incarnation=incarnation,
                 host="127.0.0.1",
                 secret=SECRET,
-                heartbeat_s=0.05,
-                peer_timeout_s=1.0,
                 metrics=metrics or Metrics("worker", worker=name),
-                **more,  # type: ignore[arg-type]
+                **({"heartbeat_s": 0.05, "peer_timeout_s": 1.0} | more),  # type: ignore[arg-type]
             )
             stack.callback(box.close)
             box.start()
@@ -211,6 +209,29 @@ def test_two_attached_mailboxes_use_next_to_no_cpu(make: Make) -> None:
     after = resource.getrusage(resource.RUSAGE_SELF)
     used_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert used_s < 0.045, f"{used_s:.3f} s of CPU in 1.5 s"
+
+
+def test_a_heartbeat_is_answered_at_once_when_ours_would_be_due_soon(make: Make) -> None:
+    """One wake-up for both; but nobody is answered faster than the period asks for."""
+    decode = make("decode-0", heartbeat_s=1.0, peer_timeout_s=5.0)
+    context = zmq.Context()
+    peer, codec = context.socket(zmq.DEALER), Codec(SECRET, "router-0", 1)
+    peer.connect(decode.address.endpoint)
+    beat = codec.encode(Heartbeat(progress=0))
+
+    def answered_within(timeout_s: float) -> bool:
+        peer.send(beat)
+        answered = bool(peer.poll(timeout_s * 1000))
+        if answered:
+            peer.recv()
+        return answered
+
+    assert answered_within(0.5), "a new peer hears of us at once"
+    time.sleep(0.2)
+    assert not answered_within(0.2)
+    time.sleep(0.45)
+    assert answered_within(0.15), "0.85 s of a period of 1 s have passed"
+    context.destroy(linger=0)
 
 
 def test_a_host_that_is_not_ours_is_a_startup_error() -> None:
