@@ -46,7 +46,7 @@ _SYSTEM_CONFIG: dict[str, int | bool] = {
     "raylet_check_gc_period_milliseconds": 10_000,
     "raylet_check_for_unexpected_worker_disconnect_interval_ms": 1_000,
     "core_worker_internal_heartbeat_ms": 10_000,
-    "get_check_signal_interval_milliseconds": 1_000,
+    "get_check_signal_interval_milliseconds": 10_000,
     "kill_idle_workers_interval_ms": 10_000,
     "object_manager_timer_freq_ms": 10_000,
     "free_objects_period_milliseconds": 10_000,
