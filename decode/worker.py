@@ -19,7 +19,6 @@ from decode.credit import num_credit
 from decode.notices import Notices
 from decode.quarantine import QuarantineBudget
 from decode.scheduler import DecodeScheduler, TokenEvent
-from kvcache.audit import Audit
 from kvcache.manager import KVManager
 from kvcache.transfer.base import PageTarget
 from kvcache.transfer.nixl import NixlTarget
@@ -27,14 +26,11 @@ from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.messages import (
     Abort,
     AnyMessage,
-    Attach,
     DecodeJob,
-    Drain,
     JobTokens,
     KVBind,
     KVClosed,
     KVReady,
-    MetricsQuery,
     Preempted,
     Roster,
     WorkerState,
@@ -45,11 +41,9 @@ from serving.engine.build import Engine, build_engine_for
 from serving.engine.plan import Launched, SlotSpec
 from serving.engine.slots import Slots
 from serving.jobs import sequence_of
-from serving.loop import Loop, open_mailbox
-from serving.mailbox import Driven, Mailbox, PeerGone, Received
-from serving.metrics import Metrics
+from serving.mailbox import Driven, PeerGone, Received
 from serving.model.weights import Progress
-from serving.reporter import Reporter
+from serving.worker import Worker
 
 
 @dataclass(slots=True)
@@ -69,7 +63,7 @@ class _Step:
     launched_s: float
 
 
-class DecodeWorker:
+class DecodeWorker(Worker[_Job, bytes]):
     """Constructing loads the model, makes the pool and binds the socket; `run` serves until drained or stopped.
 
     `engine`, `manager` and `target` are made from `spec` unless they are given (both workers in one process). `run_ahead` None: as
@@ -87,56 +81,30 @@ class DecodeWorker:
         progress: Progress | None = None,
     ) -> None:
         """Raises ModelFolderError, ConfigError, StartupError."""
-        config = spec.config
-        self._engine = engine or build_engine_for(spec, progress)
-        self._metrics = Metrics("worker", worker=spec.worker_id)
-        notices = Notices(target or _target(spec, self._engine))
-        self._mailbox: Mailbox[bytes] = open_mailbox(spec, self._metrics, notices)
-        self._loop = Loop(spec.worker_id, self._mailbox, self._metrics)
-        self.address = self._mailbox.address
-        self._manager = manager or KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
+        config, engine = spec.config, engine or build_engine_for(spec, progress)
+        notices = Notices(target or NixlTarget(f"{spec.worker_id}.{spec.incarnation}.target", engine.pool))
+        super().__init__(spec, engine, manager=manager, driver=notices, run_ahead=run_ahead)
         self._scheduler = DecodeScheduler(
             self._manager,
-            Slots(self._engine.max_num_seqs, on_give=self._engine.runner.close_slot),
-            max_num_seqs=self._engine.max_num_seqs,
-            max_model_len=self._engine.max_model_len,
+            Slots(engine.max_num_seqs, on_give=engine.runner.close_slot),
+            max_num_seqs=engine.max_num_seqs,
+            max_model_len=engine.max_model_len,
         )
-        model = self._engine.model_config
+        model = engine.model_config
         self._arrivals = Arrivals(
             self._mailbox,
             notices,
             self._manager,
-            self._engine.pool,
+            engine.pool,
             self._metrics,
             config.transfer,
-            identity=self._engine.identity,
-            hidden_bytes=model.hidden_size * self._engine.layout.element_bytes if model.num_mtp_layers else 0,
+            identity=engine.identity,
+            hidden_bytes=model.hidden_size * engine.layout.element_bytes if model.num_mtp_layers else 0,
             vocab_size=model.vocab_size,
         )
         self._expected_new_tokens = config.kv.expected_new_tokens
-        self._reporter = Reporter(self._mailbox, self._metrics, self._state)
-        on_cpu = not self._engine.pool.tensor.is_cuda
-        self._run_ahead = int(config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead)
-        self._jobs: dict[str, _Job] = {}
         self._in_flight: deque[_Step] = deque()
-        self._moved = False
-        self._audit = Audit(self._manager)
         self._quarantine = QuarantineBudget(self._manager)
-
-    def run(self) -> None:
-        """Blocks until drained or stopped. An exception is our bug: every job is failed loudly before it is raised."""
-        self._loop.run(self._turn, self._is_empty, self._fail_all)
-
-    def stop(self) -> None:
-        """From any thread: `run` returns after the step in flight, whatever is unfinished."""
-        self._loop.stop()
-
-    def pages(self) -> dict[str, int]:
-        """Pages by state; for tests, and exact only while nothing runs."""
-        return self._manager.counts()
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self._metrics.value(name, **labels)
 
     def _turn(self) -> None:
         for event in self._mailbox.get(self._patience_s()):
@@ -170,12 +138,12 @@ class DecodeWorker:
         self._reporter.touch()
         now_s = time.monotonic()
         if isinstance(event, Driven):
-            with self._loop.bearing_with("a write"):
+            with self._bearing_with("a write"):
                 self._arrivals.notice(event.item, now_s)
         elif isinstance(event, PeerGone):
             self._on_gone(event, now_s)
         else:
-            with self._loop.bearing_with(event.sender):
+            with self._bearing_with(event.sender):
                 self._on_message(event, event.message, now_s)
         for outcome in self._arrivals.outcomes():  # before the next event, which may abort what has just arrived
             self._conclude(outcome, now_s)
@@ -195,19 +163,13 @@ class DecodeWorker:
                 self._arrivals.closed(sender, incarnation, message.job_id)
             case Roster():
                 self._on_roster(message, now_s)
-            case Attach():
-                self._reporter.attach(sender)
-            case MetricsQuery():
-                self._reporter.answer(sender, message)
-            case Drain():
-                self._loop.draining = True
             case _:
-                raise PeerError(f"a decode worker has no use for {type(message).__name__} of {sender}; dropped")
+                self._on_any(sender, message)
 
     def _on_job(self, router: str, job: DecodeJob, now_s: float) -> None:
         if job.job_id in self._jobs or job.job_id in self._arrivals:
             raise StaleError(f"job {job.job_id} is here already; a job id is used once, drop the message")
-        if self._loop.draining:
+        if self._draining:
             self._reporter.fail(router, job.job_id, "the worker drains", retryable=True)
             return
         try:
@@ -229,11 +191,11 @@ class DecodeWorker:
             self._scheduler.abort(job_id)
 
     def _on_gone(self, event: PeerGone, now_s: float) -> None:
-        self._loop.log.warning("%s", event.reason)
+        self._log.warning("%s", event.reason)
         self._reporter.gone(event)
         self._arrivals.writer_gone(event.peer, event.incarnation, proven=event.proven, reason=event.reason, now_s=now_s)
         self._arrivals.router_gone(event.peer, event.reason, now_s)
-        for job_id in [job_id for job_id, job in self._jobs.items() if job.router == event.peer]:
+        for job_id in self._jobs_of(event.peer):
             self._scheduler.abort(job_id)
             self._fail(job_id, event.reason, retryable=True)
 
@@ -250,7 +212,7 @@ class DecodeWorker:
         elif outcome.no_room:
             self._preempt(outcome.job_id, outcome.router)
         else:
-            self._loop.log.warning("job %s: %s", outcome.job_id, outcome.reason)
+            self._log.warning("job %s: %s", outcome.job_id, outcome.reason)
             self._reporter.fail(outcome.router, outcome.job_id, outcome.reason, retryable=outcome.retryable)
 
     def _admit(self, arrived: Arrived, now_s: float) -> None:
@@ -325,14 +287,8 @@ class DecodeWorker:
         self._metrics.add("baton_preemptions_total")
         self._mailbox.post(router, Preempted(job_id=job_id))
 
-    def _fail(self, job_id: str, reason: str, *, retryable: bool) -> None:
-        job = self._jobs.pop(job_id)
-        self._loop.log.warning("job %s: %s", job_id, reason)
-        self._reporter.fail(job.router, job_id, reason, retryable=retryable)
-
     def _fail_all(self, reason: str) -> None:
-        for job_id in list(self._jobs):
-            self._fail(job_id, reason, retryable=True)
+        super()._fail_all(reason)
         for job_id, router in self._arrivals.jobs():
             self._reporter.fail(router, job_id, reason, retryable=True)
 
@@ -343,8 +299,8 @@ class DecodeWorker:
         may_promise = self._scheduler.num_stalled == 0
         return WorkerState(
             role="decode",
-            ready=not self._loop.draining,
-            draining=self._loop.draining,
+            ready=not self._draining,
+            draining=self._draining,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + self._arrivals.num_waiting,
             waiting_tokens=self._arrivals.num_waiting_tokens,
@@ -353,7 +309,3 @@ class DecodeWorker:
             page_states=self._manager.counts(),
             step_s=step_s,
         )
-
-
-def _target(spec: WorkerSpec, engine: Engine) -> PageTarget:
-    return NixlTarget(f"{spec.worker_id}.{spec.incarnation}.target", engine.pool)

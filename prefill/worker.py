@@ -14,7 +14,6 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from kvcache.audit import Audit
 from kvcache.manager import KVManager
 from kvcache.transfer.base import PageSource
 from kvcache.transfer.nixl import NixlSource
@@ -25,13 +24,10 @@ from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.messages import (
     Abort,
     AnyMessage,
-    Attach,
-    Drain,
     JobTokens,
     KVClose,
     KVRefused,
     KVTicket,
-    MetricsQuery,
     PeerAddress,
     PrefillJob,
     WorkerState,
@@ -42,11 +38,9 @@ from serving.engine.build import Engine, build_engine_for
 from serving.engine.plan import Launched, SlotSpec
 from serving.engine.slots import Slots
 from serving.jobs import sequence_of
-from serving.loop import Loop, open_mailbox
-from serving.mailbox import Driven, Mailbox, PeerGone, Received
-from serving.metrics import Metrics
+from serving.mailbox import Driven, PeerGone, Received
 from serving.model.weights import Progress
-from serving.reporter import Reporter
+from serving.worker import Worker
 
 _WAITING_S = 0.1  # how often late jobs are looked for while some wait
 
@@ -67,7 +61,7 @@ class _Step:
     launched_s: float
 
 
-class PrefillWorker:
+class PrefillWorker(Worker[_Job, WriteDone]):
     """Constructing loads the model, makes the pool and binds the socket; `run` serves until drained or stopped.
 
     `engine`, `manager` and `source` are made from `spec` unless they are given (both workers in one process). `run_ahead` None: as
@@ -85,53 +79,26 @@ class PrefillWorker:
         progress: Progress | None = None,
     ) -> None:
         """Raises ModelFolderError, ConfigError, StartupError."""
-        config = spec.config
-        self._engine = engine or build_engine_for(spec, progress)
-        self._metrics = Metrics("worker", worker=spec.worker_id)
-        self._writes = Writes(source or _source(spec, self._engine))
-        self._mailbox: Mailbox[WriteDone] = open_mailbox(spec, self._metrics, self._writes)
-        self._loop = Loop(spec.worker_id, self._mailbox, self._metrics)
-        self.address = self._mailbox.address
-        self._manager = manager or KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
-        self._max_model_len = config.model.max_model_len or self._engine.model_config.max_position_embeddings
+        config, engine = spec.config, engine or build_engine_for(spec, progress)
+        writes = Writes(source or NixlSource(f"{spec.worker_id}.{spec.incarnation}.source", engine.pool))
+        super().__init__(spec, engine, manager=manager, driver=writes, run_ahead=run_ahead)
         self._scheduler = PrefillScheduler(
             self._manager,
-            Slots(self._engine.max_num_seqs, on_give=self._engine.runner.close_slot),
-            max_num_seqs=self._engine.max_num_seqs,
+            Slots(engine.max_num_seqs, on_give=engine.runner.close_slot),
+            max_num_seqs=engine.max_num_seqs,
             max_batched_tokens=config.prefill.max_batched_tokens,
-            max_model_len=self._max_model_len,
+            max_model_len=config.model.max_model_len or engine.model_config.max_position_embeddings,
         )
         self._handoffs = Handoffs(
             self._mailbox,
-            self._writes,
+            writes,
             self._manager,
-            self._engine.pool,
+            engine.pool,
             self._metrics,
             config.transfer,
-            self._engine.identity,
+            engine.identity,
         )
-        self._reporter = Reporter(self._mailbox, self._metrics, self._state)
-        on_cpu = not self._engine.pool.tensor.is_cuda
-        self._run_ahead = int(config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead)
-        self._jobs: dict[str, _Job] = {}
         self._in_flight: deque[_Step] = deque()
-        self._audit = Audit(self._manager)
-        self._moved = False
-
-    def run(self) -> None:
-        """Blocks until drained or stopped. An exception is our bug: every job is failed loudly before it is raised."""
-        self._loop.run(self._turn, self._is_empty, self._fail_all)
-
-    def stop(self) -> None:
-        """From any thread: `run` returns after the step in flight, whatever is unfinished."""
-        self._loop.stop()
-
-    def pages(self) -> dict[str, int]:
-        """Pages by state; for tests, and exact only while nothing runs."""
-        return self._manager.counts()
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self._metrics.value(name, **labels)
 
     def _turn(self) -> None:
         for event in self._mailbox.get(self._patience_s()):
@@ -169,7 +136,7 @@ class PrefillWorker:
         elif isinstance(event, PeerGone):
             self._on_gone(event)
         else:
-            with self._loop.bearing_with(event.sender):
+            with self._bearing_with(event.sender):
                 self._on_message(event.sender, event.message, now_s)
 
     def _on_message(self, sender: str, message: AnyMessage, now_s: float) -> None:
@@ -184,19 +151,13 @@ class PrefillWorker:
                 self._handoffs.refused(sender, message)
             case KVClose():
                 self._handoffs.close(sender, message)
-            case Attach():
-                self._reporter.attach(sender)
-            case MetricsQuery():
-                self._reporter.answer(sender, message)
-            case Drain():
-                self._loop.draining = True
             case _:
-                raise PeerError(f"a prefill worker has no use for {type(message).__name__}")
+                self._on_any(sender, message)
 
     def _on_job(self, router: str, job: PrefillJob, now_s: float) -> None:
         if job.job_id in self._jobs or job.job_id in self._handoffs:
             raise StaleError(f"job {job.job_id} is here already; a job id is used once, drop the message")
-        if self._loop.draining:
+        if self._draining:
             self._reporter.fail(router, job.job_id, "the worker drains", retryable=True)
             return
         try:
@@ -213,10 +174,10 @@ class PrefillWorker:
             self._handoffs.abandon(job_id)
 
     def _on_gone(self, event: PeerGone) -> None:
-        self._loop.log.warning("%s", event.reason)
+        self._log.warning("%s", event.reason)
         self._reporter.gone(event)
         self._handoffs.peer_gone(event.peer, event.incarnation, event.reason)
-        for job_id in [job_id for job_id, job in self._jobs.items() if job.router == event.peer]:
+        for job_id in self._jobs_of(event.peer):
             self._scheduler.abort(job_id)
             self._handoffs.abandon(job_id)
             self._fail(job_id, event.reason, retryable=True)
@@ -294,7 +255,7 @@ class PrefillWorker:
             del self._jobs[job_id]
             self._scheduler.finish(job_id)
         elif outcome.router_told:
-            self._loop.log.info("job %s: %s", job_id, outcome.reason)
+            self._log.info("job %s: %s", job_id, outcome.reason)
             self._scheduler.abort(job_id)
             del self._jobs[job_id]
         else:
@@ -303,23 +264,14 @@ class PrefillWorker:
 
     # Bookkeeping.
 
-    def _fail(self, job_id: str, reason: str, *, retryable: bool = False, overloaded: bool = False) -> None:
-        job = self._jobs.pop(job_id)
-        self._loop.log.warning("job %s: %s", job_id, reason)
-        self._reporter.fail(job.router, job_id, reason, retryable=retryable, overloaded=overloaded)
-
-    def _fail_all(self, reason: str) -> None:
-        for job_id in list(self._jobs):
-            self._fail(job_id, reason, retryable=True)
-
     def _is_empty(self) -> bool:
         return not (self._jobs or self._in_flight or self._handoffs.num_open)
 
     def _state(self, step_s: float) -> WorkerState:
         return WorkerState(
             role="prefill",
-            ready=not self._loop.draining,
-            draining=self._loop.draining,
+            ready=not self._draining,
+            draining=self._draining,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             waiting_tokens=self._scheduler.num_waiting_tokens,
@@ -328,7 +280,3 @@ class PrefillWorker:
             page_states=self._manager.counts(),
             step_s=step_s,
         )
-
-
-def _source(spec: WorkerSpec, engine: Engine) -> PageSource:
-    return NixlSource(f"{spec.worker_id}.{spec.incarnation}.source", engine.pool)

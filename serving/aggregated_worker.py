@@ -12,20 +12,15 @@ import time
 from dataclasses import dataclass
 
 from decode.scheduler import TokenEvent
-from kvcache.audit import Audit
 from kvcache.layout import num_pages_for
-from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.messages import (
     Abort,
     AnyMessage,
-    Attach,
-    Drain,
     JobTokens,
     KVBind,
     KVRefused,
-    MetricsQuery,
     PrefillJob,
     Roster,
     WorkerState,
@@ -33,11 +28,9 @@ from serving.core.messages import (
 from serving.core.spec import WorkerSpec
 from serving.engine.build import Engine, build_engine_for
 from serving.jobs import sequence_of
-from serving.loop import Loop, open_mailbox
-from serving.mailbox import Driven, Mailbox, PeerGone, Received
-from serving.metrics import Metrics
+from serving.mailbox import Driven, PeerGone, Received
 from serving.model.weights import Progress
-from serving.reporter import Reporter
+from serving.worker import Worker
 
 _WAITING_S = 0.1  # how often late jobs are looked for while some wait
 
@@ -53,7 +46,7 @@ class _Job:
     first_s: float = 0.0
 
 
-class AggregatedWorker:
+class AggregatedWorker(Worker[_Job, object]):
     """Constructing loads the model, makes the pool and binds the socket; `run` serves until drained or stopped.
 
     `engine` is made from `spec` unless it is given. `run_ahead` None: as configured, except on a CPU, where it would
@@ -69,44 +62,19 @@ class AggregatedWorker:
         progress: Progress | None = None,
     ) -> None:
         """Raises ModelFolderError, ConfigError, StartupError."""
-        config = spec.config
-        self._engine = engine or build_engine_for(spec, progress)
-        self._metrics = Metrics("worker", worker=spec.worker_id)
-        self._mailbox: Mailbox[object] = open_mailbox(spec, self._metrics)
-        self._loop = Loop(spec.worker_id, self._mailbox, self._metrics)
-        self.address = self._mailbox.address
-        self._manager = KVManager(self._engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
-        on_cpu = not self._engine.pool.tensor.is_cuda
+        config, engine = spec.config, engine or build_engine_for(spec, progress)
+        super().__init__(spec, engine, run_ahead=run_ahead)
         self._aggregated = Aggregated(
-            self._engine.runner,
+            engine.runner,
             self._manager,
-            num_slots=self._engine.max_num_seqs,
+            num_slots=engine.max_num_seqs,
             max_batched_tokens=config.prefill.max_batched_tokens,
-            max_model_len=self._engine.max_model_len,
-            run_ahead=config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead,
+            max_model_len=engine.max_model_len,
+            run_ahead=self._run_ahead,
         )
         self._max_batched_tokens = config.prefill.max_batched_tokens
         self._expected_new_tokens = config.kv.expected_new_tokens
-        self._reporter = Reporter(self._mailbox, self._metrics, self._state)
-        self._jobs: dict[str, _Job] = {}
         self._num_preempted = 0
-        self._moved = False
-        self._audit = Audit(self._manager)
-
-    def run(self) -> None:
-        """Blocks until drained or stopped. An exception is our bug: every job is failed loudly before it is raised."""
-        self._loop.run(self._turn, self._is_empty, self._fail_all)
-
-    def stop(self) -> None:
-        """From any thread: `run` returns after the step in flight, whatever is unfinished."""
-        self._loop.stop()
-
-    def pages(self) -> dict[str, int]:
-        """Pages by state; for tests, and exact only while nothing runs."""
-        return self._manager.counts()
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self._metrics.value(name, **labels)
 
     def _turn(self) -> None:
         for event in self._mailbox.get(self._patience_s()):
@@ -149,7 +117,7 @@ class AggregatedWorker:
         if isinstance(event, PeerGone):
             self._on_gone(event)
         elif isinstance(event, Received):
-            with self._loop.bearing_with(event.sender):
+            with self._bearing_with(event.sender):
                 self._on_message(event.sender, event.message)
 
     def _on_message(self, sender: str, message: AnyMessage) -> None:
@@ -163,21 +131,15 @@ class AggregatedWorker:
                 reason = "a worker of role both takes no hand-off"
                 refusal = KVRefused(job_id=message.job_id, reason=reason, router_told=False)
                 self._mailbox.post(sender, refusal)
-            case Attach():
-                self._reporter.attach(sender)
-            case MetricsQuery():
-                self._reporter.answer(sender, message)
-            case Drain():
-                self._loop.draining = True
             case Roster():
                 pass
             case _:
-                raise PeerError(f"a worker of role both has no use for {type(message).__name__}")
+                self._on_any(sender, message)
 
     def _on_job(self, router: str, job: PrefillJob, now_s: float) -> None:
         if job.job_id in self._jobs:
             raise StaleError(f"job {job.job_id} is here already; a job id is used once, drop the message")
-        if self._loop.draining:
+        if self._draining:
             self._reporter.fail(router, job.job_id, "the worker drains", retryable=True)
             return
         if job.decode is not None:
@@ -193,9 +155,9 @@ class AggregatedWorker:
         self._jobs[job.job_id] = _Job(router, now_s, num_pages_for(len(job.token_ids) + growth))
 
     def _on_gone(self, event: PeerGone) -> None:
-        self._loop.log.warning("%s", event.reason)
+        self._log.warning("%s", event.reason)
         self._reporter.gone(event)
-        for job_id in [job_id for job_id, job in self._jobs.items() if job.router == event.peer]:
+        for job_id in self._jobs_of(event.peer):
             self._aggregated.abort(job_id)
             self._fail(job_id, event.reason, retryable=True)
 
@@ -218,15 +180,6 @@ class AggregatedWorker:
         )
         return job.router, tokens, stages
 
-    def _fail(self, job_id: str, reason: str, *, retryable: bool = False, overloaded: bool = False) -> None:
-        job = self._jobs.pop(job_id)
-        self._loop.log.warning("job %s: %s", job_id, reason)
-        self._reporter.fail(job.router, job_id, reason, retryable=retryable, overloaded=overloaded)
-
-    def _fail_all(self, reason: str) -> None:
-        for job_id in list(self._jobs):
-            self._fail(job_id, reason, retryable=True)
-
     def _is_empty(self) -> bool:
         return not self._jobs and not self._aggregated.has_work
 
@@ -235,8 +188,8 @@ class AggregatedWorker:
         promised = sum(job.num_credit for job in self._jobs.values())
         return WorkerState(
             role="both",
-            ready=not self._loop.draining,
-            draining=self._loop.draining,
+            ready=not self._draining,
+            draining=self._draining,
             num_running=aggregated.num_running,
             num_waiting=aggregated.num_waiting,
             waiting_tokens=aggregated.num_waiting_tokens,
