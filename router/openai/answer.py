@@ -11,6 +11,7 @@ One task watches the connection, one writes; both belong to the request, none to
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ class Generator(Protocol):
     def cancel(self, generation: Generation) -> None: ...
 
 
-class Answer(Response):
+class Answer(Response, ABC):
     """Owns the generations of one request from submission to their end, whatever happens in between."""
 
     def __init__(
@@ -101,8 +102,9 @@ class Answer(Response):
             headers.append((b"x-baton-decode", generation.decode_id.encode()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
+    @abstractmethod
     async def _write(self, send: Send) -> None:
-        raise NotImplementedError
+        """Everything there is to answer, from headers to end. Raises BatonError."""
 
     def _usage(self) -> Usage:
         """Choices of one prompt share it, and the first of them says what was cached: the others may have hit what it computed."""

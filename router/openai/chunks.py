@@ -9,9 +9,10 @@ What a chunk of plain text has in common with all others is encoded once a strea
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
@@ -58,77 +59,44 @@ def head(request_id: str, prefix: str, object_name: str, model: str) -> Head:
     return Head(f"{prefix}-{request_id}", object_name, model, int(time.time()))
 
 
-class ChunkWriter(Protocol):
-    """Bytes of server-sent events; `whole` is an entry of `choices` in an `answer` that is sent at once."""
-
-    def begin(self, index: int, echo: str) -> bytes: ...
-    def delta(self, index: int, delta: OutputDelta, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> bytes: ...
-    def end(self, index: int, finish_reason: str) -> bytes: ...
-    def usage(self, usage: Usage) -> bytes: ...
-    def whole(
-        self,
-        index: int,
-        message: AssistantMessage,
-        ids: Sequence[int],
-        logprobs: Sequence[TokenLogprobs],
-        echo: str,
-        finish_reason: str,
-    ) -> dict[str, Any]: ...
-    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> bytes: ...
-
-
 def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-class _Frame:
-    """The bytes around choices."""
+class ChunkWriter(ABC):
+    """Bytes of server-sent events; `whole` is an entry of `choices` in an `answer` that is sent at once.
 
-    def __init__(self, head: Head, include_usage: bool) -> None:
-        self._head = head
-        self._include_usage = include_usage
-        fields = msgspec.json.encode(head.json())
-        self.before = b"data: " + fields[:-1] + b',"choices":[{"index":'
-        self.after = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+    `field` is the name under which a kind of chunk says what is new, `nothing` what stands there in the last.
+    """
 
-    def usage(self, usage: Usage) -> bytes:
-        """b"" where nobody asked for it."""
-        return event(self.answer([], usage)) if self._include_usage else b""
-
-    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
-        return msgspec.json.encode({**self._head.json(), "choices": choices, "usage": usage.json()})
-
-
-class ChatChunks:
-    """Chunks of a chat stream."""
+    field: bytes
+    nothing: bytes
 
     def __init__(self, head: Head, tokenizer: Tokenizer, *, include_usage: bool) -> None:
-        self._frame = _Frame(head, include_usage)
+        self._head = head
         self._tokenizer = tokenizer
+        self._include_usage = include_usage
         self._encode = msgspec.json.Encoder().encode
+        self._before = b"data: " + self._encode(head.json())[:-1] + b',"choices":[{"index":'
+        self._after = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
 
-    def begin(self, index: int, echo: str) -> bytes:
-        return self._chunk(index, b'{"role":"assistant","content":""}')
+    @abstractmethod
+    def begin(self, index: int, echo: str) -> bytes: ...
 
+    @abstractmethod
     def delta(self, index: int, delta: OutputDelta, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> bytes:
         """b"" when the tokens have added nothing to see yet."""
-        if not logprobs and not delta.reasoning and not delta.tool_calls:
-            return self._chunk(index, b'{"content":' + self._encode(delta.content) + b"}") if delta.content else b""
-        fields: dict[str, Any] = {}
-        if delta.reasoning:
-            fields["reasoning_content"] = delta.reasoning
-        if delta.content or not delta:
-            fields["content"] = delta.content
-        if delta.tool_calls:
-            fields["tool_calls"] = [_call_delta(call) for call in delta.tool_calls]
-        noted = self._encode(chat_logprobs(self._tokenizer, ids, logprobs)) if logprobs else b"null"
-        return self._chunk(index, self._encode(fields), logprobs=noted)
+
+    @abstractmethod
+    def _content(self, message: AssistantMessage, echo: str) -> dict[str, Any]:
+        """The field of a whole choice that holds its text."""
+
+    @abstractmethod
+    def _noted(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
+        """`offset`: characters of the answer in front of the first token."""
 
     def end(self, index: int, finish_reason: str) -> bytes:
-        return self._chunk(index, b"{}", finish=self._encode(finish_reason))
-
-    def usage(self, usage: Usage) -> bytes:
-        return self._frame.usage(usage)
+        return self._chunk(index, self.nothing, finish=self._encode(finish_reason))
 
     def whole(
         self,
@@ -139,6 +107,51 @@ class ChatChunks:
         echo: str,
         finish_reason: str,
     ) -> dict[str, Any]:
+        noted = self._noted(ids, logprobs, len(echo)) if logprobs else None
+        return {"index": index, **self._content(message, echo), "logprobs": noted, "finish_reason": finish_reason}
+
+    def usage(self, usage: Usage) -> bytes:
+        """b"" where nobody asked for it."""
+        return event(self.answer([], usage)) if self._include_usage else b""
+
+    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
+        return self._encode({**self._head.json(), "choices": choices, "usage": usage.json()})
+
+    def _chunk(self, index: int, new: bytes, *, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
+        """`new`, `logprobs` and `finish` are JSON."""
+        return b'%b%d,"%b":%b,"logprobs":%b,"finish_reason":%b%b' % (
+            self._before,
+            index,
+            self.field,
+            new,
+            logprobs,
+            finish,
+            self._after,
+        )
+
+
+class ChatChunks(ChunkWriter):
+    """Chunks of a chat stream."""
+
+    field, nothing = b"delta", b"{}"
+
+    def begin(self, index: int, echo: str) -> bytes:
+        return self._chunk(index, b'{"role":"assistant","content":""}')
+
+    def delta(self, index: int, delta: OutputDelta, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> bytes:
+        if not logprobs and not delta.reasoning and not delta.tool_calls:
+            return self._chunk(index, b'{"content":' + self._encode(delta.content) + b"}") if delta.content else b""
+        fields: dict[str, Any] = {}
+        if delta.reasoning:
+            fields["reasoning_content"] = delta.reasoning
+        if delta.content or not delta:
+            fields["content"] = delta.content
+        if delta.tool_calls:
+            fields["tool_calls"] = [_call_delta(call) for call in delta.tool_calls]
+        noted = self._encode(self._noted(ids, logprobs, 0)) if logprobs else b"null"
+        return self._chunk(index, self._encode(fields), logprobs=noted)
+
+    def _content(self, message: AssistantMessage, echo: str) -> dict[str, Any]:
         """Content is null where there are calls and no text."""
         fields: dict[str, Any] = {
             "role": "assistant",
@@ -151,74 +164,37 @@ class ChatChunks:
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
                 for call in message.tool_calls
             ]
-        noted = chat_logprobs(self._tokenizer, ids, logprobs) if logprobs else None
-        return {"index": index, "message": fields, "logprobs": noted, "finish_reason": finish_reason}
+        return {"message": fields}
 
-    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
-        return self._frame.answer(choices, usage)
-
-    def _chunk(self, index: int, delta: bytes, *, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
-        return b'%b%d,"delta":%b,"logprobs":%b,"finish_reason":%b%b' % (
-            self._frame.before,
-            index,
-            delta,
-            logprobs,
-            finish,
-            self._frame.after,
-        )
+    def _noted(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
+        return chat_logprobs(self._tokenizer, ids, logprobs)
 
 
-class CompletionChunks:
+class CompletionChunks(ChunkWriter):
     """Chunks of a plain completion's stream."""
 
+    field, nothing = b"text", b'""'
+
     def __init__(self, head: Head, tokenizer: Tokenizer, *, include_usage: bool) -> None:
-        self._frame = _Frame(head, include_usage)
-        self._tokenizer = tokenizer
-        self._encode = msgspec.json.Encoder().encode
+        super().__init__(head, tokenizer, include_usage=include_usage)
         self._offsets: dict[int, int] = {}
 
     def begin(self, index: int, echo: str) -> bytes:
-        return self._chunk(index, echo) if echo else b""
+        return self._chunk(index, self._encode(echo)) if echo else b""
 
     def delta(self, index: int, delta: OutputDelta, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> bytes:
         if not logprobs:
-            return self._chunk(index, delta.content) if delta.content else b""
+            return self._chunk(index, self._encode(delta.content)) if delta.content else b""
         offset = self._offsets.get(index, 0)
-        noted = completion_logprobs(self._tokenizer, ids, logprobs, offset)
+        noted = self._noted(ids, logprobs, offset)
         self._offsets[index] = offset + sum(len(token) for token in noted["tokens"])
-        return self._chunk(index, delta.content, logprobs=self._encode(noted))
+        return self._chunk(index, self._encode(delta.content), logprobs=self._encode(noted))
 
-    def end(self, index: int, finish_reason: str) -> bytes:
-        return self._chunk(index, "", finish=self._encode(finish_reason))
+    def _content(self, message: AssistantMessage, echo: str) -> dict[str, Any]:
+        return {"text": echo + message.content}
 
-    def usage(self, usage: Usage) -> bytes:
-        return self._frame.usage(usage)
-
-    def whole(
-        self,
-        index: int,
-        message: AssistantMessage,
-        ids: Sequence[int],
-        logprobs: Sequence[TokenLogprobs],
-        echo: str,
-        finish_reason: str,
-    ) -> dict[str, Any]:
-        noted = completion_logprobs(self._tokenizer, ids, logprobs, len(echo)) if logprobs else None
-        text = echo + message.content
-        return {"index": index, "text": text, "logprobs": noted, "finish_reason": finish_reason}
-
-    def answer(self, choices: list[dict[str, Any]], usage: Usage) -> bytes:
-        return self._frame.answer(choices, usage)
-
-    def _chunk(self, index: int, text: str, *, logprobs: bytes = b"null", finish: bytes = b"null") -> bytes:
-        return b'%b%d,"text":%b,"logprobs":%b,"finish_reason":%b%b' % (
-            self._frame.before,
-            index,
-            self._encode(text),
-            logprobs,
-            finish,
-            self._frame.after,
-        )
+    def _noted(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
+        return completion_logprobs(self._tokenizer, ids, logprobs, offset)
 
 
 # -- parts --------------------------------------------------------------------------------------------------------------
