@@ -20,19 +20,11 @@ from typing import TextIO
 
 import uvicorn
 
-from router.account import Account
-from router.admission import Admission
-from router.app import Api, build_app
-from router.auth import ApiKeys
-from router.dispatch import Dispatcher
-from router.fleet import Fleet
-from router.generation import Generation
+from router.build import build_router
 from router.openai.prepare import Served
 from router.settings import Settings, read_settings
-from router.view import View
 from serving.core.config import ModelTable
 from serving.core.errors import BatonError, StartupError, Unavailable
-from serving.metrics import Metrics
 from serving.model.config import ModelConfig
 from serving.text.template import ChatTemplate, Style, detect_style
 from serving.text.tokenizer import Tokenizer
@@ -68,25 +60,13 @@ class _Server(uvicorn.Server):
 
 async def serve(settings: Settings, served: Served, listener: socket.socket) -> None:
     """Until SIGTERM or SIGINT; then streams in flight run to their end, or until a second signal ends each with an error."""
-    config, loop, view = settings.config, asyncio.get_running_loop(), View()
-    metrics = Metrics("router", slo=config.slo)
+    loop = asyncio.get_running_loop()
     incarnation = time.time_ns()  # rises with every start of the same router id
     codec = Codec(settings.secret, settings.router_id, incarnation)
-    fleet = Fleet(view, codec, metrics, directory=settings.directory, heartbeat_s=config.telemetry.heartbeat_s)
-    dispatcher = Dispatcher(
-        view,
-        Admission[Generation](max_waiting=config.router.max_waiting, queue_timeout_s=config.router.queue_timeout_s),
-        Account(metrics),
-        post=fleet.post,
-        later=loop.call_later,
-        clock=time.monotonic,
-        expected_new_tokens=config.kv.expected_new_tokens,
-    )
-    api = Api(config, served, view, dispatcher, fleet, metrics)
-    app = build_app(api, fleet, dispatcher, ApiKeys(config.router.api_keys))
+    router = build_router(settings.config, served, codec, directory=settings.directory)
     server = _Server(
         uvicorn.Config(
-            app,
+            router.app,
             http="httptools",
             ws="none",
             access_log=False,
@@ -99,10 +79,10 @@ async def serve(settings: Settings, served: Served, listener: socket.socket) -> 
 
     def stop() -> None:
         """The first signal lets streams end. The second tells them that they do not, and leaves them a moment to be written."""
-        if dispatcher.draining:
-            dispatcher.end_all(Unavailable("the server stops; send the request again later"))
+        if router.dispatcher.draining:
+            router.dispatcher.end_all(Unavailable("the server stops; send the request again later"))
             loop.call_later(_LAST_WORDS_S, setattr, server, "force_exit", True)
-        dispatcher.draining = True
+        router.dispatcher.draining = True
         server.stop()
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -16,17 +16,9 @@ import httpx
 import pytest
 
 from router.__main__ import load_served
-from router.account import Account
-from router.admission import Admission
-from router.app import Api, build_app
-from router.auth import ApiKeys
-from router.dispatch import Dispatcher
-from router.fleet import Fleet
-from router.generation import Generation
+from router.build import Router, build_router
 from router.openai.prepare import Served
-from router.view import View
-from serving.core.config import Config
-from serving.metrics import Metrics
+from serving.core.config import Config, TelemetryTable
 from serving.text import markers as m
 from serving.text.tokenizer import byte_alphabet
 from serving.wire import Codec
@@ -112,17 +104,12 @@ def saying(text: str, *, eos: bool = True) -> Callable[[list[int]], list[int]]:
     return lambda prompt_ids: ids
 
 
-@dataclass
-class Front:
+@dataclass(frozen=True, kw_only=True)
+class Front(Router):
     """A router in this event loop, on top of a scripted cluster."""
 
     client: httpx.AsyncClient
-    app: Any
     cluster: ScriptedCluster
-    dispatcher: Dispatcher
-    view: View
-    metrics: Metrics
-    fleet: Fleet
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
         deadline_s = time.monotonic() + timeout_s
@@ -135,21 +122,9 @@ class Front:
 
 
 def make_front(served: Served, cluster: ScriptedCluster, config: Config) -> Front:
-    loop, view, metrics = asyncio.get_running_loop(), View(), Metrics("router", slo=config.slo)
-    fleet = Fleet(view, Codec(SECRET, "router-1", 1), metrics, directory=cluster.endpoint, heartbeat_s=0.1)
-    dispatcher = Dispatcher(
-        view,
-        Admission[Generation](max_waiting=config.router.max_waiting, queue_timeout_s=config.router.queue_timeout_s),
-        Account(metrics),
-        post=fleet.post,
-        later=loop.call_later,
-        clock=time.monotonic,
-        expected_new_tokens=config.kv.expected_new_tokens,
-    )
-    api = Api(config, served, view, dispatcher, fleet, metrics)
-    app = build_app(api, fleet, dispatcher, ApiKeys(config.router.api_keys))
-    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router", timeout=10.0)
-    return Front(client, app, cluster, dispatcher, view, metrics, fleet)
+    router = build_router(config, served, Codec(SECRET, "router-1", 1), directory=cluster.endpoint)
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(router.app), base_url="http://router", timeout=10.0)
+    return Front(**vars(router), client=client, cluster=cluster)
 
 
 @pytest.fixture
@@ -164,7 +139,9 @@ def front(served: Served) -> Callable[..., contextlib.AbstractAsyncContextManage
     ) -> AsyncIterator[Front]:
         if workers is None:
             workers = [ScriptedWorker("prefill-0", "prefill"), ScriptedWorker("decode-0", "decode")]
-        config = Config(router=dataclasses.replace(Config().router, **options))
+        config = Config(
+            router=dataclasses.replace(Config().router, **options), telemetry=TelemetryTable(heartbeat_s=0.1)
+        )
         with ScriptedCluster(script, workers) as cluster:
             made = make_front(served, cluster, config)
             made.fleet.start(made.dispatcher)
