@@ -7,7 +7,7 @@
 One agent a worker, its pool registered once. NIXL's own progress thread stays off (it burns a core): `poll` and
 `notifications` drive the agent, from the worker's I/O thread and only while something is open. Adjacent pages go as one
 descriptor, because descriptor size decides the bandwidth. A handle is released in every case; one that NIXL cannot
-release yet is tried again and not reported before.
+release yet is tried again and not reported before; why is logged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -27,6 +27,8 @@ from serving.core.errors import PeerError, StartupError
 
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")
 _MAX_ERRORS = 1000  # a second or more of polls
+
+log = logging.getLogger("baton.nixl")
 
 
 class AgentInfo(msgspec.Struct, frozen=True):
@@ -113,8 +115,8 @@ class NixlTarget:
             self._num_errors += 1
             if self._num_errors >= _MAX_ERRORS:
                 raise
-            if self._num_errors & (self._num_errors - 1) == 0:
-                logging.getLogger("baton.nixl").warning("%d errors in a row; the last: %s", self._num_errors, error)
+            if _worth_a_line(self._num_errors):
+                log.warning("%d errors in a row; the last: %s", self._num_errors, error)
             return []
         self._num_errors = 0
         return [message for messages in arrived.values() for message in messages]
@@ -133,12 +135,16 @@ class _Peer:
 
 @dataclass(slots=True)
 class _Write:
-    """`xfer` None: it never started. `error` is set once it has failed and waits to be released."""
+    """`xfer` None: it never started, or is released. `error` is set once it has failed and waits to be released.
+
+    `num_refusals`: how often NIXL would not release it.
+    """
 
     peer: str
     xfer: Any = None
     error: str | None = None
-    done: bool = field(default=False)
+    done: bool = False
+    num_refusals: int = 0
 
 
 class NixlSource:
@@ -241,12 +247,24 @@ class NixlSource:
         write.done = state == "DONE"
 
     def _released(self, write: _Write) -> bool:
-        if write.xfer is not None:
-            try:
-                self._agent.nixl.release_xfer_handle(write.xfer)
-            except Exception:
-                return False
-            write.xfer = None
+        """False: not yet."""
+        if write.xfer is None:
+            return True
+        try:
+            self._agent.nixl.release_xfer_handle(write.xfer)
+        except Exception as error:
+            write.num_refusals += 1
+            if _worth_a_line(write.num_refusals):
+                log.warning(
+                    "a write to %s is not released after %d attempts: %s; its pages are held until then",
+                    write.peer,
+                    write.num_refusals,
+                    error,
+                )
+            return False
+        write.xfer = None
+        if write.num_refusals:
+            log.warning("a write to %s was released after %d attempts", write.peer, write.num_refusals + 1)
         return True
 
     def _gone(self, peer: str) -> None:
@@ -261,6 +279,11 @@ class NixlSource:
             del self._peers[peer], self._names[known.agent]
             with contextlib.suppress(Exception):  # its process may have ended; there is nothing left to part from
                 self._agent.nixl.remove_remote_agent(peer)
+
+
+def _worth_a_line(count: int) -> bool:
+    """1, 2, 4, 8: polls come a thousand times a second and must not fill the log."""
+    return count & (count - 1) == 0
 
 
 def _text(name: str | bytes) -> str:

@@ -149,6 +149,31 @@ def test_adjacent_pages_become_one_descriptor() -> None:
     assert list(runs([], [])) == []
 
 
+def test_a_write_that_nixl_does_not_release_is_held_back_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, target = NixlSource("prefill-test", numbered_pool()), NixlTarget("decode-test", numbered_pool())
+    agent = source._agent.nixl
+    release, num_left = agent.release_xfer_handle, 5
+
+    def reluctant(handle: object) -> None:
+        nonlocal num_left
+        if num_left:
+            num_left -= 1
+            raise RuntimeError("still posted")
+        release(handle)
+
+    monkeypatch.setattr(agent, "release_xfer_handle", reluctant)
+    handle = source.write(source.connect(target.agent), [0], [0], b"notice")
+    assert settle(source, target) == ([Completed(handle)], [b"notice"])
+    assert num_left == 0
+    attempts = [record.getMessage() for record in caplog.records if record.name == "baton.nixl"]
+    assert ["still posted" in text for text in attempts] == [True, True, True, False]  # 1, 2, 4, released
+    assert "after 6 attempts" in attempts[-1]
+    source.close()
+    target.close()
+
+
 def test_a_target_outlives_errors_of_its_peers_but_not_an_agent_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     target = NixlTarget("decode-test", numbered_pool())
     agent = target._agent.nixl
