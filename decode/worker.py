@@ -38,12 +38,12 @@ from serving.core.messages import (
 from serving.core.request import Sequence
 from serving.core.spec import WorkerSpec
 from serving.engine.build import Engine, build_engine_for
-from serving.engine.plan import Launched, SlotSpec
+from serving.engine.plan import SlotSpec
 from serving.engine.slots import Slots
 from serving.jobs import sequence_of
 from serving.mailbox import Driven, PeerGone, Received
 from serving.model.weights import Progress
-from serving.worker import Worker
+from serving.worker import Step, Worker
 
 
 @dataclass(slots=True)
@@ -55,12 +55,6 @@ class _Job:
     exposed_s: float
     arrived_s: float
     opened_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    launched: Launched
-    launched_s: float
 
 
 class DecodeWorker(Worker[_Job, bytes]):
@@ -103,11 +97,11 @@ class DecodeWorker(Worker[_Job, bytes]):
             vocab_size=model.vocab_size,
         )
         self._expected_new_tokens = config.kv.expected_new_tokens
-        self._in_flight: deque[_Step] = deque()
+        self._in_flight: deque[Step] = deque()
         self._quarantine = QuarantineBudget(self._manager)
 
     def _turn(self) -> None:
-        for event in self._mailbox.get(self._patience_s()):
+        for event in self._mailbox.get(self._patience_s(self._arrivals.due_s())):
             self._take(event)
         now_s = time.monotonic()
         self._arrivals.grant(now_s, may_promise=self._scheduler.num_stalled == 0)
@@ -119,18 +113,11 @@ class DecodeWorker(Worker[_Job, bytes]):
             self._in_flight.append(step)
         may_take_back = self._scheduler.num_stalled > 0 and self._arrivals.has_unbound_credit
         self._moved = step is not None or bool(self._in_flight) or may_take_back
-        if self._in_flight and (step is None or len(self._in_flight) > self._run_ahead):
+        if self._in_flight and (step is None or len(self._in_flight) > int(self._run_ahead)):
             self._settle(self._in_flight.popleft())
         self._audit.after_turn(idle=self._is_empty())
         self._quarantine.check(now_s)
         self._reporter.tick(time.monotonic())
-
-    def _patience_s(self) -> float | None:
-        """How long to wait for a message: not at all after a turn that changed something, None if nothing else can happen."""
-        if self._moved:
-            return 0.0
-        due = [due_s for due_s in (self._reporter.due_s(), self._arrivals.due_s()) if due_s is not None]
-        return max(0.0, min(due) - time.monotonic()) if due else None
 
     # Messages.
 
@@ -228,7 +215,7 @@ class DecodeWorker(Worker[_Job, bytes]):
 
     # Steps.
 
-    def _launch(self, now_s: float) -> _Step | None:
+    def _launch(self, now_s: float) -> Step | None:
         plan = self._scheduler.schedule(now_s)
         if plan is None:
             return None
@@ -239,7 +226,7 @@ class DecodeWorker(Worker[_Job, bytes]):
         if not plan.step.rows:
             return None
         self._reporter.launched(plan.step.num_tokens)
-        return _Step(self._engine.runner.launch(plan.step), now_s)
+        return Step(self._engine.runner.launch(plan.step), now_s)
 
     def _open(self, sequence: Sequence, now_s: float) -> None:
         assert sequence.slot is not None
@@ -254,7 +241,7 @@ class DecodeWorker(Worker[_Job, bytes]):
         self._engine.runner.open_slot(sequence.slot, spec)
         job.opened_s, job.hidden = now_s, b""
 
-    def _settle(self, step: _Step) -> None:
+    def _settle(self, step: Step) -> None:
         result = self._engine.runner.settle(step.launched)
         events = self._scheduler.settle(step.launched.plan, result)
         now_s = time.monotonic()

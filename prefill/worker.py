@@ -35,12 +35,12 @@ from serving.core.messages import (
 from serving.core.request import Sequence
 from serving.core.spec import WorkerSpec
 from serving.engine.build import Engine, build_engine_for
-from serving.engine.plan import Launched, SlotSpec
+from serving.engine.plan import SlotSpec
 from serving.engine.slots import Slots
 from serving.jobs import sequence_of
 from serving.mailbox import Driven, PeerGone, Received
 from serving.model.weights import Progress
-from serving.worker import Worker
+from serving.worker import Step, Worker
 
 _WAITING_S = 0.1  # how often late jobs are looked for while some wait
 
@@ -53,12 +53,6 @@ class _Job:
     decode: PeerAddress | None
     received_s: float
     opened_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    launched: Launched
-    launched_s: float
 
 
 class PrefillWorker(Worker[_Job, WriteDone]):
@@ -98,16 +92,17 @@ class PrefillWorker(Worker[_Job, WriteDone]):
             config.transfer,
             engine.identity,
         )
-        self._in_flight: deque[_Step] = deque()
+        self._in_flight: deque[Step] = deque()
 
     def _turn(self) -> None:
-        for event in self._mailbox.get(self._patience_s()):
+        late_s = time.monotonic() + _WAITING_S if self._scheduler.num_waiting else None
+        for event in self._mailbox.get(self._patience_s(self._handoffs.due_s(), late_s)):
             self._take(event)
         step = self._launch(time.monotonic())
         if step is not None:
             self._in_flight.append(step)
         self._moved = step is not None or bool(self._in_flight)
-        if self._in_flight and (step is None or len(self._in_flight) > self._run_ahead):
+        if self._in_flight and (step is None or len(self._in_flight) > int(self._run_ahead)):
             self._settle(self._in_flight.popleft())
         now_s = time.monotonic()
         self._handoffs.expire(now_s)
@@ -116,15 +111,6 @@ class PrefillWorker(Worker[_Job, WriteDone]):
             self._conclude(outcome)
         self._audit.after_turn(idle=self._is_empty())
         self._reporter.tick(now_s)
-
-    def _patience_s(self) -> float | None:
-        """How long to wait for a message: not at all after a turn that changed something, None if nothing else can happen."""
-        if self._moved:
-            return 0.0
-        due = [due_s for due_s in (self._reporter.due_s(), self._handoffs.due_s()) if due_s is not None]
-        if self._scheduler.num_waiting:
-            due.append(time.monotonic() + _WAITING_S)
-        return max(0.0, min(due) - time.monotonic()) if due else None
 
     # Messages.
 
@@ -184,7 +170,7 @@ class PrefillWorker(Worker[_Job, WriteDone]):
 
     # Steps.
 
-    def _launch(self, now_s: float) -> _Step | None:
+    def _launch(self, now_s: float) -> Step | None:
         plan = self._scheduler.schedule(now_s)
         if plan is None:
             return None
@@ -195,7 +181,7 @@ class PrefillWorker(Worker[_Job, WriteDone]):
         if not plan.step.chunks:
             return None
         self._reporter.launched(plan.step.num_tokens)
-        return _Step(self._engine.runner.launch(plan.step), now_s)
+        return Step(self._engine.runner.launch(plan.step), now_s)
 
     def _open(self, sequence: Sequence, now_s: float) -> None:
         assert sequence.slot is not None
@@ -212,7 +198,7 @@ class PrefillWorker(Worker[_Job, WriteDone]):
         if job.decode is not None:
             self._handoffs.begin(sequence, job.decode, now_s)
 
-    def _settle(self, step: _Step) -> None:
+    def _settle(self, step: Step) -> None:
         result = self._engine.runner.settle(step.launched)
         settled = self._scheduler.settle(step.launched.plan, result)
         now_s = time.monotonic()

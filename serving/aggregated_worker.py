@@ -77,7 +77,8 @@ class AggregatedWorker(Worker[_Job, object]):
         self._num_preempted = 0
 
     def _turn(self) -> None:
-        for event in self._mailbox.get(self._patience_s()):
+        late_s = time.monotonic() + _WAITING_S if self._jobs else None
+        for event in self._mailbox.get(self._patience_s(late_s)):
             self._take(event)
         self._moved = self._aggregated.has_work
         if self._moved:
@@ -103,14 +104,6 @@ class AggregatedWorker(Worker[_Job, object]):
         self._metrics.add("baton_tokens_total", stepped.num_prefill_tokens, phase="prefill")
         self._metrics.add("baton_tokens_total", stepped.num_decode_tokens, phase="decode")
         self._reporter.tokens([self._news(event, ended_s) for event in stepped.events])
-
-    def _patience_s(self) -> float | None:
-        """How long to wait for a message: not at all while anything runs, None if nothing else can happen."""
-        if self._moved:
-            return 0.0
-        due_s = self._reporter.due_s()
-        waits = [] if due_s is None else [max(0.0, due_s - time.monotonic())]
-        return min([*waits, _WAITING_S]) if self._jobs else min(waits, default=None)
 
     def _take(self, event: Received | PeerGone | Driven[object]) -> None:
         self._reporter.touch()

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from kvcache.audit import Audit
@@ -21,6 +23,7 @@ from serving.core.errors import PeerError, StaleError
 from serving.core.messages import AnyMessage, Attach, Drain, MetricsQuery, WorkerState
 from serving.core.spec import WorkerSpec
 from serving.engine.build import Engine
+from serving.engine.plan import Launched
 from serving.mailbox import Driver, Mailbox
 from serving.metrics import Metrics
 from serving.reporter import Reporter
@@ -31,6 +34,14 @@ class Job(Protocol):
 
     @property
     def router(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """In flight since `launched_s`."""
+
+    launched: Launched
+    launched_s: float
 
 
 J = TypeVar("J", bound=Job)
@@ -113,6 +124,16 @@ class Worker(ABC, Generic[J, T]):
     @abstractmethod
     def _state(self, step_s: float) -> WorkerState:
         """How the worker is now; `step_s`: what a step takes."""
+
+    def _patience_s(self, *due_s: float | None) -> float | None:
+        """How long to wait for a message: not at all after a turn that changed something, None if nothing else can happen.
+
+        `due_s`: when there will be something to do besides the reporter's work; None: not before something happens.
+        """
+        if self._moved:
+            return 0.0
+        due = [moment_s for moment_s in (self._reporter.due_s(), *due_s) if moment_s is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None
 
     @contextlib.contextmanager
     def _bearing_with(self, peer: str) -> Iterator[None]:
