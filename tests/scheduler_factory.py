@@ -8,15 +8,21 @@ sequence, read from the pages. So a page in two hands, a page freed too early or
 from __future__ import annotations
 
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from hypothesis import settings
+
 from kvcache.layout import PAGE_TOKENS
+from kvcache.manager import KVManager
 from serving.core.request import SamplingParams, Sequence
 from serving.engine.plan import PrefillChunk, SampledToken, SlotSpec, StepPlan, StepResult
+from serving.engine.slots import Slots
 
 VOCABULARY = 50
+TEXT = list(range(1000, 1400))
+SETTINGS = settings(max_examples=50, stateful_step_count=40, deadline=None, derandomize=True, database=None)
 
 
 def create_sequence(
@@ -174,3 +180,37 @@ def open_slots(executor: FakeExecutor, opened: Iterable[Sequence]) -> None:
                 page_ids=list(sequence.page_ids),
             ),
         )
+
+
+class SchedulerStage:
+    """What a worker has around its scheduler: pages, slots, an executor, and the steps in flight."""
+
+    def __init__(self, num_pages: int, *, num_slots: int, eager: bool) -> None:
+        self.store = RowStore()
+        self.executor = FakeExecutor(self.store, eager=eager)
+        self.manager = KVManager(num_pages, salt=b"test", on_free=self.store.clear)
+        self.slots = Slots(num_slots, on_give=self.executor.close_slot)
+        self.in_flight: deque[FakeLaunched] = deque()
+
+    def start(self, step: StepPlan, opened: Iterable[Sequence]) -> None:
+        open_slots(self.executor, opened)
+        if step.num_tokens:
+            self.in_flight.append(self.executor.launch(step))
+
+    def oldest(self) -> tuple[StepPlan, StepResult]:
+        """The step that settles next, and what it drew."""
+        launched = self.in_flight.popleft()
+        return launched.plan, self.executor.settle(launched)
+
+    def num_used(self) -> int:
+        self.manager.check()
+        return self.manager.num_pages - self.manager.num_available
+
+    def check(self, holders: Iterable[Sequence]) -> None:
+        """Every reference to a page and every slot that is taken is that of one of `holders`."""
+        self.manager.check()
+        holders, refs = list(holders), self.manager._refs
+        references = Counter(page_id for sequence in holders for page_id in sequence.page_ids)
+        assert all(refs[page_id] == references[page_id] for page_id in range(len(refs)))
+        slots = [sequence.slot for sequence in holders if sequence.slot is not None]
+        assert len(set(slots)) == len(slots) == self.slots.num_slots - self.slots.num_free

@@ -16,27 +16,21 @@ from hypothesis.stateful import (
 
 from decode.scheduler import DecodeScheduler, TokenEvent, _Job, _Turn
 from kvcache.layout import PAGE_TOKENS, num_pages_for
-from kvcache.manager import KVManager
 from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.request import FinishReason, Sequence
 from serving.engine.plan import StepPlan
-from serving.engine.slots import Slots
 from tests.scheduler_factory import (
-    FakeExecutor,
-    FakeLaunched,
-    RowStore,
+    SETTINGS,
+    TEXT,
+    SchedulerStage,
     create_sequence,
     expected_tokens,
-    open_slots,
     rows_of,
 )
 
-SETTINGS = settings(max_examples=50, stateful_step_count=40, deadline=None, derandomize=True, database=None)
-TEXT = list(range(1000, 1400))
 
-
-class Decode:
-    """A scheduler with an executor below it and a peer that hands prompts over, as a worker drives it."""
+class Decode(SchedulerStage):
+    """With a peer that hands prompts over."""
 
     def __init__(
         self,
@@ -48,14 +42,10 @@ class Decode:
         eager: bool = False,
         scheduler_type: type[DecodeScheduler] = DecodeScheduler,
     ) -> None:
-        self.store = RowStore()
-        self.executor = FakeExecutor(self.store, eager=eager)
-        self.manager = KVManager(num_pages, salt=b"test", on_free=self.store.clear)
-        self.slots = Slots(num_slots, on_give=self.executor.close_slot)
+        super().__init__(num_pages, num_slots=num_slots, eager=eager)
         self.scheduler = scheduler_type(
             self.manager, self.slots, max_num_seqs=max_num_seqs, max_model_len=max_model_len
         )
-        self.in_flight: deque[FakeLaunched] = deque()
         self.preempted: list[Sequence] = []
 
     def receive(
@@ -99,14 +89,11 @@ class Decode:
         if plan is None:
             return None
         self.preempted.extend(plan.preempted)
-        open_slots(self.executor, plan.opened)
-        if plan.step.num_tokens:
-            self.in_flight.append(self.executor.launch(plan.step))
+        self.start(plan.step, plan.opened)
         return plan.step
 
     def settle(self) -> list[TokenEvent]:
-        launched = self.in_flight.popleft()
-        return self.scheduler.settle(launched.plan, self.executor.settle(launched))
+        return self.scheduler.settle(*self.oldest())
 
     def step(self) -> list[TokenEvent]:
         assert self.launch() is not None
@@ -120,10 +107,6 @@ class Decode:
                 events += self.settle()
             if launched is None and not self.in_flight:
                 return events
-
-    def num_used(self) -> int:
-        self.manager.check()
-        return self.manager.num_pages - self.manager.num_available
 
 
 def slots_of(step: StepPlan | None) -> list[int]:
@@ -463,13 +446,7 @@ class DecodeMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_and_slots_are_where_they_should_be(self) -> None:
-        self._decode.manager.check()
-        holders = [*(sequence for sequence, _ in self._live.values()), *self._gone]
-        references = Counter(page_id for sequence in holders for page_id in sequence.page_ids)
-        refs = self._decode.manager._refs
-        assert all(refs[page_id] == references[page_id] for page_id in range(len(refs)))
-        slots = [sequence.slot for sequence in holders if sequence.slot is not None]
-        assert len(set(slots)) == len(slots) == self._decode.slots.num_slots - self._decode.slots.num_free
+        self._decode.check([*(sequence for sequence, _ in self._live.values()), *self._gone])
         self._gone = [sequence for sequence in self._gone if sequence.page_ids]
 
     def teardown(self) -> None:

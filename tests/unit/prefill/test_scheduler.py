@@ -1,10 +1,8 @@
 """Prompts in chunks."""
 
 import random
-from collections import Counter, deque
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -15,21 +13,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvcache.manager import KVManager
 from prefill.scheduler import FirstToken, PrefillScheduler, PrefillSettled
 from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.request import FinishReason, Sequence
 from serving.engine.plan import StepPlan
-from serving.engine.slots import Slots
-from tests.scheduler_factory import FakeExecutor, FakeLaunched, RowStore, create_sequence, expected_tokens, open_slots
-
-SETTINGS = settings(max_examples=50, stateful_step_count=40, deadline=None, derandomize=True, database=None)
-TEXT = list(range(1000, 1400))
+from tests.scheduler_factory import SETTINGS, TEXT, SchedulerStage, create_sequence, expected_tokens
 
 
-class Prefill:
-    """A scheduler with an executor below it, as a worker drives it."""
-
+class Prefill(SchedulerStage):
     def __init__(
         self,
         num_pages: int = 32,
@@ -39,14 +30,10 @@ class Prefill:
         max_batched_tokens: int = 128,
         eager: bool = False,
     ) -> None:
-        self.store = RowStore()
-        self.executor = FakeExecutor(self.store, eager=eager)
-        self.manager = KVManager(num_pages, salt=b"test", on_free=self.store.clear)
-        self.slots = Slots(num_slots, on_give=self.executor.close_slot)
+        super().__init__(num_pages, num_slots=num_slots, eager=eager)
         self.scheduler = PrefillScheduler(
             self.manager, self.slots, max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens
         )
-        self.in_flight: deque[FakeLaunched] = deque()
         self.late: list[Sequence] = []
         self.finished: list[FirstToken] = []
 
@@ -60,14 +47,11 @@ class Prefill:
         if plan is None:
             return None
         self.late.extend(plan.late)
-        open_slots(self.executor, plan.opened)
-        if plan.step.num_tokens:
-            self.in_flight.append(self.executor.launch(plan.step))
+        self.start(plan.step, plan.opened)
         return plan.step
 
     def settle(self) -> PrefillSettled:
-        launched = self.in_flight.popleft()
-        settled = self.scheduler.settle(launched.plan, self.executor.settle(launched))
+        settled = self.scheduler.settle(*self.oldest())
         self.finished.extend(settled.finished)
         return settled
 
@@ -78,10 +62,6 @@ class Prefill:
     def run(self) -> None:
         while self.launch() is not None or self.in_flight:
             self.settle()
-
-    def num_used(self) -> int:
-        self.manager.check()
-        return self.manager.num_pages - self.manager.num_available
 
 
 def chunk_sizes(step: StepPlan | None) -> list[int]:
@@ -391,13 +371,7 @@ class PrefillMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_and_slots_are_where_they_should_be(self) -> None:
-        self._prefill.manager.check()
-        holders = [*self._live.values(), *self._gone]
-        references = Counter(page_id for sequence in holders for page_id in sequence.page_ids)
-        refs = self._prefill.manager._refs
-        assert all(refs[page_id] == references[page_id] for page_id in range(len(refs)))
-        slots = [sequence.slot for sequence in holders if sequence.slot is not None]
-        assert len(set(slots)) == len(slots) == self._prefill.slots.num_slots - self._prefill.slots.num_free
+        self._prefill.check([*self._live.values(), *self._gone])
         self._gone = [sequence for sequence in self._gone if sequence.slot is not None]
 
     def teardown(self) -> None:
