@@ -15,18 +15,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from serving.bench.foreign import FOREIGN, foreign
 from serving.bench.options import count, counts
 from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES, random_prompts, write_checkpoint
-from serving.bench.systems import MENTIONED, PEERS, Baton, System, installed_version
+from serving.bench.systems import Baton, System, Transformers
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
+
+_PEERS = sorted([Transformers.name, *FOREIGN])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +50,12 @@ def main(argv: Sequence[str]) -> int:
     """`argv` without the program's name. JSON on standard output (or in --out), a table on standard error."""
     options = _parse(argv)
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-bench-"))
         model_dir, model = _model(options, Path(scratch))
         report = provenance(["baton", "bench", "engine", *argv]) | {"model": model, "settings": _settings(options)}
-        systems = _systems(options, model_dir)
+        systems = _systems(options, model_dir, stack)
+        report["versions"] |= {system.name: system.version for system in systems[1:]}
         vocab_size = ModelConfig.from_folder(model_dir).vocab_size
         figures, agreement = measure(
             systems, options.batch, vocab_size, options.prompt_tokens, options.new_tokens, options.repeats, options.seed
@@ -57,7 +63,6 @@ def main(argv: Sequence[str]) -> int:
     report["results"] = [asdict(figure) for figure in figures]
     report["same_text_as_baton"] = agreement
     report["ratios"] = ratios(figures)
-    report["other_peers"] = {name: installed_version(name) for name in MENTIONED}
     print(_table(figures), file=sys.stderr)
     write_report(report, options.out)
     return 0
@@ -126,12 +131,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-batched-tokens", type=count, default=512, help="prefill tokens of one step")
     parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
-    parser.add_argument("--peer", action="append", choices=sorted(PEERS), default=[], help="measure this one too")
+    parser.add_argument("--peer", action="append", choices=_PEERS, default=[], help="measure this one too")
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        type=_interpreter,
+        default=[],
+        metavar="NAME=PATH",
+        help=f"the interpreter of a peer that is not installed beside Baton ({', '.join(sorted(FOREIGN))})",
+    )
     parser.add_argument("--out", type=Path, help="write the JSON here instead of standard output")
     options = parser.parse_args(argv)
     if options.new_tokens < 2:
         parser.error("--new-tokens must be at least 2: the first token is the prefill's")
     return options
+
+
+def _interpreter(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not separator or name not in FOREIGN:
+        raise argparse.ArgumentTypeError(f"{text!r}; give NAME=PATH, NAME one of {', '.join(sorted(FOREIGN))}")
+    return name, Path(path)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -148,7 +168,8 @@ def _model(options: argparse.Namespace, scratch: Path) -> tuple[Path, dict[str, 
     return scratch, {"name": options.shape, "num_parameters": num_parameters, "config": SHAPES[options.shape]}
 
 
-def _systems(options: argparse.Namespace, model_dir: Path) -> list[System]:
+def _systems(options: argparse.Namespace, model_dir: Path, stack: ExitStack) -> list[System]:
+    """Baton first. `stack` ends the processes of peers."""
     longest = options.prompt_tokens + options.new_tokens
     limit = ModelConfig.from_folder(model_dir).max_position_embeddings
     if longest > limit:
@@ -160,7 +181,22 @@ def _systems(options: argparse.Namespace, model_dir: Path) -> list[System]:
         max_tokens=longest,
         max_batched_tokens=options.max_batched_tokens,
     )
-    return [baton, *(PEERS[name](model_dir, dtype=options.dtype) for name in options.peer)]
+    return [baton, *(_peer(name, options, model_dir, longest, stack) for name in options.peer)]
+
+
+def _peer(name: str, options: argparse.Namespace, model_dir: Path, longest: int, stack: ExitStack) -> System:
+    if name == Transformers.name:
+        return Transformers(model_dir, dtype=options.dtype)
+    peer, own_settings = FOREIGN[name]
+    settings = {
+        "model_dir": str(model_dir),
+        "dtype": options.dtype,
+        "max_num_seqs": max(options.batch),
+        "max_tokens": longest,
+        "threads": options.threads,
+    }
+    python = dict(options.peer_python).get(name, Path(sys.executable))
+    return stack.enter_context(foreign(name, peer=peer, python=python, settings=settings | own_settings))
 
 
 def _figure(name: str, batch: int, prompt_tokens: int, new_tokens: int, times: list[tuple[float, float]]) -> Figure:
@@ -178,9 +214,9 @@ def _figure(name: str, batch: int, prompt_tokens: int, new_tokens: int, times: l
 
 
 def _table(figures: Sequence[Figure]) -> str:
-    lines = [f"{'system':<14}{'batch':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'prefill tok/s':>15}{'decode tok/s':>14}"]
+    lines = [f"{'system':<24}{'batch':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'prefill tok/s':>15}{'decode tok/s':>14}"]
     lines += [
-        f"{f.system:<14}{f.batch:>6}{f.ttft_s * 1e3:>10.1f}{f.tpot_s * 1e3:>10.2f}"
+        f"{f.system:<24}{f.batch:>6}{f.ttft_s * 1e3:>10.1f}{f.tpot_s * 1e3:>10.2f}"
         f"{f.prefill_tokens_per_s:>15.0f}{f.decode_tokens_per_s:>14.1f}"
         for f in figures
     ]

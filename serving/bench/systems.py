@@ -1,7 +1,7 @@
 """What can be measured: this engine and its peers, behind one method.
 
 A system gets prompts of token ids and returns the new tokens of each, greedy, never stopping early. How long that takes
-is measured outside. A peer is imported only when it is asked for.
+is measured outside. A peer is imported only when it is asked for; one of another installation is `serving.bench.foreign`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from serving.engine.build import build_engine
 
 
 class System(Protocol):
-    """`name` as it stands in reports."""
+    """`name` and `version` as they stand in reports."""
 
     name: str
+    version: str
 
     def generate(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> list[list[int]]: ...
 
@@ -37,6 +38,7 @@ class Baton:
     def __init__(
         self, model_dir: Path, *, dtype: str, max_num_seqs: int, max_tokens: int, max_batched_tokens: int
     ) -> None:
+        self.version = importlib.metadata.version("baton-serving")
         num_pages = max_num_seqs * num_pages_for(max_tokens)
         engine = build_engine(model_dir, max_num_seqs=max_num_seqs, num_pages=num_pages, dtype=dtype, device="cpu")
         self._loop = Aggregated(
@@ -61,6 +63,7 @@ class Transformers:
             import transformers
         except ImportError:
             raise ConfigError("--peer transformers: the package is not installed; run `make install`") from None
+        self.version: str = transformers.__version__
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
@@ -82,13 +85,6 @@ class Transformers:
         )
         new: list[list[int]] = out[:, token_ids.shape[1] :].tolist()
         return new
-
-
-PEERS = {"transformers": Transformers}
-"""Measured on the same files in the same run."""
-
-MENTIONED = ("llama-cpp-python", "vllm")
-"""Measured elsewhere, with tools of their own; a report says whether they are installed here."""
 
 
 def installed_version(distribution: str) -> str | None:

@@ -24,6 +24,8 @@ class _Clock:
 class _Paced:
     """A system that takes so many seconds for the prompt and for each further token."""
 
+    version = "0"
+
     def __init__(self, name: str, clock: _Clock, prompt_s: float, token_s: float) -> None:
         self.name = name
         self._clock, self._prompt_s, self._token_s = clock, prompt_s, token_s
