@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cluster.watched_server import WatchedServer
+from tests.model_factory import make_checkpoint
 from tests.served_model import make_served_model
 
 StartServer = Callable[..., WatchedServer]
@@ -17,6 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.cluster)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with random weights and no tokenizer, for workers without a router."""
+    torch.set_num_threads(1)
+    make_checkpoint(tmp_path / "tiny", 0)
+    return tmp_path / "tiny"
 
 
 @pytest.fixture(scope="session")

@@ -8,14 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
 from prefill.worker import PrefillWorker
 from serving.core.config import Config, KVTable
 from tests.cluster.worker_process import start_worker
 from tests.engine_factory import create_engine, create_loop, random_prompts
-from tests.model_factory import make_checkpoint
 from tests.wire_client import GREEDY, Running, WireClient, create_config, create_spec
+from tests.worker_stage import num_used
 
 # Four slots: a job that kept its own would be missed at once.
 CONFIG: Config = dataclasses.replace(
@@ -24,23 +23,11 @@ CONFIG: Config = dataclasses.replace(
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    torch.set_num_threads(1)
-    make_checkpoint(tmp_path / "tiny", 0)
-    return tmp_path / "tiny"
-
-
-@pytest.fixture
 def prefill(folder: Path) -> Iterator[PrefillWorker]:
     worker = PrefillWorker(create_spec("prefill-0", "prefill", CONFIG, model_dir=folder))
     running = Running(worker)
     yield worker
     running.close()
-
-
-def used(worker: PrefillWorker) -> int:
-    pages = worker.pages()
-    return sum(pages.values()) - pages["free"] - pages["cached"]
 
 
 @pytest.mark.cluster
@@ -52,10 +39,10 @@ def test_a_prefill_worker_outlives_the_decode_process_that_it_writes_into(folder
         stack.callback(client.close)
         requests = [client.submit(prompt, 500) for prompt in random_prompts([3000] * 8, 3)]
         client.wait(lambda: prefill.metric("baton_kv_handoff_bytes_total", kind="latent") > 0)
-        assert used(prefill) > 0, "everything was over before the process died"
+        assert num_used(prefill) > 0, "everything was over before the process died"
         process.kill()
         process.join(10)
-        client.wait(lambda: all(request.done for request in requests) and used(prefill) == 0)
+        client.wait(lambda: all(request.done for request in requests) and num_used(prefill) == 0)
         assert all(request.failures for request in requests)
 
         process, second = start_worker("decode", folder, CONFIG, incarnation=2)
@@ -65,4 +52,4 @@ def test_a_prefill_worker_outlives_the_decode_process_that_it_writes_into(folder
         prompts = random_prompts([200, 90, 64, 30, 130, 5], 4)
         wanted = create_loop(create_engine(folder), prefix_cache=False).generate(prompts, GREEDY, 6)
         assert again.finish([again.submit(prompt, 6) for prompt in prompts]) == wanted
-        again.wait(lambda: used(prefill) == 0)
+        again.wait(lambda: num_used(prefill) == 0)

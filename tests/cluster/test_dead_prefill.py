@@ -9,26 +9,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
 from decode.worker import DecodeWorker
 from serving.core.config import Config, KVTable
 from serving.core.messages import PeerAddress, Roster, WorkerInfo
 from tests.cluster.worker_process import start_worker
 from tests.engine_factory import create_engine, create_loop, random_prompts
-from tests.model_factory import make_checkpoint
 from tests.wire_client import GREEDY, Running, WireClient, create_config, create_spec
+from tests.worker_stage import num_used
 
 CONFIG: Config = dataclasses.replace(
     create_config(max_batched_tokens=64), kv=KVTable(prefill_pages=600, decode_pages=600)
 )
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    torch.set_num_threads(1)
-    make_checkpoint(tmp_path / "tiny", 0)
-    return tmp_path / "tiny"
 
 
 @pytest.fixture
@@ -37,11 +29,6 @@ def decode(folder: Path) -> Iterator[DecodeWorker]:
     running = Running(worker)
     yield worker
     running.close()
-
-
-def used(worker: DecodeWorker) -> int:
-    pages = worker.pages()
-    return sum(pages.values()) - pages["free"] - pages["cached"]
 
 
 @pytest.mark.cluster
@@ -62,11 +49,11 @@ def test_pages_exposed_to_a_killed_process_are_free_when_its_death_is_proven_and
         client.wait(lambda: all(request.done for request in requests), 5.0)
         assert time.monotonic() - killed_s < 4.0
         assert all("silent" in reason for request in requests for reason in request.failures)
-        client.wait(lambda: decode.pages()["quarantined"] > 0 and used(decode) == decode.pages()["quarantined"])
+        client.wait(lambda: decode.pages()["quarantined"] > 0 and num_used(decode) == decode.pages()["quarantined"])
         time.sleep(1.0)
         assert decode.pages()["quarantined"] >= 40, "time is no proof"
         _prove(proof, stack, folder, client, address, decode)
-        client.wait(lambda: used(decode) == 0, 2.0)
+        client.wait(lambda: num_used(decode) == 0, 2.0)
 
 
 def _prove(

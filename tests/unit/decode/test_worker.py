@@ -12,8 +12,7 @@ import torch
 
 from decode.worker import DecodeWorker
 from kvcache.pool import KVPool
-from kvcache.transfer.base import PageTarget
-from kvcache.transfer.local import LocalFabric, LocalSource
+from kvcache.transfer.local import LocalFabric
 from kvcache.transfer.manifest import WriteNotice, encode_notice, page_checksum, rows_of_page
 from serving.core.messages import (
     Abort,
@@ -38,8 +37,8 @@ from serving.core.messages import (
 from serving.core.request import SamplingParams
 from serving.engine.build import Engine
 from tests.engine_factory import GREEDY, create_engine
-from tests.scripted_peer import ScriptedPeer
-from tests.wire_client import Running, create_config, create_manager, create_spec
+from tests.wire_client import create_config, create_manager, create_spec
+from tests.worker_stage import Stage, job_fields
 
 PROMPT = list(range(2, 102))  # two pages, the second partly used
 
@@ -50,42 +49,28 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return create_engine(tmp_path_factory.mktemp("model") / "tiny", num_pages=16)
 
 
-class Stage:
-    """The worker, a scripted router and what a scripted prefill worker needs."""
+class DecodeStage(Stage[DecodeWorker]):
+    """With what a scripted prefill worker needs."""
 
     def __init__(self, engine: Engine, stack: ExitStack, **options: Any) -> None:
         config = create_config(**options)
-        self.engine, self.fabric, self._stack = engine, LocalFabric(), stack
-        self.target: PageTarget = self.fabric.target("decode", engine.pool)
-        self.worker = DecodeWorker(
+        fabric = LocalFabric()
+        worker = DecodeWorker(
             create_spec("decode-0", "decode", config),
             engine=engine,
             manager=create_manager(engine, config),
-            target=self.target,
+            target=fabric.target("decode", engine.pool),
             run_ahead=False,
         )
-        self.running = Running(self.worker)
-        stack.callback(self.running.close)
-        self.router = self.peer("router-0")
-        self.prefill = self.peer("prefill-0")
+        super().__init__(worker, stack)
+        self.engine = engine
+        self.prefill = self.peer("prefill-0", worker.address)
         self.pool = KVPool(engine.layout, 4, torch.float32)
         self.pool.tensor.normal_(generator=torch.Generator().manual_seed(1))
-        self.source: LocalSource = self.fabric.source(self.pool)
-
-    def peer(self, name: str, incarnation: int = 1) -> ScriptedPeer:
-        peer = ScriptedPeer(name, self.worker.address, incarnation=incarnation)
-        self._stack.callback(peer.close)
-        return peer
+        self.source = fabric.source(self.pool)
 
     def job(self, job_id: str = "j", **fields: Any) -> DecodeJob:
-        defaults: dict[str, Any] = {
-            "token_ids": PROMPT,
-            "num_prompt_tokens": len(PROMPT),
-            "sampling": GREEDY,
-            "max_new_tokens": 4,
-            "budget_s": 60.0,
-        }
-        return DecodeJob(job_id=job_id, **(defaults | fields))
+        return DecodeJob(job_id=job_id, **job_fields(PROMPT, **fields))
 
     def ticket(self, job_id: str = "j") -> KVTicket:
         """Up to the point where the pages are exposed."""
@@ -119,24 +104,17 @@ class Stage:
         }
         return KVReady(**(defaults | fields))
 
-    def used(self) -> int:
-        pages = self.worker.pages()
-        return sum(pages.values()) - pages["free"] - pages["cached"]
 
-    def wait(self, until: Callable[[], bool], timeout_s: float = 2.0) -> None:
-        end_s = time.monotonic() + timeout_s
-        while not until():
-            assert time.monotonic() < end_s, f"not within {timeout_s} s; {self.worker.pages()}"
-            time.sleep(0.01)
+Make = Callable[..., DecodeStage]
 
 
 @pytest.fixture
-def stage(engine: Engine) -> Iterator[Callable[..., Stage]]:
+def stage(engine: Engine) -> Iterator[Make]:
     with ExitStack() as stack:
-        yield lambda **options: Stage(engine, stack, **options)
+        yield lambda **options: DecodeStage(engine, stack, **options)
 
 
-def test_a_job_goes_from_credit_to_ticket_to_tokens_and_its_pages_become_free(stage: Callable[..., Stage]) -> None:
+def test_a_job_goes_from_credit_to_ticket_to_tokens_and_its_pages_become_free(stage: Make) -> None:
     s = stage()
     ticket = s.ticket()
     assert ticket.first_page == 0
@@ -150,7 +128,7 @@ def test_a_job_goes_from_credit_to_ticket_to_tokens_and_its_pages_become_free(st
     s.wait(lambda: s.used() == 0)
 
 
-def test_the_manifest_may_come_before_the_bytes(stage: Callable[..., Stage]) -> None:
+def test_the_manifest_may_come_before_the_bytes(stage: Make) -> None:
     s = stage()
     ticket = s.ticket()
     s.prefill.say(s.ready(ticket))
@@ -159,7 +137,7 @@ def test_the_manifest_may_come_before_the_bytes(stage: Callable[..., Stage]) -> 
     s.router.hear(TokenBatch)
 
 
-def test_a_bind_that_comes_before_its_job_waits_for_it(stage: Callable[..., Stage]) -> None:
+def test_a_bind_that_comes_before_its_job_waits_for_it(stage: Make) -> None:
     s = stage()
     s.prefill.say(KVBind(job_id="j", identity=s.engine.identity))
     assert s.prefill.hears_no(KVRefused, 0.3)
@@ -167,7 +145,7 @@ def test_a_bind_that_comes_before_its_job_waits_for_it(stage: Callable[..., Stag
     s.prefill.hear(KVTicket)
 
 
-def test_a_bind_whose_job_never_comes_is_refused(stage: Callable[..., Stage]) -> None:
+def test_a_bind_whose_job_never_comes_is_refused(stage: Make) -> None:
     s = stage()
     s.prefill.say(KVBind(job_id="nobody", identity=s.engine.identity))
     refused = s.prefill.hear(KVRefused, job_id="nobody")
@@ -175,7 +153,7 @@ def test_a_bind_whose_job_never_comes_is_refused(stage: Callable[..., Stage]) ->
     assert not refused.router_told
 
 
-def test_a_peer_of_another_model_gets_no_page(stage: Callable[..., Stage]) -> None:
+def test_a_peer_of_another_model_gets_no_page(stage: Make) -> None:
     s = stage()
     s.router.say(s.job())
     s.prefill.say(KVBind(job_id="j", identity="another"))
@@ -197,9 +175,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_manifest_that_is_wrong_ends_the_job_and_the_pages_wait_for_the_writers_word(
-    stage: Callable[..., Stage], wrong: str
-) -> None:
+def test_a_manifest_that_is_wrong_ends_the_job_and_the_pages_wait_for_the_writers_word(stage: Make, wrong: str) -> None:
     s = stage(checksum="all")
     ticket = s.ticket()
     s.write(ticket)
@@ -215,7 +191,7 @@ def test_a_manifest_that_is_wrong_ends_the_job_and_the_pages_wait_for_the_writer
     assert s.worker.metric("baton_kv_handoff_failures_total", reason="manifest") == 1
 
 
-def test_a_write_of_an_earlier_epoch_is_counted_and_does_not_count(stage: Callable[..., Stage]) -> None:
+def test_a_write_of_an_earlier_epoch_is_counted_and_does_not_count(stage: Make) -> None:
     s = stage()
     ticket = s.ticket()
     s.write(ticket, epochs=[epoch - 1 for epoch in ticket.epochs])
@@ -226,19 +202,19 @@ def test_a_write_of_an_earlier_epoch_is_counted_and_does_not_count(stage: Callab
     s.router.hear(TokenBatch)
 
 
-def test_an_announcement_that_is_no_announcement_is_refused(stage: Callable[..., Stage]) -> None:
+def test_an_announcement_that_is_no_announcement_is_refused(stage: Make) -> None:
     s = stage()
     ticket = s.ticket()
     s.source.write(s.source.connect(ticket.agent), [0], [ticket.page_ids[0]], b"junk")
     s.wait(lambda: s.worker.metric("baton_frames_refused_total") == 1)
 
 
-def test_a_message_of_an_earlier_life_of_the_writer_is_refused_and_counted(stage: Callable[..., Stage]) -> None:
+def test_a_message_of_an_earlier_life_of_the_writer_is_refused_and_counted(stage: Make) -> None:
     s = stage()
-    old = s.peer("prefill-1", incarnation=4)
+    old = s.peer("prefill-1", s.worker.address, incarnation=4)
     old.say(KVBind(job_id="other", identity=s.engine.identity))
     time.sleep(0.2)
-    new = s.peer("prefill-1", incarnation=5)
+    new = s.peer("prefill-1", s.worker.address, incarnation=5)
     s.router.say(s.job())
     new.say(KVBind(job_id="j", identity=s.engine.identity))
     ticket = new.hear(KVTicket)
@@ -251,16 +227,16 @@ def test_a_message_of_an_earlier_life_of_the_writer_is_refused_and_counted(stage
     s.router.hear(TokenBatch)
 
 
-def test_a_manifest_of_somebody_else_is_refused(stage: Callable[..., Stage]) -> None:
+def test_a_manifest_of_somebody_else_is_refused(stage: Make) -> None:
     s = stage()
     ticket = s.ticket()
     s.write(ticket)
-    s.peer("prefill-9").say(s.ready(ticket))
+    s.peer("prefill-9", s.worker.address).say(s.ready(ticket))
     s.wait(lambda: s.worker.metric("baton_kv_stale_total") == 1)
     assert s.router.hears_no(TokenBatch, 0.1)
 
 
-def test_an_aborted_job_asks_again_until_the_writer_says_closed(stage: Callable[..., Stage]) -> None:
+def test_an_aborted_job_asks_again_until_the_writer_says_closed(stage: Make) -> None:
     s = stage()
     s.ticket()
     s.router.say(Abort(job_id="j"))
@@ -273,7 +249,7 @@ def test_an_aborted_job_asks_again_until_the_writer_says_closed(stage: Callable[
 
 
 def test_a_writer_that_gives_up_unasked_frees_the_pages_and_the_router_knows_from_it(
-    stage: Callable[..., Stage],
+    stage: Make,
 ) -> None:
     s = stage()
     s.ticket()
@@ -282,7 +258,7 @@ def test_a_writer_that_gives_up_unasked_frees_the_pages_and_the_router_knows_fro
     assert s.router.hears_no(JobFailed, 0.1)
 
 
-def test_a_silent_writer_quarantines_its_pages_and_only_proof_frees_them(stage: Callable[..., Stage]) -> None:
+def test_a_silent_writer_quarantines_its_pages_and_only_proof_frees_them(stage: Make) -> None:
     s = stage()
     s.ticket()
     s.prefill.close()
@@ -296,7 +272,7 @@ def test_a_silent_writer_quarantines_its_pages_and_only_proof_frees_them(stage: 
     s.wait(lambda: s.used() == 0)
 
 
-def test_a_hand_off_that_does_not_move_fails_and_its_pages_drain(stage: Callable[..., Stage]) -> None:
+def test_a_hand_off_that_does_not_move_fails_and_its_pages_drain(stage: Make) -> None:
     s = stage(progress_timeout_s=0.3)
     ticket = s.ticket()
     s.prefill.say(s.ready(ticket))
@@ -305,7 +281,7 @@ def test_a_hand_off_that_does_not_move_fails_and_its_pages_drain(stage: Callable
     assert s.worker.pages()["draining"] == 2
 
 
-def test_a_job_without_room_waits_and_is_sent_back_when_prefill_already_asks(stage: Callable[..., Stage]) -> None:
+def test_a_job_without_room_waits_and_is_sent_back_when_prefill_already_asks(stage: Make) -> None:
     s = stage(expected_new_tokens=256)
     for number in range(3):
         s.router.say(s.job(f"holder-{number}", max_new_tokens=200))  # five pages of sixteen each
@@ -324,7 +300,7 @@ def test_a_job_without_room_waits_and_is_sent_back_when_prefill_already_asks(sta
 
 
 def test_a_running_text_takes_pages_that_are_promised_and_not_yet_bound(
-    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+    stage: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.reporter.STATE_INTERVAL_S", 0.0)  # no report is due that would wake the worker
     s = stage(expected_new_tokens=1, prefix_cache=False)
@@ -351,7 +327,7 @@ NONSENSE = {
 }
 
 
-def test_nonsense_of_an_authentic_router_fails_its_job_and_nothing_else(stage: Callable[..., Stage]) -> None:
+def test_nonsense_of_an_authentic_router_fails_its_job_and_nothing_else(stage: Make) -> None:
     s = stage()
     for name, fields in NONSENSE.items():
         s.router.say(s.job(name, **fields))
@@ -370,7 +346,7 @@ def test_nonsense_of_an_authentic_router_fails_its_job_and_nothing_else(stage: C
     s.router.hear(TokenBatch)
 
 
-def test_the_state_comes_at_once_and_then_when_it_changes(stage: Callable[..., Stage]) -> None:
+def test_the_state_comes_at_once_and_then_when_it_changes(stage: Make) -> None:
     s = stage()
     s.router.say(Attach())
     first = s.router.hear(WorkerState)
@@ -381,7 +357,7 @@ def test_the_state_comes_at_once_and_then_when_it_changes(stage: Callable[..., S
     assert s.router.hears_no(WorkerState, 0.5)
 
 
-def test_a_draining_worker_ends_what_it_has_takes_nothing_new_and_returns(stage: Callable[..., Stage]) -> None:
+def test_a_draining_worker_ends_what_it_has_takes_nothing_new_and_returns(stage: Make) -> None:
     s = stage()
     ticket = s.ticket()
     s.router.say(Drain())
@@ -395,7 +371,7 @@ def test_a_draining_worker_ends_what_it_has_takes_nothing_new_and_returns(stage:
 
 
 def test_a_bug_of_our_own_fails_every_job_loudly_and_stops_the_worker(
-    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+    stage: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = stage()
     ticket = s.ticket()

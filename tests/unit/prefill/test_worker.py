@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,9 +33,9 @@ from serving.core.messages import (
     WorkerState,
 )
 from serving.engine.build import Engine
-from tests.engine_factory import GREEDY, create_engine
-from tests.scripted_peer import ScriptedPeer
-from tests.wire_client import Running, create_config, create_manager, create_spec
+from tests.engine_factory import create_engine
+from tests.wire_client import create_config, create_manager, create_spec
+from tests.worker_stage import Stage, job_fields
 
 PROMPT = list(range(2, 122)) + list(range(2, 82))  # 200 tokens: three full pages and a part
 
@@ -74,15 +73,15 @@ class SlowSource:
         self._source.close()
 
 
-class Stage:
-    """The worker, a scripted router, and a scripted decode worker with a pool of its own."""
+class PrefillStage(Stage[PrefillWorker]):
+    """With a scripted decode worker that has a pool of its own."""
 
     def __init__(self, engine: Engine, stack: ExitStack, **options: Any) -> None:
         config = create_config(**options)
         fabric = LocalFabric()
         self.engine = engine
         self.source = SlowSource(fabric.source(engine.pool))
-        self.worker = PrefillWorker(
+        worker = PrefillWorker(
             create_spec("prefill-0", "prefill", config),
             engine=engine,
             manager=create_manager(engine, config),
@@ -91,23 +90,12 @@ class Stage:
         )
         self.pool = KVPool(engine.layout, 8, torch.float32)
         self.target = fabric.target("decode", self.pool)
-        self.running = Running(self.worker)
-        stack.callback(self.running.close)
-        self.router = ScriptedPeer("router-0", self.worker.address)
-        self.decode = ScriptedPeer("decode-0")
-        stack.callback(self.router.close)
-        stack.callback(self.decode.close)
+        super().__init__(worker, stack)
+        self.decode = self.peer("decode-0")
 
     def submit(self, job_id: str = "j", **fields: Any) -> None:
-        defaults: dict[str, Any] = {
-            "token_ids": PROMPT,
-            "num_prompt_tokens": len(PROMPT),
-            "sampling": GREEDY,
-            "max_new_tokens": 4,
-            "budget_s": 60.0,
-            "decode": self.decode.address,
-        }
-        self.router.say(PrefillJob(job_id=job_id, **(defaults | fields)))
+        fields = {"decode": self.decode.address, **fields}
+        self.router.say(PrefillJob(job_id=job_id, **job_fields(PROMPT, **fields)))
 
     def grant(self, job_id: str = "j", **fields: Any) -> None:
         """The ticket: four pages, none of them held already."""
@@ -119,24 +107,17 @@ class Stage:
         }
         self.decode.say(KVTicket(job_id=job_id, **(defaults | fields)), to="prefill-0")
 
-    def used(self) -> int:
-        pages = self.worker.pages()
-        return sum(pages.values()) - pages["free"] - pages["cached"]
 
-    def wait(self, until: Callable[[], bool], timeout_s: float = 2.0) -> None:
-        end_s = time.monotonic() + timeout_s
-        while not until():
-            assert time.monotonic() < end_s, f"not within {timeout_s} s; {self.worker.pages()}"
-            time.sleep(0.01)
+Make = Callable[..., PrefillStage]
 
 
 @pytest.fixture
-def stage(engine: Engine) -> Iterator[Callable[..., Stage]]:
+def stage(engine: Engine) -> Iterator[Make]:
     with ExitStack() as stack:
-        yield lambda **options: Stage(engine, stack, **options)
+        yield lambda **options: PrefillStage(engine, stack, **options)
 
 
-def test_every_valid_row_is_written_and_announced_and_the_pages_are_then_cached(stage: Callable[..., Stage]) -> None:
+def test_every_valid_row_is_written_and_announced_and_the_pages_are_then_cached(stage: Make) -> None:
     s = stage(max_batched_tokens=64)
     s.submit()
     assert s.decode.hear(KVBind).identity == s.engine.identity
@@ -155,7 +136,7 @@ def test_every_valid_row_is_written_and_announced_and_the_pages_are_then_cached(
     assert s.worker.pages()["cached"] == 3
 
 
-def test_pages_go_while_later_chunks_are_computed(stage: Callable[..., Stage]) -> None:
+def test_pages_go_while_later_chunks_are_computed(stage: Make) -> None:
     s = stage(max_batched_tokens=64)
     s.submit(token_ids=PROMPT * 4, num_prompt_tokens=len(PROMPT) * 4)
     s.decode.hear(KVBind)
@@ -164,7 +145,7 @@ def test_pages_go_while_later_chunks_are_computed(stage: Callable[..., Stage]) -
     assert s.decode.hear(KVReady).num_writes > 3
 
 
-def test_the_first_token_does_not_wait_for_the_ticket(stage: Callable[..., Stage]) -> None:
+def test_the_first_token_does_not_wait_for_the_ticket(stage: Make) -> None:
     s = stage()
     s.submit()
     s.router.hear(TokenBatch)
@@ -173,7 +154,7 @@ def test_the_first_token_does_not_wait_for_the_ticket(stage: Callable[..., Stage
     s.decode.hear(KVReady)
 
 
-def test_pages_that_decode_holds_are_not_sent(stage: Callable[..., Stage]) -> None:
+def test_pages_that_decode_holds_are_not_sent(stage: Make) -> None:
     s = stage()
     s.submit()
     s.decode.hear(KVBind)
@@ -184,7 +165,7 @@ def test_pages_that_decode_holds_are_not_sent(stage: Callable[..., Stage]) -> No
     assert num_rows == 200 - 3 * 64
 
 
-def test_a_request_that_ends_with_its_first_token_is_not_handed_off(stage: Callable[..., Stage]) -> None:
+def test_a_request_that_ends_with_its_first_token_is_not_handed_off(stage: Make) -> None:
     s = stage()
     s.submit(max_new_tokens=1)
     assert s.router.hear(TokenBatch).jobs[0].finish == "length"
@@ -195,7 +176,7 @@ def test_a_request_that_ends_with_its_first_token_is_not_handed_off(stage: Calla
     s.wait(lambda: s.used() == 0)
 
 
-def test_an_aborted_job_says_closed_only_when_nothing_is_in_flight(stage: Callable[..., Stage]) -> None:
+def test_an_aborted_job_says_closed_only_when_nothing_is_in_flight(stage: Make) -> None:
     s = stage()
     s.source.open = False
     s.submit()
@@ -210,7 +191,7 @@ def test_an_aborted_job_says_closed_only_when_nothing_is_in_flight(stage: Callab
     s.wait(lambda: s.used() == 0)
 
 
-def test_a_close_for_a_job_that_is_over_or_never_was_is_answered_at_once(stage: Callable[..., Stage]) -> None:
+def test_a_close_for_a_job_that_is_over_or_never_was_is_answered_at_once(stage: Make) -> None:
     s = stage()
     s.submit()
     s.decode.hear(KVBind)
@@ -224,7 +205,7 @@ def test_a_close_for_a_job_that_is_over_or_never_was_is_answered_at_once(stage: 
 
 @pytest.mark.parametrize("answer", ["refused", "closed", "never came", "misfit"])
 def test_a_decode_worker_that_does_not_want_the_job_ends_it_and_the_router_hears_it_once(
-    stage: Callable[..., Stage], answer: str
+    stage: Make, answer: str
 ) -> None:
     s = stage()
     s.submit()
@@ -244,7 +225,7 @@ def test_a_decode_worker_that_does_not_want_the_job_ends_it_and_the_router_hears
         assert s.router.hear(JobFailed, job_id="j").retryable == (answer == "never came")
 
 
-def test_a_stuck_write_fails_the_job_and_keeps_its_pages_until_it_is_over(stage: Callable[..., Stage]) -> None:
+def test_a_stuck_write_fails_the_job_and_keeps_its_pages_until_it_is_over(stage: Make) -> None:
     s = stage(progress_timeout_s=0.3)
     s.source.open = False
     s.submit()
@@ -258,7 +239,7 @@ def test_a_stuck_write_fails_the_job_and_keeps_its_pages_until_it_is_over(stage:
     s.wait(lambda: s.used() == 0)
 
 
-def test_a_ticket_that_is_lost_fails_the_job_and_gives_its_pages_back(stage: Callable[..., Stage]) -> None:
+def test_a_ticket_that_is_lost_fails_the_job_and_gives_its_pages_back(stage: Make) -> None:
     s = stage(progress_timeout_s=0.3)
     s.submit()
     s.decode.hear(KVBind)
@@ -269,7 +250,7 @@ def test_a_ticket_that_is_lost_fails_the_job_and_gives_its_pages_back(stage: Cal
     s.wait(lambda: s.used() == 0)
 
 
-def test_an_agent_that_cannot_be_written_fails_the_job(stage: Callable[..., Stage]) -> None:
+def test_an_agent_that_cannot_be_written_fails_the_job(stage: Make) -> None:
     s = stage()
     s.submit()
     s.decode.hear(KVBind)
@@ -278,7 +259,7 @@ def test_an_agent_that_cannot_be_written_fails_the_job(stage: Callable[..., Stag
     s.wait(lambda: s.used() == 0)
 
 
-def test_a_decode_worker_that_falls_silent_fails_its_jobs(stage: Callable[..., Stage]) -> None:
+def test_a_decode_worker_that_falls_silent_fails_its_jobs(stage: Make) -> None:
     s = stage()
     s.submit()
     s.decode.hear(KVBind)
@@ -290,26 +271,23 @@ def test_a_decode_worker_that_falls_silent_fails_its_jobs(stage: Callable[..., S
 
 
 def test_a_restarted_decode_worker_ends_the_jobs_of_its_old_life_and_none_of_its_new_one(
-    stage: Callable[..., Stage],
+    stage: Make,
 ) -> None:
     s = stage()
     s.submit("old")
     s.decode.hear(KVBind)
-    again = ScriptedPeer("decode-0", incarnation=2)
-    try:
-        s.submit("new", decode=again.address)
-        again.hear(KVBind, job_id="new")
-        assert "restarted" in s.router.hear(JobFailed, job_id="old").reason
-        ticket = KVTicket(job_id="new", first_page=0, page_ids=[0, 1, 2, 3], epochs=[1, 1, 1, 1], agent=s.target.agent)
-        again.say(ticket, to="prefill-0")
-        again.hear(KVReady, job_id="new")
-        s.wait(lambda: s.used() == 0)
-        assert s.router.hears_no(JobFailed, 0.1)
-    finally:
-        again.close()
+    again = s.peer("decode-0", incarnation=2)
+    s.submit("new", decode=again.address)
+    again.hear(KVBind, job_id="new")
+    assert "restarted" in s.router.hear(JobFailed, job_id="old").reason
+    ticket = KVTicket(job_id="new", first_page=0, page_ids=[0, 1, 2, 3], epochs=[1, 1, 1, 1], agent=s.target.agent)
+    again.say(ticket, to="prefill-0")
+    again.hear(KVReady, job_id="new")
+    s.wait(lambda: s.used() == 0)
+    assert s.router.hears_no(JobFailed, 0.1)
 
 
-def test_a_router_that_falls_silent_takes_its_jobs_with_it(stage: Callable[..., Stage]) -> None:
+def test_a_router_that_falls_silent_takes_its_jobs_with_it(stage: Make) -> None:
     s = stage()
     s.submit()
     s.decode.hear(KVBind)
@@ -318,7 +296,7 @@ def test_a_router_that_falls_silent_takes_its_jobs_with_it(stage: Callable[..., 
     s.wait(lambda: s.used() == 0)
 
 
-def test_a_prompt_that_is_late_is_dropped_and_named(stage: Callable[..., Stage]) -> None:
+def test_a_prompt_that_is_late_is_dropped_and_named(stage: Make) -> None:
     s = stage()
     s.submit(budget_s=-0.1)
     failed = s.router.hear(JobFailed, job_id="j")
@@ -328,7 +306,7 @@ def test_a_prompt_that_is_late_is_dropped_and_named(stage: Callable[..., Stage])
     assert s.decode.hears_no(KVBind, 0.1)
 
 
-def test_a_prompt_that_never_fits_and_a_token_that_does_not_exist_are_refused(stage: Callable[..., Stage]) -> None:
+def test_a_prompt_that_never_fits_and_a_token_that_does_not_exist_are_refused(stage: Make) -> None:
     s = stage()
     for job_id, fields in {
         "long": {"token_ids": PROMPT * 6},
@@ -344,7 +322,7 @@ def test_a_prompt_that_never_fits_and_a_token_that_does_not_exist_are_refused(st
 
 def test_a_text_longer_than_the_model_allows_is_refused_and_the_worker_goes_on(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        s = Stage(create_engine(tmp_path, num_pages=16, max_position_embeddings=100), stack)
+        s = PrefillStage(create_engine(tmp_path, num_pages=16, max_position_embeddings=100), stack)
         s.submit("long", decode=None)
         failed = s.router.hear(JobFailed, job_id="long")
         assert not failed.retryable
@@ -353,21 +331,21 @@ def test_a_text_longer_than_the_model_allows_is_refused_and_the_worker_goes_on(t
         s.router.hear(TokenBatch)
 
 
-def test_an_answer_of_one_token_needs_no_decode_worker(stage: Callable[..., Stage]) -> None:
+def test_an_answer_of_one_token_needs_no_decode_worker(stage: Make) -> None:
     s = stage()
     s.submit(decode=None)
     assert len(s.router.hear(TokenBatch).jobs[0].token_ids) == 1
     s.wait(lambda: s.used() == 0)
 
 
-def test_the_first_token_says_how_much_of_the_prompt_was_cached(stage: Callable[..., Stage]) -> None:
+def test_the_first_token_says_how_much_of_the_prompt_was_cached(stage: Make) -> None:
     s = stage()
     for wanted in (0, 192):
         s.submit(f"after-{wanted}", decode=None)
         assert s.router.hear(TokenBatch).jobs[0].num_cached_tokens == wanted
 
 
-def test_messages_that_make_no_sense_here_are_counted_and_change_nothing(stage: Callable[..., Stage]) -> None:
+def test_messages_that_make_no_sense_here_are_counted_and_change_nothing(stage: Make) -> None:
     s = stage()
     s.submit()
     s.submit()  # twice the same id
@@ -382,7 +360,7 @@ def test_messages_that_make_no_sense_here_are_counted_and_change_nothing(stage: 
     assert s.router.hears_no(JobFailed, 0.1)
 
 
-def test_state_metrics_and_drain(stage: Callable[..., Stage]) -> None:
+def test_state_metrics_and_drain(stage: Make) -> None:
     s = stage()
     s.router.say(Attach())
     state = s.router.hear(WorkerState)

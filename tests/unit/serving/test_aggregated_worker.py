@@ -23,6 +23,7 @@ from serving.engine.build import Engine
 from tests.engine_factory import GREEDY, create_engine, create_loop, random_prompts
 from tests.scripted_peer import ScriptedPeer
 from tests.wire_client import Running, WireClient, create_config, create_spec
+from tests.worker_stage import num_used
 
 LENGTHS = [1, 30, 64, 65, 130, 200, 10, 63]
 
@@ -46,11 +47,6 @@ def serving(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Serving]
     running.close()
 
 
-def is_quiet(worker: AggregatedWorker) -> bool:
-    pages = worker.pages()
-    return pages["free"] + pages["cached"] == sum(pages.values())
-
-
 def test_the_text_is_that_of_the_loop_and_survives_aborts(engine: Engine, serving: Serving) -> None:
     worker, _, client = serving
     prompts = random_prompts(LENGTHS, 1)
@@ -64,7 +60,7 @@ def test_the_text_is_that_of_the_loop_and_survives_aborts(engine: Engine, servin
     assert client.finish(requests) == wanted
     assert {request.finish for request in requests} == {FinishReason.LENGTH}
     assert all(set(request.stages) == {"prefill_queue", "prefill", "first_step"} for request in requests)
-    client.wait(lambda: is_quiet(worker), 2.0)
+    client.wait(lambda: num_used(worker) == 0, 2.0)
 
 
 def test_it_takes_no_hand_off_and_no_nonsense_and_goes_on(engine: Engine, serving: Serving) -> None:
@@ -115,7 +111,7 @@ def test_its_metrics_mean_what_those_of_two_workers_mean(serving: Serving) -> No
     prompt = random_prompts([130], 8)[0]
     client.finish([client.submit(prompt, 4)])
     client.finish([client.submit(prompt, 4)])  # two pages of it are cached; the last token of them is computed again
-    client.wait(lambda: is_quiet(worker), 2.0)
+    client.wait(lambda: num_used(worker) == 0, 2.0)
     assert worker.metric("baton_prefix_hit_tokens_total") == 128
     assert worker.metric("baton_tokens_total", phase="prefill") == 130 + 3
     assert worker.metric("baton_tokens_total", phase="decode") == 2 * 3
