@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels import mla
-from serving.kernels.gemm import linear, pack
+from serving.kernels.gemm import linear
+from serving.kernels.packed import pack
 from serving.kernels.kv_store import store_rows
 from serving.kernels.norm_rope import inverse_frequencies, rms_norm, rope_, rotations, yarn_inverse_frequencies
 from serving.kernels.rows import context_slots, layer_rows, slots
@@ -27,8 +28,9 @@ from serving.model.mtp import Mtp
 
 # Norms on the latents have an epsilon of their own in the published code; config.json has no field for it.
 _LATENT_NORM_EPS = 1e-6
-# Expanded keys and values of a cached prefix that exist at once.
+# Expanded keys and values of a cached prefix that exist at once; on a CPU about what its cache holds, and as fast as more.
 _EXPANDED_PREFIX_BYTES = 512 << 20
+_EXPANDED_PREFIX_BYTES_CPU = 8 << 20
 
 
 class Rope:
@@ -152,7 +154,8 @@ class Attention:
         config = self.config
         # Both products, the keys, and keys and values once more as the attention kernel pads them.
         width = config.qk_nope_head_dim + config.v_head_dim + 3 * max(config.qk_head_dim, config.v_head_dim)
-        return max(64, _EXPANDED_PREFIX_BYTES // (config.num_heads * width * self.out.element_size()))
+        num_bytes = _EXPANDED_PREFIX_BYTES_CPU if self.out.device.type == "cpu" else _EXPANDED_PREFIX_BYTES
+        return max(64, num_bytes // (config.num_heads * width * self.out.element_size()))
 
 
 class Block:

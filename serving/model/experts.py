@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp, silu_mul
-from serving.kernels.gemm import linear, pack
+from serving.kernels.gemm import linear
+from serving.kernels.packed import pack
 from serving.kernels.topk import gate_topk
 from serving.model.config import ModelConfig
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels import mla
-from serving.kernels.gemm import linear, pack
+from serving.kernels.gemm import linear
+from serving.kernels.packed import pack
 from serving.kernels.norm_rope import rms_norm
 from serving.kernels.rows import slots
 

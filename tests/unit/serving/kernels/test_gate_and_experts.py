@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp, silu_mul
-from serving.kernels.gemm import linear, pack, padded_rows
+from serving.kernels.gemm import linear
+from serving.kernels.packed import pack, row_pieces
 from serving.kernels.topk import gate_topk
 
 
@@ -94,10 +95,11 @@ def test_silu_mul_takes_the_gate_first() -> None:
 
 
 def test_products_meet_few_numbers_of_rows_and_waste_little() -> None:
-    sizes = {num_rows: padded_rows(num_rows) for num_rows in range(1, 4097)}
-    assert all(sizes[n] == n for n in range(1, 17)), "a small decode batch is multiplied as it is"
-    assert all(n <= size < 1.25 * n + 16 for n, size in sizes.items())
-    assert len({size for size in sizes.values() if size > 16}) < 32
+    pieces = {num_rows: row_pieces(num_rows) for num_rows in range(1, 4097)}
+    assert {size for sizes in pieces.values() for size in sizes} == {1, 2, 4, 8, 16, 32, 64, 128, 256}
+    assert all(n <= sum(sizes) < 1.34 * n + 16 for n, sizes in pieces.items())
+    assert all(len(sizes) <= n // 256 + 2 for n, sizes in pieces.items())
+    assert row_pieces(8) == [8] and row_pieces(200) == [256] and row_pieces(300) == [256, 64] and row_pieces(0) == []
 
 
 @pytest.mark.parametrize("num_rows", [1, 16, 17, 65, 500])

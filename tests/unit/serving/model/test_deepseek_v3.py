@@ -157,7 +157,7 @@ def test_bounded_memory_gives_the_same_logits(tmp_path: Path, monkeypatch: pytes
     ids = random_ids(128, 300, 4)
     want = oracle_logits(oracle(tmp_path), ids)
     # So little that a prefix is expanded 64 rows at a time, and a decode batch is gathered one sequence at a time.
-    monkeypatch.setattr(deepseek_v3, "_EXPANDED_PREFIX_BYTES", 1)
+    monkeypatch.setattr(deepseek_v3, "_EXPANDED_PREFIX_BYTES_CPU", 1)
     monkeypatch.setattr(mla, "_GATHER_BYTES", 1)
     run = paged(tmp_path)
     run.prefill({"a": ids[:200], "b": ids[:290]})

@@ -1,0 +1,62 @@
+"""Weights packed for the CPU: oneDNN's own blocked copy of a matrix.
+
+Opaque (no slices, no views), the same shape, dtype and size. It is read at about twice the rate of the plain layout by
+the few rows of a decode step, and no slower by a prefill.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The number of rows a layout is chosen for; one choice serves every number.
+_PACKED_FOR_ROWS = 8
+_MOST_ROWS = 256
+
+
+def pack(weight_NK: Tensor) -> Tensor:
+    """The weight as `linear` reads it fastest. fp32 and bf16 on CPU: a packed copy; elsewhere the weight itself."""
+    packable = weight_NK.device.type == "cpu" and weight_NK.dtype in (torch.float32, torch.bfloat16)
+    if not packable or not torch.backends.mkldnn.is_available() or not _fits(weight_NK.dtype):
+        return weight_NK
+    with torch.inference_mode():
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), _PACKED_FOR_ROWS)
+    return packed
+
+
+def _fits(dtype: torch.dtype) -> bool:
+    """oneDNN computes bf16 only on processors with AVX-512; the plain path works everywhere."""
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packed_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """x W^T, [M, N]; the weight packed."""
+    num_rows = x_MK.shape[0]
+    pieces = row_pieces(num_rows)
+    num_padded = sum(pieces) - num_rows
+    if num_padded:
+        x_MK = F.pad(x_MK, (0, 0, 0, num_padded))
+    outs = [torch.ops.mkldnn._linear_pointwise(x, weight_NK, None, "none", [], "") for x in x_MK.split(pieces)]
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out[:num_rows] if num_padded else out
+
+
+def row_pieces(num_rows: int) -> list[int]:
+    """Powers of two up to 256 that hold `num_rows` rows: whole 256s, then one piece or two.
+
+    oneDNN compiles and keeps half a megabyte of code for each number of rows a matrix meets, and experts meet every number: with
+    91 of them the embedded model's prefill worker held 50 MB of code, made in 0.2 s of the 0.6 s of a first 512-token prompt.
+    """
+    pieces = [_MOST_ROWS] * (num_rows // _MOST_ROWS)
+    rest = num_rows % _MOST_ROWS
+    if rest:
+        whole = _power_of_two_from(rest)
+        last = _power_of_two_from(rest - whole // 2)
+        # Calls cost as much as a few rows: small numbers are padded, not parted.
+        pieces += [whole] if rest <= 32 or last == whole // 2 else [whole // 2, last]
+    return pieces
+
+
+def _power_of_two_from(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
