@@ -5,7 +5,9 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
+# What serving needs, and what tests, linters and benchmarks need beside it.
 INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
 
 # The first Python that is new enough; PYTHON=... overrides.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
@@ -19,9 +21,9 @@ help:
 	@echo "make test      everything that needs no GPU"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make bench     the engine against transformers on this machine, and what an idle cluster costs"
-	@echo "make install   only set up"
+	@echo "make install   only set up, with what tests and linters need"
 
-install: $(INSTALLED)
+install: $(INSTALLED_DEV)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then \
@@ -29,13 +31,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 		exit 2; fi
 	@echo "baton: setting up $(VENV) with $(PYTHON); the first time takes a few minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo "baton: adding what tests, linters and benchmarks need"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install
+demo: $(INSTALLED)
 	@$(BIN)/baton demo
 
-serve: install
+serve: $(INSTALLED)
 	@$(BIN)/baton serve
 
 # Processes of the cluster tests share the machine: one after the other. Unit tests are short and use one thread each.

@@ -24,7 +24,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvcache.layout import PageLayout
-from serving.bench.options import count, counts
+from serving.bench.options import counts
 from serving.bench.report import provenance, write_report
 from serving.bench.served import write_servable
 from serving.bench.shapes import random_prompts
