@@ -125,6 +125,7 @@ class Mailbox(Generic[T]):
         self._dealers: dict[zmq.Socket[bytes], str] = {}
         self._progress, self._step_budget_s = 0, 0.0
         self._beat_s, self._beat_due_s = 0.0, 0.0
+        self._patient_until_s = 0.0
         self._num_refused = 0
         self._failure: BaseException | None = None
         self._closing = False
@@ -223,6 +224,8 @@ class Mailbox(Generic[T]):
             for item in self._driver.poll():
                 self._inbound.put(Driven(item))
         now_s = time.monotonic()
+        if self._peers and now_s >= self._silence_due_s():
+            self._judge(now_s)
         early_s = (_LATE - _EARLY) * self._heartbeat_s if ready else 0.0
         if self._peers and now_s >= self._beat_due_s - early_s:
             self._beat_due_s = now_s + _LATE * self._heartbeat_s
@@ -234,7 +237,8 @@ class Mailbox(Generic[T]):
         if self._driver is not None and self._driver.busy:
             return _BUSY_POLL_MS
         if self._peers:
-            return max(0, int((self._beat_due_s - time.monotonic()) * 1000) + 1)
+            due_s = min(self._beat_due_s, self._silence_due_s())
+            return max(0, int((due_s - time.monotonic()) * 1000) + 1)
         return None
 
     def _run_commands(self) -> None:
@@ -324,16 +328,24 @@ class Mailbox(Generic[T]):
             self._log.debug("%s is not connected: %s", name, error)
 
     def _beat(self, now_s: float) -> None:
-        stalled = now_s - self._beat_s > self._heartbeat_s + self._peer_timeout_s / 2
         self._beat_s = now_s
+        for name in list(self._peers):
+            self._send(name, self._heartbeat())
+
+    def _silence_due_s(self) -> float:
+        """When the peer that was not heard for longest will be dead, if it says nothing more."""
+        heard_s = min(peer.heard_s for peer in self._peers.values())
+        return max(heard_s + self._peer_timeout_s, self._patient_until_s)
+
+    def _judge(self, now_s: float) -> None:
+        """Whoever is silent is dead, unless it was we who slept: then they may have spoken, and have one more period to be heard."""
+        if now_s - self._beat_s > _LATE * self._heartbeat_s + self._peer_timeout_s / 2:
+            self._patient_until_s = now_s + self._heartbeat_s
+            return
         for name, peer in list(self._peers.items()):
-            if now_s - peer.heard_s > self._peer_timeout_s and not stalled:  # else we slept, and they may have spoken
-                silent = PeerGone(
-                    name, peer.incarnation, False, f"{name} has been silent for {self._peer_timeout_s:g} s"
-                )
-                self._forget(name, silent)
-            else:
-                self._send(name, self._heartbeat())
+            if now_s >= peer.heard_s + self._peer_timeout_s:
+                reason = f"{name} has been silent for {self._peer_timeout_s:g} s"
+                self._forget(name, PeerGone(name, peer.incarnation, False, reason))
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(progress=self._progress, step_budget_s=self._step_budget_s)

@@ -93,6 +93,17 @@ def test_a_peer_that_falls_silent_is_reported_once_and_not_as_proven_dead(make: 
     assert decode.get(0.3) == []
 
 
+def test_silence_is_noticed_at_its_own_time_and_not_with_the_next_heartbeat(make: Make) -> None:
+    prefill, decode = (make(name, heartbeat_s=0.9) for name in ("prefill-0", "decode-0"))
+    prefill.connect(decode.address)
+    prefill.post("decode-0", Abort(job_id="x"))
+    wait_for(decode, is_abort)
+    prefill.close()
+    started_s = time.monotonic()
+    wait_for(decode, is_gone)
+    assert 0.9 < time.monotonic() - started_s < 1.4
+
+
 def test_a_new_incarnation_proves_the_end_of_the_old_one_and_the_old_one_is_refused_from_then_on(make: Make) -> None:
     metrics = Metrics("worker", worker="decode-0")
     decode = make("decode-0", metrics=metrics)
