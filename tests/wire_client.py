@@ -14,7 +14,7 @@ from typing import Any
 
 from decode.worker import DecodeWorker
 from kvcache.manager import KVManager
-from kvcache.transfer.base import PageSource, PageTarget
+from kvcache.transfer.base import Completed, PageSource, PageTarget
 from kvcache.transfer.local import LocalFabric
 from kvcache.transfer.nixl import NixlSource, NixlTarget
 from prefill.worker import PrefillWorker
@@ -270,6 +270,34 @@ class Running:
             self.worker.run()
         except BaseException as error:
             self.error = error
+
+
+class WrappedSource:
+    """A PageSource like the one inside; tests change a method."""
+
+    def __init__(self, source: PageSource) -> None:
+        self._source = source
+
+    @property
+    def num_open(self) -> int:
+        return self._source.num_open
+
+    def connect(self, agent: bytes) -> str:
+        return self._source.connect(agent)
+
+    def disconnect(self, peer: str) -> None:
+        self._source.disconnect(peer)
+
+    def write(
+        self, peer: str, source_page_ids: Sequence[int], target_page_ids: Sequence[int], notification: bytes
+    ) -> int:
+        return self._source.write(peer, source_page_ids, target_page_ids, notification)
+
+    def poll(self) -> list[Completed]:
+        return self._source.poll()
+
+    def close(self) -> None:
+        self._source.close()
 
 
 class WorkerPair:

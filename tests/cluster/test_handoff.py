@@ -13,11 +13,11 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvcache.layout import PAGE_TOKENS
-from kvcache.transfer.base import Completed, PageSource
+from kvcache.transfer.base import PageSource
 from serving.engine.build import Engine
 from serving.metrics import merge
 from tests.engine_factory import create_engine, create_loop, random_prompts
-from tests.wire_client import GREEDY, Request, WorkerPair, create_config
+from tests.wire_client import GREEDY, Request, WorkerPair, WrappedSource, create_config
 
 # Lengths around the page borders, up to five pages.
 LENGTHS = [1, 2, 3, 17, 63, 64, 65, 100, 127, 128, 129, 191, 192, 193, 256, 257, 300, 319, 320, 5]
@@ -99,23 +99,13 @@ def test_the_text_of_two_workers_is_that_of_one_and_of_transformers(
     client.wait(workers.is_quiet, 2.0)
 
 
-class PerturbingSource:
-    """A PageSource that changes one latent of the first page of its first write, after the sums were taken."""
+class PerturbingSource(WrappedSource):
+    """Changes one latent of the first page of its first write, after the sums were taken."""
 
     def __init__(self, source: PageSource, engine: Engine) -> None:
-        self._source = source
+        super().__init__(source)
         self._engine = engine
         self.num_left = 1
-
-    @property
-    def num_open(self) -> int:
-        return self._source.num_open
-
-    def connect(self, agent: bytes) -> str:
-        return self._source.connect(agent)
-
-    def disconnect(self, peer: str) -> None:
-        self._source.disconnect(peer)
 
     def write(
         self, peer: str, source_page_ids: Sequence[int], target_page_ids: Sequence[int], notification: bytes
@@ -123,13 +113,7 @@ class PerturbingSource:
         if self.num_left:
             self.num_left -= 1
             self._engine.pool.tensor[source_page_ids[0], 1, 3, :8] += 2.0
-        return self._source.write(peer, source_page_ids, target_page_ids, notification)
-
-    def poll(self) -> list[Completed]:
-        return self._source.poll()
-
-    def close(self) -> None:
-        self._source.close()
+        return super().write(peer, source_page_ids, target_page_ids, notification)
 
 
 @pytest.mark.parametrize("checksum", ["off", "all"])

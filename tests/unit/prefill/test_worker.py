@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvcache.pool import KVPool
-from kvcache.transfer.base import Completed, PageSource
+from kvcache.transfer.base import Completed
 from kvcache.transfer.local import LocalFabric
 from kvcache.transfer.manifest import decode_notice
 from prefill.worker import PrefillWorker
@@ -34,7 +34,7 @@ from serving.core.messages import (
 )
 from serving.engine.build import Engine
 from tests.engine_factory import create_engine
-from tests.wire_client import create_config, create_manager, create_spec
+from tests.wire_client import WrappedSource, create_config, create_manager, create_spec
 from tests.worker_stage import Stage, job_fields
 
 PROMPT = list(range(2, 122)) + list(range(2, 82))  # 200 tokens: three full pages and a part
@@ -46,31 +46,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return create_engine(tmp_path_factory.mktemp("model") / "tiny", num_pages=16)
 
 
-class SlowSource:
-    """A PageSource whose writes complete only while `open` is set."""
+class SlowSource(WrappedSource):
+    """Its writes complete only while `open` is set."""
 
-    def __init__(self, source: PageSource) -> None:
-        self._source = source
-        self.open = True
-
-    @property
-    def num_open(self) -> int:
-        return self._source.num_open
-
-    def connect(self, agent: bytes) -> str:
-        return self._source.connect(agent)
-
-    def disconnect(self, peer: str) -> None:
-        self._source.disconnect(peer)
-
-    def write(self, peer: str, source_page_ids: Sequence[int], target_page_ids: Sequence[int], notice: bytes) -> int:
-        return self._source.write(peer, source_page_ids, target_page_ids, notice)
+    open = True
 
     def poll(self) -> list[Completed]:
-        return self._source.poll() if self.open else []
-
-    def close(self) -> None:
-        self._source.close()
+        return super().poll() if self.open else []
 
 
 class PrefillStage(Stage[PrefillWorker]):
