@@ -5,6 +5,8 @@ Every system generates greedily from the same prompts; t(n) is the wall time for
     TTFT = t(1)      prefill tok/s = prompt tokens / t(1)      TPOT = (t(N) - t(1)) / (N - 1)      decode tok/s = batch / TPOT
 
 Systems take turns within each repeat, so that a busy machine is busy for all of them; figures are medians over repeats.
+A turn begins with a pause and a prefill that is not counted: threads of the system before may spin for 0.2 s after its
+last step, and t(1) alone would pay for that and for caches that hold another's weights.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from serving.bench.systems import Baton, System, Transformers
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
 
+_PAUSE_S = 0.3
 _PEERS = sorted([Transformers.name, *FOREIGN])
 
 
@@ -95,6 +98,8 @@ def measure(
         raw: list[list[tuple[float, float]]] = [[] for _ in systems]
         for _ in range(repeats):
             for times, system in zip(raw, systems, strict=True):
+                time.sleep(_PAUSE_S)
+                system.generate(prompts, 1)
                 times.append((timed(system, 1), timed(system, new_tokens)))
         figures += [
             _figure(system.name, batch, prompt_tokens, new_tokens, times)

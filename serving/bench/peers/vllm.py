@@ -20,38 +20,28 @@ _ENVIRONMENT = {
 
 
 def load(
-    *,
-    model_dir: str,
-    dtype: str,
-    max_num_seqs: int,
-    max_tokens: int,
-    threads: int | None = None,
-    enforce_eager: bool = False,
-    load_format: str = "auto",
-    gpu_memory_utilization: float | None = None,
+    *, model_dir: str, dtype: str, max_num_seqs: int, max_tokens: int, threads: int | None = None, **others: Any
 ) -> tuple[str, Callable[..., list[list[int]]]]:
-    """`threads` binds CPU runs only. The variables are read when vLLM and its OpenMP are imported, hence not before."""
+    """`threads` for the CPU, None on a GPU; `others` are arguments of vllm.LLM: enforce_eager, load_format and the like."""
+    # Read when vLLM and its OpenMP are imported, hence not at the top of this file.
     os.environ.update(_ENVIRONMENT)
     if threads is not None:
-        # Unbound like the other systems, which take turns on the same cores.
+        # Not bound to cores, like the other systems, which take turns on the same ones. The KMP settings are those that
+        # vLLM makes where it binds: Intel's threads spin for 200 ms after their work otherwise, into the others' turns.
         os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.update(KMP_BLOCKTIME="5", KMP_TPAUSE="0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import vllm
 
-    limits: dict[str, Any] = {}
-    if gpu_memory_utilization is not None:
-        limits["gpu_memory_utilization"] = gpu_memory_utilization
     engine = vllm.LLM(
         model_dir,
         dtype=dtype,
         skip_tokenizer_init=True,
-        load_format=load_format,
         max_num_seqs=max_num_seqs,
         max_model_len=max_tokens,
         enable_prefix_caching=False,
-        enforce_eager=enforce_eager,
         seed=0,
-        **limits,
+        **others,
     )
 
     def generate(prompts: list[list[int]], num_new_tokens: int) -> list[list[int]]:

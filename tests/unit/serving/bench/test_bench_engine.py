@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 
+import serving.bench.engine
 from serving.bench.engine import main, measure, ratios
 from serving.core.errors import ConfigError
 
 FAST = ["--shape", "tiny", "--threads", "1", "--repeats", "1", "--prompt-tokens", "9", "--new-tokens", "4"]
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.bench.engine, "_PAUSE_S", 0.0)
 
 
 class _Clock:
@@ -22,7 +28,9 @@ class _Clock:
 
 
 class _Paced:
-    """A system that takes so many seconds for the prompt and for each further token."""
+    """Takes so many seconds for the prompt and for each further token, and one more where another has run in between."""
+
+    last: _Paced | None = None
 
     version = "0"
 
@@ -31,6 +39,8 @@ class _Paced:
         self._clock, self._prompt_s, self._token_s = clock, prompt_s, token_s
 
     def generate(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> list[list[int]]:
+        self._clock.now_s += 0.0 if _Paced.last is self else 1.0
+        _Paced.last = self
         self._clock.now_s += self._prompt_s + self._token_s * (num_new_tokens - 1)
         return [[1] * num_new_tokens for _ in prompts]
 

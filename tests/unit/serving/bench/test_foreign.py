@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import serving.bench.engine
 import serving.bench.foreign
 from serving.bench.engine import main
 from serving.bench.foreign import FOREIGN, Foreign, foreign
@@ -141,6 +142,7 @@ def load(*, model_dir, dtype, max_num_seqs, max_tokens, threads, threads_bound):
     return version, lambda prompts, num_new_tokens: [[0] * num_new_tokens for _ in prompts]
 """
     (tmp_path / "peer.py").write_text(source)
+    monkeypatch.setattr(serving.bench.engine, "_PAUSE_S", 0.0)
     monkeypatch.setitem(FOREIGN, "vllm", (tmp_path / "peer.py", {"threads_bound": True}))
     out = tmp_path / "engine.json"
     command = ["--shape", "tiny", "--threads", "1", "--repeats", "1", "--prompt-tokens", "9", "--new-tokens", "4"]
