@@ -18,13 +18,14 @@ from serving.core.errors import BatonError, ConfigError
 
 _PASSED_ON = ("bench", "chat")
 _BENCHMARKS = {
+    "make-checkpoint": "a model of a named shape with random weights, to measure with",
     "engine": "the engine alone, beside peers on the same weights",
     "served": "what HTTP, router and two workers cost over the engine alone",
     "idle": "CPU of a server without requests",
     "memory": "peak memory of the workers, against what they must hold",
     "ask": "how often the embedded model answers right through the API",
 }
-"""Modules of serving.bench."""
+"""Modules of serving.bench, with dashes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,12 +54,12 @@ def _pass_on(command: str, arguments: list[str]) -> int:
         return chat(arguments)
     what = arguments[0] if arguments else ""
     if what in ("-h", "--help"):
-        lines = [f"{name:<8}{help_text}" for name, help_text in _BENCHMARKS.items()]
+        lines = [f"{name:<17}{help_text}" for name, help_text in _BENCHMARKS.items()]
         print("\n".join([f"usage: baton bench {{{','.join(_BENCHMARKS)}}} [options]", "", *lines]))
         return 0
     if what not in _BENCHMARKS:
         raise ConfigError(f"baton bench {what!r}: there is no such benchmark; choose one of {', '.join(_BENCHMARKS)}")
-    code: int = importlib.import_module(f"serving.bench.{what}").main(arguments[1:])
+    code: int = importlib.import_module(f"serving.bench.{what.replace('-', '_')}").main(arguments[1:])
     return code
 
 
