@@ -3,31 +3,57 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels.gemm import linear
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(first half of the last axis) * second half."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+from serving.kernels.quant import (
+    BLOCK,
+    Fp8Weight,
+    QuantisedRows,
+    dequantise_block_fp8,
+    quantise_rows_fp8_reference,
+    silu_mul_quantise_reference,
+)
+from serving.kernels.quant import silu_mul as silu_mul
 
 
 def grouped_mlp(
+    x_TD: Tensor | QuantisedRows,
+    gate_up_EID: Tensor | list[Tensor] | Fp8Weight,
+    down_EDI: Tensor | list[Tensor] | Fp8Weight,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
+    """Sum over each token's experts of weight * down(silu(gate x) * up x); [T, D] in the dtype of x, bf16 from FP8 weights.
+
+    `gate_up_EID` is [E, 2I, D], gate above up, `down_EDI` [E, D, I], both plain or both FP8, or on CPU a list of E packed
+    matrices; `experts_TK` int64, all below E; `weights_TK` fp32. `x_TD` may come quantised where the weights are FP8. On a
+    GPU nothing is read on the host and no shape depends on the choice of experts. The sum over K has one order whatever the
+    batch.
+    """
+    if weights_TK.is_cuda:
+        from serving.kernels.triton import experts
+
+        assert not isinstance(gate_up_EID, list)
+        assert not isinstance(down_EDI, list)
+        return experts.grouped_mlp(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
+    if isinstance(gate_up_EID, Fp8Weight):
+        assert isinstance(down_EDI, Fp8Weight)
+        return grouped_mlp_fp8_reference(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
+    assert isinstance(x_TD, Tensor)
+    assert not isinstance(down_EDI, Fp8Weight)
+    return grouped_mlp_reference(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
+
+
+def grouped_mlp_reference(
     x_TD: Tensor,
     gate_up_EID: Tensor | list[Tensor],
     down_EDI: Tensor | list[Tensor],
     experts_TK: Tensor,
     weights_TK: Tensor,
 ) -> Tensor:
-    """Sum over each token's experts of weight * down(silu(gate x) * up x); [T, D] in the dtype of x.
-
-    `gate_up_EID` is [E, 2I, D], gate above up, `down_EDI` [E, D, I], or a list of E packed matrices; `experts_TK` int64,
-    `weights_TK` fp32. Pairs of token and expert are sorted by expert, so each chosen expert's weights are read once. The
-    counts are read on the host, which an accelerator's kernel must not do.
-    """
+    """As `grouped_mlp`. Pairs of token and expert are sorted by expert, so each chosen expert's weights are read once. The
+    counts are read on the host, which an accelerator's kernel must not do."""
     num_tokens, top_k = experts_TK.shape
     by_expert = experts_TK.view(-1).argsort(stable=True)
     counts = torch.bincount(experts_TK.view(-1), minlength=len(gate_up_EID)).tolist()
@@ -41,3 +67,33 @@ def grouped_mlp(
     # Back to token order, so that the sum over K has one order whatever the batch.
     out_TKD = torch.empty_like(out_ND).index_copy_(0, by_expert, out_ND).view(num_tokens, top_k, -1)
     return out_TKD.sum(dim=1)
+
+
+def grouped_mlp_fp8_reference(
+    x_TD: Tensor | QuantisedRows,
+    gate_up_EID: Fp8Weight,
+    down_EDI: Fp8Weight,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
+    """As `grouped_mlp`: rows and the activation quantised by 128 columns, all else fp32, a token and an expert at a time."""
+    rows = x_TD if isinstance(x_TD, QuantisedRows) else quantise_rows_fp8_reference(x_TD)
+    x_TD = rows.dequantise(torch.float32)
+    inner = down_EDI.shape[2]
+    blocks = -(-inner // BLOCK)
+
+    def wide(weight: Fp8Weight, expert: int, rows: slice, scales: slice) -> Tensor:
+        return dequantise_block_fp8(
+            weight.quantised[expert, rows], weight.scales[expert, scales], (BLOCK, BLOCK), torch.float32
+        )
+
+    out_TD = torch.zeros(x_TD.shape[0], down_EDI.shape[1], device=x_TD.device)
+    for expert in experts_TK.unique().tolist():
+        gate = wide(gate_up_EID, expert, slice(inner), slice(blocks))
+        up = wide(gate_up_EID, expert, slice(inner, None), slice(blocks, None))
+        down = wide(down_EDI, expert, slice(None), slice(None))
+        tokens, places = (experts_TK == expert).nonzero(as_tuple=True)
+        hidden = silu_mul_quantise_reference(torch.cat([x_TD[tokens] @ gate.T, x_TD[tokens] @ up.T], dim=1))
+        y = hidden.dequantise(torch.float32) @ down.T
+        out_TD.index_add_(0, tokens, weights_TK[tokens, places, None] * y)
+    return out_TD.to(torch.bfloat16)

@@ -35,6 +35,23 @@ class QuantisedRows:
         return wide.mul_(self.scales.repeat_interleave(BLOCK, dim=1)[:, : wide.shape[1]]).to(dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fp8Weight:
+    """A weight that stays FP8, or a stack of E of them: `w[n, k] = quantised[n, k] * scales[n // 128, k // 128]`.
+
+    `quantised`: e4m3 [N, K] or [E, N, K], contiguous, K a multiple of 16. `scales`: fp32 [ceil(N / 128), ceil(K / 128)] or
+    that behind E, contiguous. The scales of an expert's gate_up [2I, D] are the gate's [ceil(I / 128), ...] above up's, so
+    that either matrix begins a block of its own also where I is no multiple of 128.
+    """
+
+    quantised: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.quantised.shape
+
+
 def empty_rows(num_rows: int, width: int, device: torch.device) -> QuantisedRows:
     """Uninitialised rows for a kernel to fill."""
     values = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=device)
@@ -55,8 +72,41 @@ def quantise_rows_fp8_reference(x_TD: Tensor) -> QuantisedRows:
 
 
 def quantise_rows_fp8(x_TD: Tensor) -> QuantisedRows:
-    """Any float [T, D] to FP8 with one scale a row and 128 columns, as `quantise_rows_fp8_reference` has it."""
+    """Any float [T, D], rows contiguous, to FP8 with one scale a row and 128 columns, as `quantise_rows_fp8_reference` has it."""
+    if x_TD.is_cuda:
+        from serving.kernels.triton import quant
+
+        return quant.quantise_rows_fp8(x_TD)
     return quantise_rows_fp8_reference(x_TD)
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    """silu(first half of the last axis) * second half."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(first half of the last axis) * second half, [..., 2I] to [..., I]."""
+    if gate_up.is_cuda:
+        from serving.kernels.triton import quant
+
+        return quant.silu_mul(gate_up)
+    return silu_mul_reference(gate_up)
+
+
+def silu_mul_quantise_reference(gate_up_TI: Tensor) -> QuantisedRows:
+    """`silu_mul` of [T, 2I] in fp32, then FP8 [T, I] without a rounding between."""
+    return quantise_rows_fp8_reference(silu_mul_reference(gate_up_TI.to(torch.float32)))
+
+
+def silu_mul_quantise(gate_up_TI: Tensor) -> QuantisedRows:
+    """`silu_mul` of [T, 2I] in fp32, then FP8 [T, I] without a rounding between."""
+    if gate_up_TI.is_cuda:
+        from serving.kernels.triton import quant
+
+        return quant.silu_mul_quantise(gate_up_TI)
+    return silu_mul_quantise_reference(gate_up_TI)
 
 
 def dequantise_block_fp8(quantised: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:

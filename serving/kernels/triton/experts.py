@@ -1,0 +1,274 @@
+"""Which rows go to which expert, decided on the device, and the way back.
+
+Pairs of token and expert get slots: each expert's pairs lie together, in the order of the tokens, and each expert begins at
+a multiple of TILE slots, so that a tile of a product meets one expert. Slots that pad a tile hold whatever was there: a row
+of a product depends on its own row only, and nobody reads them back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows, empty_rows
+from serving.kernels.triton.device import num_processors, overlap
+from serving.kernels.triton.gemm import Tiles
+from serving.kernels.triton.product import grouped_tile, product
+from serving.kernels.triton.quant import quantise
+
+# Up to so many pairs every program counts all of them: one launch instead of two.
+_COUNTED_BY_ALL = 1024
+
+
+@triton.jit
+def count_kernel(
+    experts_ptr, counts_ptr, num_pairs, steps, NUM_BINS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr = False
+):
+    """counts [programs, NUM_BINS]: pairs of each expert among the program's `steps` x STEP pairs."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.zeros([NUM_BINS], tl.int32)
+    first = tl.program_id(0) * steps * STEP
+    for step in range(steps):
+        pair = first + step * STEP + tl.arange(0, STEP)
+        expert = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=0).to(tl.int32)
+        total += tl.histogram(expert, NUM_BINS, mask=pair < num_pairs)
+    tl.store(counts_ptr + tl.program_id(0) * NUM_BINS + tl.arange(0, NUM_BINS), total)
+
+
+@triton.jit
+def place_kernel(
+    experts_ptr,
+    counts_ptr,
+    slots_ptr,
+    tile_expert_ptr,
+    num_tiles_ptr,
+    num_pairs,
+    steps,
+    NUM_BINS: tl.constexpr,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    ALL_PAIRS: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """The slot of each pair, the expert of each tile, the number of tiles.
+
+    NUM_BINS is a power of two from the number of experts. ALL_PAIRS, if not 0, is one from num_pairs: each program then counts
+    all pairs itself, and `steps` is 1.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    bins = tl.arange(0, NUM_BINS)
+    program = tl.program_id(0)
+    total = tl.zeros([NUM_BINS], tl.int32)
+    before = tl.zeros([NUM_BINS], tl.int32)
+    if ALL_PAIRS:
+        every = tl.arange(0, ALL_PAIRS)
+        chosen = tl.load(experts_ptr + every, mask=every < num_pairs, other=0).to(tl.int32)
+        total = tl.histogram(chosen, NUM_BINS, mask=every < num_pairs)
+        before = tl.histogram(chosen, NUM_BINS, mask=every < program * STEP)
+    else:
+        for first in range(0, tl.num_programs(0), 8):
+            other = first + tl.arange(0, 8)
+            counts = tl.load(
+                counts_ptr + other[:, None] * NUM_BINS + bins[None, :],
+                mask=(other < tl.num_programs(0))[:, None],
+                other=0,
+            )
+            total += tl.sum(counts, axis=0)
+            before += tl.sum(tl.where((other < program)[:, None], counts, 0), axis=0)
+    tiles = (total + TILE - 1) // TILE
+    tile_end = tl.cumsum(tiles, axis=0)
+    next_slot = (tile_end - tiles) * TILE + before
+    lane = tl.arange(0, STEP)
+    for step in range(steps):
+        pair = (program * steps + step) * STEP + lane
+        expert = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=0).to(tl.int32)
+        same = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
+        rank = tl.sum(same.to(tl.int32), axis=1)
+        tl.store(slots_ptr + pair, tl.gather(next_slot, expert, 0) + rank, mask=pair < num_pairs)
+        next_slot += tl.histogram(expert, NUM_BINS, mask=pair < num_pairs)
+    if program == 0:
+        tl.store(num_tiles_ptr, tl.sum(tiles, axis=0))
+    for tile in range(program, tl.max(tiles, axis=0), tl.num_programs(0)):
+        tl.store(tile_expert_ptr + tile_end - tiles + tile, bins, mask=tile < tiles)
+
+
+@triton.jit
+def scatter_kernel(
+    x_ptr,
+    x_scale_ptr,
+    slots_ptr,
+    out_ptr,
+    out_scale_ptr,
+    width,
+    x_stride,
+    x_scale_stride,
+    out_stride,
+    out_scale_stride,
+    TOP_K: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """A token's row to its TOP_K slots: as it is, quantised on the way, or already quantised (SCALED)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0)
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = column < width
+    has_group = group * 128 < width
+    x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
+    if QUANTISE:
+        x, scale = quantise(x.to(tl.float32))
+    elif SCALED:
+        scale = tl.load(x_scale_ptr + group * x_scale_stride + token, mask=has_group, other=0.0)
+    for k in tl.static_range(TOP_K):
+        slot = tl.load(slots_ptr + token * TOP_K + k).to(tl.int64)
+        tl.store(out_ptr + slot * out_stride + column, x, mask=mask)
+        if QUANTISE or SCALED:
+            tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
+
+
+@triton.jit
+def combine_kernel(
+    y_ptr,
+    slots_ptr,
+    weights_ptr,
+    out_ptr,
+    width,
+    y_stride,
+    out_stride,
+    TOP_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """Sum of a token's rows by their routing weights, in the order of K whatever the batch; fp32."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = column < width
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for k in tl.static_range(TOP_K):
+        slot = tl.load(slots_ptr + token * TOP_K + k).to(tl.int64)
+        weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
+        total += weight * tl.load(y_ptr + slot * y_stride + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token.to(tl.int64) * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Where the pairs of token and expert went. `slots_TK`: int32, the slot of each pair; there are `num_slots` at most."""
+
+    slots_TK: Tensor
+    num_slots: int
+    tiles: Tiles
+
+
+def place(experts_TK: Tensor, num_experts: int, tile: int) -> Slots:
+    """Slots for pairs of token and expert (int64 [T, K], all below `num_experts`), in tiles of `tile`. Two launches, or one if few."""
+    num_pairs, device = experts_TK.numel(), experts_TK.device
+    max_tiles = (num_pairs + min(num_experts, num_pairs) * (tile - 1)) // tile
+    num_bins = triton.next_power_of_2(num_experts)
+    all_pairs = max(16, triton.next_power_of_2(num_pairs)) if num_pairs <= _COUNTED_BY_ALL else 0
+    step = min(128, all_pairs) if all_pairs else 128
+    num_steps = triton.cdiv(num_pairs, step)
+    steps = 1 if all_pairs else triton.cdiv(num_steps, num_processors(device))
+    programs = triton.cdiv(num_steps, steps)
+    slots_TK = torch.empty(experts_TK.shape, dtype=torch.int32, device=device)
+    tile_expert = torch.empty(max_tiles, dtype=torch.int32, device=device)
+    num_tiles = torch.empty(1, dtype=torch.int32, device=device)
+    counts = torch.empty(programs, num_bins, dtype=torch.int32, device=device)
+    shape = {"NUM_BINS": num_bins, "STEP": step}
+    if not all_pairs:
+        count_kernel[(programs,)](experts_TK, counts, num_pairs, steps, **shape, **overlap(device))
+    place_kernel[(programs,)](
+        experts_TK,
+        counts,
+        slots_TK,
+        tile_expert,
+        num_tiles,
+        num_pairs,
+        steps,
+        **shape,
+        TILE=tile,
+        ALL_PAIRS=all_pairs,
+        **overlap(device),
+    )
+    tiles = Tiles(expert=tile_expert, num_used=num_tiles, max_tiles=max_tiles, num_rows=tile)
+    return Slots(slots_TK=slots_TK, num_slots=max_tiles * tile, tiles=tiles)
+
+
+def scatter(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Tensor | QuantisedRows:
+    """Rows [num_slots, D] by slot: a copy of `x_TD`, or FP8 if it is that already or `quantise`."""
+    values = x_TD.values if isinstance(x_TD, QuantisedRows) else x_TD
+    scaled = isinstance(x_TD, QuantisedRows)
+    x_scales = x_TD.scales if isinstance(x_TD, QuantisedRows) else values
+    num_tokens, width = values.shape
+    out: Tensor | QuantisedRows
+    if scaled or quantise:
+        out = empty_rows(slots.num_slots, width, values.device)
+        target, scales = out.values, out.scales
+    else:
+        target = scales = out = torch.empty(slots.num_slots, width, dtype=values.dtype, device=values.device)
+    block_g = min(8, triton.next_power_of_2(triton.cdiv(width, BLOCK)))
+    scatter_kernel[(num_tokens, triton.cdiv(width, BLOCK * block_g))](
+        values, x_scales, slots.slots_TK, target, scales, width, values.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
+        TOP_K=slots.slots_TK.shape[1], QUANTISE=quantise and not scaled, SCALED=scaled, BLOCK_G=block_g, **overlap(target.device),
+    )  # fmt: skip
+    return out
+
+
+def combine(y_SD: Tensor, slots: Slots, weights_TK: Tensor) -> Tensor:
+    """[T, D] in the dtype of y: the sum over K of weight and row."""
+    num_tokens, top_k = weights_TK.shape
+    width = y_SD.shape[1]
+    out = torch.empty(num_tokens, width, dtype=y_SD.dtype, device=y_SD.device)
+    block = min(1024, triton.next_power_of_2(width))
+    combine_kernel[(num_tokens, triton.cdiv(width, block))](
+        y_SD,
+        slots.slots_TK,
+        weights_TK,
+        out,
+        width,
+        y_SD.stride(0),
+        out.stride(0),
+        TOP_K=top_k,
+        BLOCK_D=block,
+        **overlap(out.device),
+    )
+    return out
+
+
+def grouped_mlp(
+    x_TD: Tensor | QuantisedRows,
+    gate_up_EID: Tensor | Fp8Weight,
+    down_EDI: Tensor | Fp8Weight,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
+    fp8 = isinstance(gate_up_EID, Fp8Weight)
+    values = x_TD.values if isinstance(x_TD, QuantisedRows) else x_TD
+    if not experts_TK.numel():
+        dtype = torch.bfloat16 if fp8 else values.dtype
+        return torch.empty(0, down_EDI.shape[1], dtype=dtype, device=values.device)
+    num_experts = gate_up_EID.shape[0]
+    tile = grouped_tile(experts_TK.numel(), num_experts, torch.float8_e4m3fn if fp8 else values.dtype)
+    slots = place(experts_TK, num_experts, tile)
+    x_SD = scatter(x_TD, slots, quantise=fp8)
+    hidden_SI = product(x_SD, gate_up_EID, silu=True, tiles=slots.tiles)
+    y_SD = product(hidden_SI, down_EDI, tiles=slots.tiles)
+    assert isinstance(y_SD, Tensor)
+    return combine(y_SD, slots, weights_TK)

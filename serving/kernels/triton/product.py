@@ -1,0 +1,88 @@
+"""Which kernel computes x W^T on a GPU, and how it is cut. Figures measured on an H200."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from serving.kernels.quant import Fp8Weight, QuantisedRows
+from serving.kernels.triton import gemm
+from serving.kernels.triton.device import num_processors
+from serving.kernels.triton.gemm import FewRows, Tiles
+
+# Up to so many rows the weights' bytes are the bound and rows are the narrow side of a tile.
+_FEW = 64
+# Rows of a tile of `many_rows`.
+_MANY = 128
+_STAYS_IN_L2_BYTES = 16 << 20
+# Microseconds of `many_rows`: a step of 128 bytes of K of a tile of 256 columns, of 128, and a megabyte of parts of a split.
+_WIDE_STEP_US, _NARROW_STEP_US, _SPLIT_MB_US = 0.82, 0.52, 1.0
+
+
+def product(
+    x: Tensor | QuantisedRows, w: Tensor | Fp8Weight, *, silu: bool = False, tiles: Tiles | None = None
+) -> Tensor | QuantisedRows:
+    """x W^T [S, N]; with `silu` silu(x gate^T) * (x up^T) [S, N / 2], FP8 if the weight is.
+
+    `x` [S, K], FP8 rows where the weight is FP8; `w` [N, K], or [E, N, K] with `tiles`. FP8 without `silu` gives bf16.
+    """
+    values = x.values if isinstance(x, QuantisedRows) else x
+    num_rows = tiles.num_rows if tiles else values.shape[0]
+    if num_rows <= _FEW or values.dtype == torch.float32 or not values.is_cuda:
+        return gemm.few_rows(x, w, _few(values, w.shape[-2], silu=silu, tiles=tiles), silu=silu, tiles=tiles)
+    from serving.kernels.gluon import gemm as gluon_gemm
+
+    num_m = tiles.max_tiles if tiles else triton.cdiv(num_rows, _MANY)
+    num_k = triton.cdiv(values.shape[1] * values.element_size(), 128)
+    wide, num_splits = many_cut(
+        num_m, w.shape[-2], num_k, silu=silu, num_rows=values.shape[0], processors=num_processors(values.device)
+    )
+    weight_bytes = w.shape[-2] * values.shape[1] * values.element_size()
+    # An expert's weights that stay in L2 beside the rows are swept for few rows at a time.
+    group_m = 8 if tiles is None else 4 if weight_bytes <= _STAYS_IN_L2_BYTES else 16
+    cut = gluon_gemm.ManyRows(wide=wide, num_splits=num_splits, group_m=group_m)
+    return gluon_gemm.many_rows(x, w, cut, silu=silu, tiles=tiles)
+
+
+def grouped_tile(num_pairs: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Rows of a tile that meets one expert: tiles of few rows waste less, of many read their weights less often."""
+    average = num_pairs / num_experts
+    if average <= 16 or dtype == torch.float32:
+        return 16
+    return 32 if average <= 32 and dtype == torch.bfloat16 else _MANY
+
+
+def _few(x_SK: Tensor, num_rows_w: int, *, silu: bool, tiles: Tiles | None) -> FewRows:
+    num_k = triton.cdiv(x_SK.shape[1] * x_SK.element_size(), 128)
+    fp8 = x_SK.dtype == torch.float8_e4m3fn
+    if tiles is not None:
+        if tiles.num_rows > 16:
+            return FewRows(block_t=tiles.num_rows, stages=3 if silu else 4)
+        return FewRows(block_t=16, block_n=128 if fp8 else 64, unroll=2)
+    block_t = min(_FEW, max(16, triton.next_power_of_2(x_SK.shape[0])))
+    if num_rows_w >= 128 * 132:
+        return FewRows(block_t=block_t, stages=4)
+    num_blocks = triton.cdiv(num_rows_w, 64)
+    num_splits = 1
+    while num_blocks * num_splits < 200 and num_k >= 24 * num_splits:
+        num_splits *= 2
+    return FewRows(block_t=block_t, block_n=64, num_splits=num_splits, unroll=2)
+
+
+def many_cut(
+    num_m: int, num_rows_w: int, num_k: int, *, silu: bool, num_rows: int, processors: int
+) -> tuple[bool, int]:
+    """Wide tiles or not, and the parts of K, for the least time by a model: waves of tiles, their steps, the parts' bytes."""
+
+    def cost_us(wide: bool, num_splits: int) -> float:
+        num_n = -(-num_rows_w // (256 if wide else 128))
+        waves = -(-num_m * num_n * num_splits // processors)
+        steps_us = waves * -(-num_k // num_splits) * (_WIDE_STEP_US if wide else _NARROW_STEP_US)
+        parts_mb = num_rows * num_rows_w * 4e-6 * num_splits if num_splits > 1 else 0.0
+        return steps_us + parts_mb * _SPLIT_MB_US
+
+    # SiLU needs gate and up in one tile, or the parts of a split.
+    cuts = [(wide, splits) for wide in (True, False) for splits in (1, 2, 4, 8) if num_k >= 6 * splits]
+    cuts = [cut for cut in cuts if cut[0] or cut[1] > 1 or not silu] or [(True, 1)]
+    return min(cuts, key=lambda cut: cost_us(*cut))

@@ -1,0 +1,98 @@
+"""The routed experts on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.kernels.experts import grouped_mlp, grouped_mlp_fp8_reference, grouped_mlp_reference
+from serving.kernels.quant import Fp8Weight, quantise_block_fp8, quantise_rows_fp8
+from tests.gpu.graphs import replayed
+
+pytestmark = pytest.mark.gpu
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def routing(num_tokens: int, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """Distinct experts a token, the low ones more often, and weights."""
+    odds = torch.linspace(3, 0.1, num_experts, device="cuda").expand(num_tokens, -1)
+    experts = torch.multinomial(odds, top_k, generator=torch.Generator("cuda").manual_seed(0))
+    return experts, randn(num_tokens, top_k, seed=3).float().abs()
+
+
+def fp8_stack(*parts: Tensor) -> Fp8Weight:
+    experts = [[quantise_block_fp8(part[e], (128, 128)) for part in parts] for e in range(len(parts[0]))]
+    return Fp8Weight(
+        quantised=torch.stack([torch.cat([q for q, _ in expert]) for expert in experts]),
+        scales=torch.stack([torch.cat([s for _, s in expert]) for expert in experts]),
+    )
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+# Tokens from decode to prefill; widths with and without whole blocks of 128.
+CASES = [(1, 8, 4, 256, 128), (5, 16, 4, 256, 64), (40, 64, 6, 2048, 1408), (300, 16, 4, 256, 64)]
+CASES += [(700, 16, 4, 512, 208), (3000, 12, 4, 1024, 384)]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k", "width", "inner"), CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_plain_experts(
+    num_tokens: int, num_experts: int, top_k: int, width: int, inner: int, dtype: torch.dtype
+) -> None:
+    x = randn(num_tokens, width).to(dtype)
+    gate_up = (randn(num_experts, 2 * inner, width, seed=1) / width**0.5).to(dtype)
+    down = (randn(num_experts, width, inner, seed=2) / inner**0.5).to(dtype)
+    experts, weights = routing(num_tokens, num_experts, top_k)
+    got = grouped_mlp(x, gate_up, down, experts, weights)
+    want = grouped_mlp_reference(x.double(), gate_up.double(), down.double(), experts, weights.double())
+    assert got.dtype == dtype
+    assert error(got, want) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
+    assert torch.equal(replayed(lambda: grouped_mlp(x, gate_up, down, experts, weights)), got)
+    assert error(grouped_mlp(x, gate_up.roll(1, dims=0), down, experts, weights), want) > 0.5
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top_k", "width", "inner"), [*CASES, (256, 1, 1, 7168, 2048)])
+def test_fp8_experts(num_tokens: int, num_experts: int, top_k: int, width: int, inner: int) -> None:
+    x = randn(num_tokens, width)
+    gate, up = (randn(num_experts, inner, width, seed=seed) / width**0.5 for seed in (1, 2))
+    gate_up, down = fp8_stack(gate, 4 * up), fp8_stack(randn(num_experts, width, inner, seed=4) / inner**0.5)
+    experts, weights = routing(num_tokens, num_experts, top_k)
+    got = grouped_mlp(x, gate_up, down, experts, weights)
+    rows = quantise_rows_fp8(x)
+    # The hidden values are rounded to FP8 from sums of another order: a few part.
+    assert error(got, grouped_mlp_fp8_reference(rows, gate_up, down, experts, weights)) < 1e-2
+    assert torch.equal(grouped_mlp(rows, gate_up, down, experts, weights), got)
+    assert torch.equal(replayed(lambda: grouped_mlp(x, gate_up, down, experts, weights)), got)
+    gate_up.scales[:, -1] *= 2
+    assert error(grouped_mlp(x, gate_up, down, experts, weights), got) > 0.05
+
+
+def test_a_graph_follows_the_choice_of_experts() -> None:
+    x, gate_up, down = randn(64, 512), randn(16, 512, 512, seed=1) / 20, randn(16, 512, 256, seed=2) / 16
+    experts, weights = routing(64, 16, 4)
+    other = (experts + 5) % 16
+    want = grouped_mlp(x, gate_up, down, other, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = grouped_mlp(x, gate_up, down, experts, weights)
+    experts.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, want)
+
+
+def test_all_tokens_to_one_expert_and_none_to_the_rest() -> None:
+    x, gate_up, down = randn(500, 256), randn(8, 512, 256, seed=1) / 16, randn(8, 256, 256, seed=2) / 16
+    gate_up[:3], down[:3] = float("nan"), float("nan")
+    experts = torch.full((500, 1), 3, device="cuda")
+    got = grouped_mlp(x, gate_up, down, experts, torch.ones(500, 1, device="cuda"))
+    want = grouped_mlp_reference(x.float(), gate_up.float(), down.float(), experts, torch.ones(500, 1, device="cuda"))
+    assert error(got, want) < 5e-3
