@@ -179,6 +179,7 @@ class Slots:
 
 def place(experts_TK: Tensor, num_experts: int, tile: int) -> Slots:
     """Slots for pairs of token and expert (int64 [T, K], all below `num_experts`), in tiles of `tile`. Two launches, or one if few."""
+    assert experts_TK.is_contiguous()
     num_pairs, device = experts_TK.numel(), experts_TK.device
     max_tiles = (num_pairs + min(num_experts, num_pairs) * (tile - 1)) // tile
     num_bins = triton.next_power_of_2(num_experts)
@@ -216,6 +217,7 @@ def scatter(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Te
     values = x_TD.values if isinstance(x_TD, QuantisedRows) else x_TD
     scaled = isinstance(x_TD, QuantisedRows)
     x_scales = x_TD.scales if isinstance(x_TD, QuantisedRows) else values
+    assert values.stride(1) == 1, "rows must be contiguous"
     num_tokens, width = values.shape
     out: Tensor | QuantisedRows
     if scaled or quantise:
@@ -233,6 +235,7 @@ def scatter(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Te
 
 def combine(y_SD: Tensor, slots: Slots, weights_TK: Tensor) -> Tensor:
     """[T, D] in the dtype of y: the sum over K of weight and row."""
+    assert weights_TK.is_contiguous()
     num_tokens, top_k = weights_TK.shape
     width = y_SD.shape[1]
     out = torch.empty(num_tokens, width, dtype=y_SD.dtype, device=y_SD.device)

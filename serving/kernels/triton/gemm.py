@@ -203,6 +203,7 @@ def operands(x: Tensor | QuantisedRows, w: Tensor | Fp8Weight, *, silu: bool) ->
     if width * w_ENK.element_size() % 16:
         raise ValueError(f"on a GPU rows of a weight must be multiples of 16 bytes; {width} of {w_ENK.dtype} are not")
     assert isinstance(x, QuantisedRows) == isinstance(w, Fp8Weight)
+    assert not isinstance(w, Fp8Weight) or w.scales.is_contiguous()
     return Operands(
         x_SK=x_SK,
         x_scales=x.scales if isinstance(x, QuantisedRows) else x_SK,

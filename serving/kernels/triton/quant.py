@@ -63,6 +63,7 @@ def rows_kernel(
 
 def _run(x: Tensor, out: Tensor, scales: Tensor, *, silu: bool, quantise: bool) -> None:
     num_rows, width = out.shape
+    assert x.stride(1) == 1, "rows must be contiguous"
     if not num_rows:
         return
     block_t, block_g, num_warps = _tile(num_rows, width)
