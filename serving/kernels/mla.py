@@ -7,12 +7,16 @@ Rows that a sequence does not own are never read, whatever an unused page-table 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serving.kernels.rows import PAGE_TOKENS, layer_rows, slots
+from serving.kernels.rows import PAGE_TOKENS, dequantize_rows, layer_rows, slots
+
+if TYPE_CHECKING:
+    from serving.kernels.triton.mla_decode import Cut
 
 # Latents gathered for one group of a decode batch; bounds the copy, not the context.
 _GATHER_BYTES = 128 << 20
@@ -70,13 +74,41 @@ class DecodeGroup:
     bias_GS: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PagedPlan:
+    """What every layer of a decode step reads on a GPU: sizes depend on the batch's alone, values are made by the device.
+
+    `page_table_BP`, `context_lens_B`: int32. Positions `[first, context_len)` are attended. `cut`: which pages each of
+    the device's processors attends.
+    """
+
+    page_table_BP: Tensor
+    context_lens_B: Tensor
+    first: int
+    cut: Cut
+
+
 def plan_decode(
     kv_pool: Tensor, row_ids_B: Tensor, page_table_BP: Tensor, context_lens_B: Tensor, *, first: int = 0
-) -> tuple[DecodeGroup, ...]:
+) -> tuple[DecodeGroup, ...] | PagedPlan:
     """What every layer of a decode step reads; made once a step. Positions `[first, context_len)` are attended.
 
-    Every length is above `first`. Lengths are read on the host to cut the batch: a group's shortest is at least half its longest, its copy bounded.
+    On a GPU nothing is read back, so a plan may be made inside a captured graph, and every row is found through the page
+    table. On CPU every length is above `first`, lengths are read to cut the batch (a group's shortest is at least half
+    its longest, its copy bounded), and a sequence's last row is `row_ids_B`.
     """
+    if kv_pool.device.type == "cuda":
+        from serving.kernels.triton.mla_decode import cut_pages
+
+        lens_B = context_lens_B.to(torch.int32)
+        cut = cut_pages(lens_B, torch.cuda.get_device_properties(kv_pool.device).multi_processor_count)
+        return PagedPlan(page_table_BP=page_table_BP.to(torch.int32), context_lens_B=lens_B, first=first, cut=cut)
+    return _plan_groups(kv_pool, row_ids_B, page_table_BP, context_lens_B, first)
+
+
+def _plan_groups(
+    kv_pool: Tensor, row_ids_B: Tensor, page_table_BP: Tensor, context_lens_B: Tensor, first: int
+) -> tuple[DecodeGroup, ...]:
     lens = context_lens_B.tolist()
     order = sorted(range(len(lens)), key=lens.__getitem__, reverse=True)
     row_bytes = kv_pool.shape[3] * kv_pool.element_size()
@@ -121,22 +153,66 @@ def _plan_group(
 
 
 def decode_latent(
-    q_BHW: Tensor, kv_pool: Tensor, layer: int, plan: tuple[DecodeGroup, ...], *, latent: int, scale: float
+    q: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    plan: tuple[DecodeGroup, ...] | PagedPlan,
+    *,
+    latent: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Absorbed attention of one token a sequence over its cached rows of `layer`: out [B, H, C], lse [B, H].
+    """Absorbed attention over cached rows of `layer`: out `[..., C]` in q's dtype, lse (natural log).
 
-    `q_BHW` is [W_uk^T q_nope ; q_rope], as wide as a row; the first C = `latent` values of a row are also its value.
+    `q` `[B, H, W]` is [W_uk^T q_nope ; q_rope], as wide as a row; the first C = `latent` values of a row are also its
+    value; out `[B, H, C]`, lse `[B, H]`. On a GPU `q` may hold the T <= 4 last tokens of each sequence, `[B, T, H, W]`:
+    token t sees the first context_len - (T - 1) + t rows; out `[B, T, H, C]`, lse `[B, T, H]`; lse is fp32 and the pool
+    may hold FP8 rows.
     """
+    if isinstance(plan, PagedPlan):
+        from serving.kernels.triton.mla_decode import decode_paged
+
+        q_BTHW = q if q.dim() == 4 else q[:, None]
+        out, lse = decode_paged(
+            q_BTHW.contiguous(), kv_pool[:, layer], plan.page_table_BP, plan.context_lens_B, plan.cut,
+            first=plan.first, latent=latent, scale=scale,
+        )  # fmt: skip
+        return out.view(*q.shape[:-1], latent), lse.view(q.shape[:-1])
     rows_NW = layer_rows(kv_pool, layer)
     if len(plan) == 1 and plan[0].members is None:
-        return _decode_group(q_BHW, rows_NW, plan[0], latent, scale)
-    out_BHC = q_BHW.new_empty(*q_BHW.shape[:2], latent)
-    lse_BH = q_BHW.new_empty(q_BHW.shape[:2])
+        return _decode_group(q, rows_NW, plan[0], latent, scale)
+    out_BHC = q.new_empty(*q.shape[:2], latent)
+    lse_BH = q.new_empty(q.shape[:2])
     for group in plan:
         assert group.members is not None
-        out, lse = _decode_group(q_BHW[group.members], rows_NW, group, latent, scale)
+        out, lse = _decode_group(q[group.members], rows_NW, group, latent, scale)
         out_BHC[group.members], lse_BH[group.members] = out, lse
     return out_BHC, lse_BH
+
+
+def decode_latent_reference(
+    q_BTHW: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    page_table_BP: Tensor,
+    context_lens_B: Tensor,
+    *,
+    first: int,
+    latent: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`decode_latent` of T tokens a sequence by plain products in fp32, one sequence at a time."""
+    num_tokens = q_BTHW.shape[1]
+    outs, lses = [], []
+    for q_THW, pages, length in zip(q_BTHW.float(), page_table_BP.tolist(), context_lens_B.tolist(), strict=True):
+        rows_SW = kv_pool[pages[: -(-length // PAGE_TOKENS)], layer].flatten(0, 1)[first:length]
+        rows_SW = dequantize_rows(rows_SW, latent) if rows_SW.dtype == torch.uint8 else rows_SW.float()
+        scores_THS = torch.einsum("thw,sw->ths", q_THW, rows_SW) * scale
+        ends_T = torch.arange(length - num_tokens + 1, length + 1, device=q_THW.device)
+        seen_TS = torch.arange(first, length, device=q_THW.device) < ends_T[:, None]
+        scores_THS = scores_THS.masked_fill(~seen_TS[:, None], float("-inf"))
+        outs.append(torch.einsum("ths,sc->thc", scores_THS.softmax(dim=-1).nan_to_num(), rows_SW[:, :latent]))
+        lses.append(scores_THS.logsumexp(dim=-1))
+    return torch.stack(outs).to(q_BTHW.dtype), torch.stack(lses)
 
 
 def _decode_group(

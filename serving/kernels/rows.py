@@ -36,3 +36,31 @@ def context_slots(kv_pool: Tensor, page_ids: Tensor, start: int, end: int) -> Te
     positions = torch.arange(start, end, device=page_ids.device)
     pages = page_ids[: (end - 1) // PAGE_TOKENS + 1].to(torch.int64)
     return slots(kv_pool, pages[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS)
+
+
+def fp8_row_bytes(latent: int, rope: int) -> int:
+    """Bytes of an FP8 row: C e4m3 latents, an fp32 scale for each 128 of them, R rope values in bf16 (656 as published)."""
+    return latent + latent // 128 * 4 + rope * 2
+
+
+def quantize_rows(rows_TW: Tensor, latent: int) -> Tensor:
+    """Rows `[T, C + R]` of any float dtype as FP8 rows, uint8 `[T, fp8_row_bytes]`.
+
+    Scale = the largest magnitude of 128 latents / 448, so that it is e4m3's largest; 1 for all-zero groups.
+    """
+    assert latent % 128 == 0, "FP8 rows hold latents in groups of 128"
+    groups_TG = rows_TW[:, :latent].float().unflatten(1, (-1, 128))
+    scales_TG = groups_TG.abs().amax(dim=-1) / torch.finfo(torch.float8_e4m3fn).max
+    scales_TG = torch.where(scales_TG > 0, scales_TG, 1.0)
+    latents = (groups_TG / scales_TG[..., None]).flatten(1).to(torch.float8_e4m3fn)
+    parts = latents, scales_TG, rows_TW[:, latent:].to(torch.bfloat16)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+
+
+def dequantize_rows(rows: Tensor, latent: int) -> Tensor:
+    """FP8 rows, uint8 `[..., fp8_row_bytes]`, as fp32 `[..., C + R]`."""
+    scales_at, rope_at = latent, latent + latent // 128 * 4
+    latents = rows[..., :scales_at].contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (-1, 128))
+    scales = rows[..., scales_at:rope_at].contiguous().view(torch.float32)
+    rope = rows[..., rope_at:].contiguous().view(torch.bfloat16).float()
+    return torch.cat([(latents * scales[..., None]).flatten(-2), rope], dim=-1)

@@ -1,0 +1,1 @@
+"""Device code in Gluon, the explicit layer of Triton; imported only for CUDA tensors."""

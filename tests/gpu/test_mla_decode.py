@@ -1,0 +1,170 @@
+"""Paged decode on the GPU in bf16, fp32 and FP8 rows: against plain softmax, in graphs, past 2^31 elements, time after time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.kernels import mla
+from serving.kernels.rows import quantize_rows
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+LATENT, WIDTH, SCALE = 512, 576, 576**-0.5
+RAGGED = [300 + 37 * i for i in range(40)]
+
+
+@dataclasses.dataclass
+class Pool:
+    tensor: Tensor
+    table: Tensor
+    lens: Tensor
+
+
+def make_pool(lens: list[int], dtype: torch.dtype, *, first: int = 0, latent: int = LATENT, width: int = WIDTH) -> Pool:
+    """Sequences on pages drawn at random from one of two layers; what nobody owns is NaN."""
+    torch.manual_seed(len(lens))
+    counts = [-(-n // 64) for n in lens]
+    order = torch.randperm(sum(counts) + 2, device="cuda").to(torch.int32)
+    rows = torch.randn(len(order) + 1, 2, 64, width, device="cuda")
+    owned = torch.zeros(len(order) + 1, 64, dtype=torch.bool, device="cuda")
+    table = torch.full((len(lens), max(counts) + 1), 1 << 30, dtype=torch.int32, device="cuda")
+    for i, (n, pages) in enumerate(zip(lens, order[: sum(counts)].split(counts), strict=True)):
+        table[i, : len(pages)] = pages
+        at = torch.arange(len(pages) * 64, device="cuda")
+        owned[pages.long()] = ((at >= first) & (at < n)).unflatten(0, (-1, 64))
+    if dtype == torch.uint8:
+        tensor = quantize_rows(rows.flatten(0, 2), latent).view(*rows.shape[:3], -1)
+        tensor.masked_fill_(~owned[:, None, :, None], 0xFF)
+    else:
+        tensor = rows.to(dtype).masked_fill_(~owned[:, None, :, None], float("nan"))
+    return Pool(tensor, table, torch.tensor(lens, dtype=torch.int32, device="cuda"))
+
+
+def decode(pool: Pool, q: Tensor, *, layer: int = 1, first: int = 0, latent: int = LATENT) -> tuple[Tensor, Tensor]:
+    plan = mla.plan_decode(pool.tensor, pool.lens, pool.table, pool.lens, first=first)
+    return mla.decode_latent(q, pool.tensor, layer, plan, latent=latent, scale=SCALE)
+
+
+def reference(pool: Pool, q: Tensor, *, layer: int = 1, first: int = 0, latent: int = LATENT) -> tuple[Tensor, Tensor]:
+    q_BTHW = (q if q.dim() == 4 else q[:, None]).float()
+    out, lse = mla.decode_latent_reference(
+        q_BTHW, pool.tensor, layer, pool.table, pool.lens, first=first, latent=latent, scale=SCALE
+    )
+    return out.view(*q.shape[:-1], latent), lse.view(q.shape[:-1])
+
+
+def error(out: Tensor, want: Tensor) -> float:
+    return float((out.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize(
+    ("lens", "first"), [([64], 0), ([1], 0), ([100, 7, 640, 65], 0), ([4096] * 3, 0), (RAGGED, 0), ([2, 66, 500], 1)]
+)
+def test_any_mix_of_lengths(heads: int, dtype: torch.dtype, lens: list[int], first: int) -> None:
+    pool = make_pool(lens, dtype, first=first)
+    q = torch.randn(len(lens), heads, WIDTH, device="cuda", dtype=torch.bfloat16)
+    out, lse = decode(pool, q, first=first)
+    want_out, want_lse = reference(pool, q, first=first)
+    assert error(out, want_out) < 6e-3
+    torch.testing.assert_close(lse, want_lse, atol=1e-2, rtol=0)
+    other_layer, _ = decode(pool, q, layer=0, first=first)
+    assert error(other_layer, want_out) > 0.1
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(16, 2), (16, 3), (16, 4), (32, 2), (128, 4), (20, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_draft_tokens_are_causal(heads: int, tokens: int, dtype: torch.dtype) -> None:
+    pool = make_pool([4, 66, 130, 700, 64, 65], dtype)
+    q = torch.randn(6, tokens, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
+    out, lse = decode(pool, q)
+    want_out, want_lse = reference(pool, q)
+    assert error(out, want_out) < 6e-3
+    torch.testing.assert_close(lse, want_lse, atol=1e-2, rtol=0)
+    last, _ = decode(pool, q[:, -1].contiguous())
+    assert error(last, want_out[:, -1]) < 6e-3
+    assert error(last, want_out[:, 0]) > 0.02
+
+
+@pytest.mark.parametrize(("latent", "width", "heads"), [(512, 576, 16), (128, 160, 8)])
+def test_fp32_is_exact(latent: int, width: int, heads: int) -> None:
+    pool = make_pool([1, 200, 65, 900], torch.float32, latent=latent, width=width)
+    q = torch.randn(4, heads, width, device="cuda")
+    out, lse = decode(pool, q, latent=latent)
+    want_out, want_lse = reference(pool, q, latent=latent)
+    assert error(out, want_out) < 1e-5
+    assert error(lse, want_lse) < 1e-5
+    assert error(decode(pool, q.bfloat16().float(), latent=latent)[0], want_out) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("heads", [16, 32, 128])
+def test_a_graph_holds_while_lengths_change(dtype: torch.dtype, heads: int) -> None:
+    pool = make_pool([700, 65, 1, 640], dtype)
+    q = torch.randn(4, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
+    decode(pool, q)
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        decode(pool, q)
+        with torch.cuda.graph(graph, stream=stream):
+            out, lse = decode(pool, q)
+    torch.cuda.synchronize()
+    for lens in ([700, 65, 1, 640], [699, 3, 1, 128], [64, 65, 1, 640]):
+        pool.lens.copy_(torch.tensor(lens, dtype=torch.int32))
+        before = out.clone()
+        graph.replay()
+        eager_out, eager_lse = decode(pool, q)
+        assert torch.equal(out, eager_out)
+        assert torch.equal(lse, eager_lse)
+        assert error(out, reference(pool, q)[0]) < 6e-3
+        assert not torch.equal(out, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("heads", [16, 32, 64])
+def test_every_run_gives_the_same_bits(dtype: torch.dtype, heads: int) -> None:
+    pool = make_pool(RAGGED, dtype)
+    q = torch.randn(len(RAGGED), heads, WIDTH, device="cuda", dtype=torch.bfloat16)
+    want, _ = decode(pool, q)
+    assert not want.isnan().any()
+    for _ in range(50):
+        assert torch.equal(decode(pool, q)[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_pages_past_2_31_elements(dtype: torch.dtype) -> None:
+    # Pages of 62 layers, as the published model has them.
+    row = 656 if dtype == torch.uint8 else WIDTH
+    num_pages = 2**31 // (62 * 64 * row) + 40
+    pool = torch.zeros(num_pages, 62, 64, row, dtype=dtype, device="cuda")
+    assert pool.numel() > 2**31
+    rows = torch.randn(8, 64, WIDTH, device="cuda")
+    far = torch.arange(num_pages - 9, num_pages - 1, device="cuda")
+    pool[far, 61] = quantize_rows(rows.flatten(0, 1), LATENT).view(8, 64, -1) if row == 656 else rows.to(dtype)
+    lens = torch.tensor([200, 256], dtype=torch.int32, device="cuda")
+    here = Pool(pool, far.to(torch.int32).view(2, 4), lens)
+    q = torch.randn(2, 32, WIDTH, device="cuda", dtype=torch.bfloat16)
+    want, _ = reference(here, q, layer=61)
+    assert error(decode(here, q, layer=61)[0], want) < 6e-3
+    near = Pool(pool, here.table - (num_pages - 9), lens)
+    assert error(decode(near, q, layer=61)[0], want) > 0.5
+
+
+def test_a_sequence_without_rows_gives_zeros_whatever_its_table_holds() -> None:
+    pool = make_pool([70, 300], torch.bfloat16)
+    pool.lens[0] = 0
+    pool.table[0] = (1 << 31) - 1
+    q = torch.randn(2, 32, WIDTH, device="cuda", dtype=torch.bfloat16)
+    out, lse = decode(pool, q)
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    assert torch.isneginf(lse[0]).all()
+    assert out[1].isfinite().all()
