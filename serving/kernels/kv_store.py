@@ -1,12 +1,96 @@
-"""Writes latent rows into the KV pool. Which row is whose is the page manager's business."""
+"""Writes latent rows into the KV pool. Which row is whose is the page manager's business.
+
+A row is `[c ; k_rope]` in the pool's dtype, or an FP8 row of `serving.kernels.rows` where the pool is uint8.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from serving.kernels.rows import layer_rows
+from serving.kernels.norm_rope import rms_norm, rope_
+from serving.kernels.rows import layer_rows, quantize_rows
 
 
 def store_rows(kv_pool: Tensor, layer: int, slots_T: Tensor, rows_TW: Tensor) -> None:
     """Write `rows_TW` (any float dtype) to the slots of one layer, in place. Equal slots (scratch): any one of them wins."""
     layer_rows(kv_pool, layer).index_copy_(0, slots_T, rows_TW.to(kv_pool.dtype))
+
+
+def norm_rope_store(
+    latent_TW: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    rotations_T: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    slots_T: Tensor,
+    *,
+    q_rope_THR: Tensor | None = None,
+    q_out_THR: Tensor | None = None,
+    keep: bool = False,
+) -> Tensor | None:
+    """Everything between the products of query and latent and the attention that reads them.
+
+    `latent_TW` [T, C + R], rows strided: the product's latent before its RMSNorm (`weight_C`, `eps`) and the shared key
+    before its turn by `rotations_T` (complex64 [T, R/2]); it may be overwritten. The finished row goes to its slot (int64)
+    of the layer; with `keep` it is returned as well, [T, W] in the dtype of the latent (unquantised where the pool is FP8).
+    `q_rope_THR`: view on the rope part of every head's query, turned in place, or into `q_out_THR` of the same shape.
+    """
+    if not _has_kernel(latent_TW, weight_C.shape[0]):
+        return norm_rope_store_reference(
+            latent_TW,
+            weight_C,
+            eps,
+            rotations_T,
+            kv_pool,
+            layer,
+            slots_T,
+            q_rope_THR=q_rope_THR,
+            q_out_THR=q_out_THR,
+            keep=keep,
+        )
+    from serving.kernels.triton import kv_store as device
+
+    return device.norm_rope_store(
+        latent_TW,
+        weight_C,
+        eps,
+        rotations_T,
+        layer_rows(kv_pool, layer),
+        slots_T,
+        q_rope_THR=q_rope_THR,
+        q_out_THR=q_out_THR,
+        keep=keep,
+    )
+
+
+def norm_rope_store_reference(
+    latent_TW: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    rotations_T: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    slots_T: Tensor,
+    *,
+    q_rope_THR: Tensor | None = None,
+    q_out_THR: Tensor | None = None,
+    keep: bool = False,
+) -> Tensor | None:
+    latent = weight_C.shape[0]
+    c_TC = rms_norm(latent_TW[:, :latent], weight_C, eps)
+    rows_TW = torch.cat([c_TC, rope_(latent_TW[:, latent:], rotations_T)], dim=-1)
+    if kv_pool.dtype == torch.uint8:
+        layer_rows(kv_pool, layer).index_copy_(0, slots_T, quantize_rows(rows_TW, latent))
+    else:
+        store_rows(kv_pool, layer, slots_T, rows_TW)
+    if q_rope_THR is not None:
+        rope_(q_rope_THR if q_out_THR is None else q_out_THR.copy_(q_rope_THR), rotations_T)
+    return rows_TW if keep else None
+
+
+def _has_kernel(latent_TW: Tensor, latent: int) -> bool:
+    widths = latent, latent_TW.shape[1] - latent
+    powers_of_two = all(width & (width - 1) == 0 for width in widths)
+    return latent_TW.is_cuda and latent_TW.dtype != torch.float64 and powers_of_two

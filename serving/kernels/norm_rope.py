@@ -12,10 +12,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serving.kernels.quant import QuantisedRows, quantise_rows_fp8_reference
+
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    if not _on_device(x_TD):
+        return rms_norm_reference(x_TD, weight_D, eps)
+    from serving.kernels.triton import norm_rope as device
+
+    normed_TD, _, _ = device.norm(x_TD, None, weight_D, eps, keep=True, quantise=False)
+    assert normed_TD is not None
+    return normed_TD
+
+
+def rms_norm_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of the sum, the sum): x + residual rounded to their dtype, then `rms_norm`. Both new, [T, D]."""
+    if not _on_device(x_TD):
+        return add_rms_norm_reference(x_TD, residual_TD, weight_D, eps)
+    from serving.kernels.triton import norm_rope as device
+
+    normed_TD, sum_TD, _ = device.norm(x_TD, residual_TD, weight_D, eps, keep=True, quantise=False)
+    assert normed_TD is not None
+    assert sum_TD is not None
+    return normed_TD, sum_TD
+
+
+def add_rms_norm_reference(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    sum_TD = x_TD + residual_TD
+    return rms_norm_reference(sum_TD, weight_D, eps), sum_TD
+
+
+def rms_norm_quantise(
+    x_TD: Tensor, weight_D: Tensor, eps: float, *, residual_TD: Tensor | None = None, keep: bool = False
+) -> tuple[QuantisedRows, Tensor | None, Tensor | None]:
+    """(the norm as FP8 rows, the norm itself if `keep`, x + residual if there is one); what is quantised is the rounded norm."""
+    if not _on_device(x_TD):
+        return rms_norm_quantise_reference(x_TD, weight_D, eps, residual_TD=residual_TD, keep=keep)
+    from serving.kernels.triton import norm_rope as device
+
+    normed_TD, sum_TD, rows = device.norm(x_TD, residual_TD, weight_D, eps, keep=keep, quantise=True)
+    assert rows is not None
+    return rows, normed_TD, sum_TD
+
+
+def rms_norm_quantise_reference(
+    x_TD: Tensor, weight_D: Tensor, eps: float, *, residual_TD: Tensor | None = None, keep: bool = False
+) -> tuple[QuantisedRows, Tensor | None, Tensor | None]:
+    sum_TD = None if residual_TD is None else x_TD + residual_TD
+    normed_TD = rms_norm_reference(x_TD if sum_TD is None else sum_TD, weight_D, eps)
+    return quantise_rows_fp8_reference(normed_TD), normed_TD if keep else None, sum_TD
+
+
+def _on_device(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64
 
 
 def inverse_frequencies(rope_dim: int, theta: float) -> Tensor:

@@ -72,6 +72,63 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     return torch.searchsorted(sums_NV, targets_N1, right=True)[:, 0].clamp_(max=logits_NV.shape[1] - 1)
 
 
+def argmax(logits_BV: Tensor) -> Tensor:
+    """int64 [B]: the lowest id of each row's largest logit. fp32 logits, rows strided."""
+    if not logits_BV.is_cuda:
+        return logits_BV.argmax(dim=-1)
+    from serving.kernels.triton import sampling as device
+
+    return device.argmax(logits_BV)
+
+
+def sample(
+    logits_BV: Tensor,
+    temperatures_B: Tensor,
+    seeds_B: Tensor,
+    positions_B: Tensor,
+    *,
+    top_k_B: Tensor | None = None,
+    top_p_B: Tensor | None = None,
+    min_p_B: Tensor | None = None,
+) -> Tensor:
+    """int64 [B]: the argmax of rows of temperature 0, a draw with `uniforms(seeds, positions)` of the others, after
+    `keep_top` and `keep_likely`. Nothing is read back.
+
+    fp32 logits [B, V], rows strided; temperatures, top-p and min-p float64 [B]; seeds, positions and top-k (in [1, V])
+    int64 [B]. What is None is not asked for by any row.
+    """
+    if not logits_BV.is_cuda:
+        return sample_reference(
+            logits_BV, temperatures_B, seeds_B, positions_B, top_k_B=top_k_B, top_p_B=top_p_B, min_p_B=min_p_B
+        )
+    from serving.kernels.triton import sampling as device
+
+    return device.sample(
+        logits_BV, temperatures_B, seeds_B, positions_B, top_k_B=top_k_B, top_p_B=top_p_B, min_p_B=min_p_B
+    )
+
+
+def sample_reference(
+    logits_BV: Tensor,
+    temperatures_B: Tensor,
+    seeds_B: Tensor,
+    positions_B: Tensor,
+    *,
+    top_k_B: Tensor | None = None,
+    top_p_B: Tensor | None = None,
+    min_p_B: Tensor | None = None,
+) -> Tensor:
+    wide_BV = logits_BV.to(torch.float64) / torch.where(temperatures_B > 0, temperatures_B, 1.0)[:, None]
+    if top_k_B is not None or top_p_B is not None:
+        top_k_B = torch.full_like(seeds_B, logits_BV.shape[1]) if top_k_B is None else top_k_B
+        top_p_B = torch.ones_like(temperatures_B) if top_p_B is None else top_p_B
+        wide_BV = keep_top(wide_BV, top_k_B, top_p_B)
+    if min_p_B is not None:
+        wide_BV = keep_likely(wide_BV, min_p_B)
+    drawn_B = draw(wide_BV, uniforms(seeds_B, positions_B))
+    return torch.where(temperatures_B > 0, drawn_B, logits_BV.argmax(dim=-1))
+
+
 def token_logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Natural logarithms of softmax(logits): the chosen token's [N], and ids and values [N, num_top] in falling order."""
     logprobs_NV = logits_NV.log_softmax(dim=-1)

@@ -21,6 +21,39 @@ def gate_topk(
     The bias only chooses: scores are sigmoid(logits), a group's score is the sum of its two best biased scores, the best
     groups are kept, the best experts of those are chosen, and their weights are the unbiased scores.
     """
+    if logits_TE.is_cuda and logits_TE.dtype == torch.float32:
+        from serving.kernels.triton import topk as device
+
+        return device.gate_topk(
+            logits_TE,
+            bias_E,
+            num_groups=num_groups,
+            num_groups_kept=num_groups_kept,
+            top_k=top_k,
+            renormalise=renormalise,
+            scaling=scaling,
+        )
+    return gate_topk_reference(
+        logits_TE,
+        bias_E,
+        num_groups=num_groups,
+        num_groups_kept=num_groups_kept,
+        top_k=top_k,
+        renormalise=renormalise,
+        scaling=scaling,
+    )
+
+
+def gate_topk_reference(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    *,
+    num_groups: int,
+    num_groups_kept: int,
+    top_k: int,
+    renormalise: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
     scores_TE = logits_TE.sigmoid()
     biased_TE = scores_TE + bias_E
     if num_groups_kept < num_groups:

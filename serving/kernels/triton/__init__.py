@@ -1,0 +1,1 @@
+"""Device code in Triton; imported only for CUDA tensors, and by tests that run its interpreter."""

@@ -1,0 +1,83 @@
+"""Prefill attention on the device: every kernel that may serve a shape, against fp64 products a sequence at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.kernels.attention import attend_varlen, attend_varlen_reference, merge, merge_reference
+from tests.gpu.graphs import replayed
+
+pytestmark = pytest.mark.gpu
+
+SCALE = 0.07
+
+
+def inputs(
+    lens_q: list[int], lens_k: list[int], heads: int, dtype: torch.dtype, widths: tuple[int, int, int]
+) -> list[Tensor]:
+    nope, rope, v_width = widths
+    torch.manual_seed(0)
+    q = torch.randn(sum(lens_q), heads, nope + rope, device="cuda").to(dtype)
+    both = torch.randn(sum(lens_k), heads, nope + v_width, device="cuda").to(dtype)
+    k_rope = torch.randn(sum(lens_k), 64 + rope, device="cuda").to(dtype)[:, 64:]
+    starts = [torch.tensor([0, *lens], device="cuda").cumsum(0).to(torch.int32) for lens in (lens_q, lens_k)]
+    return [q, both[:, :, :nope], k_rope, both[:, :, nope:], *starts]
+
+
+def wide(x: list[Tensor]) -> list[Tensor]:
+    return [t.double() if t.is_floating_point() else t for t in x]
+
+
+V3, SMALL = (128, 64, 128), (32, 32, 64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths", "heads"),
+    [(torch.bfloat16, V3, 16), (torch.bfloat16, SMALL, 8), (torch.float32, SMALL, 8), (torch.float32, V3, 3)],
+)
+@pytest.mark.parametrize(
+    ("lens_q", "lens_k", "causal"),
+    [([1, 128, 130, 700], [1, 128, 130, 700], True), ([300, 5, 129], [257, 0, 1024], False)],
+)
+def test_graph_and_eager_equal_the_reference(
+    lens_q: list[int], lens_k: list[int], causal: bool, dtype: torch.dtype, widths: tuple[int, int, int], heads: int
+) -> None:
+    x = inputs(lens_q, lens_k, heads, dtype, widths)
+    out, lse = attend_varlen(*x, scale=SCALE, causal=causal)
+    want_out, want_lse = attend_varlen_reference(*wide(x), scale=SCALE, causal=causal)
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), want_out, rtol=bound, atol=bound)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    again, again_lse = replayed(lambda: attend_varlen(*x, scale=SCALE, causal=causal))
+    assert torch.equal(again, out)
+    assert torch.equal(again_lse, lse)
+    other, _ = attend_varlen(*x, scale=2 * SCALE, causal=causal)
+    assert not torch.allclose(other.double(), want_out, rtol=bound, atol=bound)
+
+
+def test_rows_of_other_sequences_do_not_leak() -> None:
+    x = inputs([200, 300, 100], [200, 300, 100], 4, torch.bfloat16, V3)
+    for t in x[1:4]:
+        t[:200] = math.nan
+        t[500:] = math.nan
+    out, lse = attend_varlen(*x, scale=SCALE, causal=True)
+    assert out[200:500].isfinite().all()
+    assert lse[200:500].isfinite().all()
+    assert out[500:].isnan().all()
+
+
+def test_merged_parts_equal_the_reference() -> None:
+    torch.manual_seed(0)
+    outs = torch.randn(2, 300, 16, 128, device="cuda", dtype=torch.bfloat16)
+    lses = 3 * torch.randn(2, 300, 16, device="cuda")
+    lses[0, 5] = -math.inf
+    got = merge(outs[0], lses[0], outs[1], lses[1])
+    want = merge_reference(outs[0].double(), lses[0].double(), outs[1].double(), lses[1].double())
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(got[0][5], outs[1][5])
+    assert not torch.allclose(got[0], outs[0], rtol=1e-2, atol=1e-2)

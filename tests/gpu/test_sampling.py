@@ -1,0 +1,67 @@
+"""Sampling on the device: one token a row, whatever rows stand beside it, and nothing read back."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.kernels.sampling import argmax, sample, sample_reference
+from tests.gpu.graphs import replayed
+
+pytestmark = pytest.mark.gpu
+
+VOCAB, ROWS = 129280, 24
+
+
+def logits_of() -> Tensor:
+    """Wider than the vocabulary, and best where nobody may draw."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(ROWS, VOCAB + 64, device="cuda")
+    logits[:, VOCAB:] = 100.0
+    return logits[:, :VOCAB]
+
+
+def test_argmax_is_the_lowest_id_of_the_largest() -> None:
+    logits = logits_of()
+    logits[1, [7, 3000, 100000]] = 50.0
+    logits[2] = -math.inf
+    logits[3, 500] = math.nan
+    got = replayed(lambda: argmax(logits)).tolist()
+    assert got[1:4] == [7, 0, 500]
+    assert got[4:] == logits[4:].argmax(-1).tolist()
+    logits[4, 9] = 60.0
+    assert argmax(logits)[4] == 9
+
+
+@pytest.mark.parametrize(
+    "cut", [{}, {"min_p": 0.05}, {"top_k": 40}, {"top_p": 0.95}, {"top_k": 1000, "top_p": 0.9, "min_p": 0.001}]
+)
+def test_draws_are_those_of_the_reference_alone_and_in_a_batch(cut: dict[str, float]) -> None:
+    logits = logits_of()
+    temperatures = torch.linspace(0.3, 1.4, ROWS, device="cuda", dtype=torch.float64)
+    temperatures[6] = 0.0
+    seeds = torch.arange(ROWS, device="cuda") * 7919 - 3
+    limits = {
+        f"{name}_B": torch.full((ROWS,), value, device="cuda", dtype=torch.int64 if name == "top_k" else torch.float64)
+        for name, value in cut.items()
+    }
+    torch.cuda.set_sync_debug_mode("error")
+    moved = 0
+    for step in range(20):
+        positions = torch.arange(ROWS, device="cuda") * 31 + step
+        got = sample(logits, temperatures, seeds, positions, **limits)
+        torch.cuda.set_sync_debug_mode("default")
+        assert got.tolist() == sample_reference(logits, temperatures, seeds, positions, **limits).tolist()
+        moved += int((sample(logits, temperatures, seeds, positions + 1, **limits) != got).sum())
+    assert moved > 20
+    again = replayed(lambda: sample(logits, temperatures, seeds, positions, **limits))
+    assert torch.equal(again, got)
+    alone = [
+        sample(logits[i : i + 1], temperatures[i : i + 1], seeds[i : i + 1], positions[i : i + 1],
+               **{name: limit[i : i + 1] for name, limit in limits.items()})
+        for i in range(ROWS)
+    ]  # fmt: skip
+    assert torch.equal(torch.cat(alone), got)
