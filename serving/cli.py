@@ -19,6 +19,7 @@ from serving.core.errors import BatonError, ConfigError
 _PASSED_ON = ("bench", "chat")
 _BENCHMARKS = {
     "make-checkpoint": "a model of a named shape with random weights, to measure with",
+    "kernels": "every kernel at DeepSeek-V3's shapes, beside the machine's ceilings and installed peers",
     "engine": "the engine alone, beside peers on the same weights",
     "served": "what HTTP, router and two workers cost over the engine alone",
     "idle": "CPU of a server without requests",

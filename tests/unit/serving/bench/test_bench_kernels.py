@@ -1,0 +1,201 @@
+"""`baton bench kernels`: the runner on cases of the CPU, and the cases themselves at small sizes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.bench import kernel_cases, kernels
+from serving.bench.kernel_cases import Case, Stage, Work
+from serving.bench.kernels import OWN, choose, main, run_case
+from serving.cli import main as baton
+from serving.core.errors import ConfigError
+from serving.kernels.norm_rope import rms_norm_reference
+
+CPU = torch.device("cpu")
+
+
+def _norms(*, peer_scale: float = 1.0, peer_pause_s: float = 0.0) -> Work:
+    x = [torch.randn(64, 256) for _ in range(3)]
+    weight = torch.ones(256)
+
+    def peer(i: int) -> Tensor:
+        time.sleep(peer_pause_s)
+        return rms_norm_reference(x[i], weight, 1e-6) * peer_scale
+
+    own = lambda i: rms_norm_reference(x[i], weight, 1e-6)  # noqa: E731
+    return Work(own=own, peers={"peer": peer}, num_sets=3, amount=2 * 64 * 256 * 4, bound="copy")
+
+
+def test_a_row_says_time_rate_share_and_ratio() -> None:
+    row = run_case("norm", lambda: _norms(peer_pause_s=0.01), CPU, {"copy": 1e12, "bf16": 1.0}, 5)
+    own, peer = row.timings[OWN], row.timings["peer"]
+    assert row.error is None
+    assert len(own.turns_us) == len(peer.turns_us) == 5
+    assert own.us == sorted(own.turns_us)[2]
+    assert peer.us > 10_000 > own.us > 0
+    assert row.rate == pytest.approx(2 * 64 * 256 * 4 / (own.us / 1e6))
+    assert row.of_ceiling == pytest.approx(row.rate / 1e12)
+    assert row.ratios == {"peer": pytest.approx(own.us / peer.us)}
+    assert row.differences == {"peer": 0.0}
+
+
+def test_every_set_of_inputs_is_used_in_every_turn_and_systems_take_turns() -> None:
+    used: list[tuple[str, int]] = []
+
+    def call(system: str) -> kernel_cases.Call:
+        return lambda i: used.append((system, i))
+
+    work = Work(own=call("own"), peers={"peer": call("peer")}, num_sets=3, amount=1.0, bound="copy")
+    run_case("listed", lambda: work, CPU, {}, 2)
+    turn = [(system, i) for system in ("own", "peer") for i in range(3)]
+    assert used[-12:] == turn * 2
+
+
+def test_a_peer_that_computes_something_else_fails_the_case() -> None:
+    assert run_case("norm", lambda: _norms(peer_scale=1.01), CPU, {}, 1).error is None
+    row = run_case("norm", lambda: _norms(peer_scale=1.1), CPU, {}, 1)
+    assert row.error is not None
+    assert "outputs differ from peer by 0.09" in row.error
+    assert "outputs differ from peer by nan" in str(
+        run_case("norm", lambda: _norms(peer_scale=torch.nan), CPU, {}, 1).error
+    )
+
+
+def test_an_output_that_is_not_finite_fails_the_case() -> None:
+    for wrong, fails in ((1.0, False), (torch.inf, True), (torch.nan, True)):
+        # Only the third set's output is wrong.
+        outputs = [torch.ones(4), torch.ones(4), torch.tensor([1.0, wrong, 1.0, 1.0])]
+        work = Work(own=outputs.__getitem__, num_sets=3, amount=1.0, bound="copy")
+        row = run_case("third", lambda work=work: work, CPU, {}, 1)
+        assert (row.error is not None) == fails
+        assert not fails or "not finite" in str(row.error)
+
+
+def test_a_peer_that_cannot_run_is_named_and_the_case_stands() -> None:
+    def refuse(i: int) -> Tensor:
+        raise NotImplementedError("not for 3 heads")
+
+    def case() -> Work:
+        return Work(own=lambda i: torch.ones(3), peers={"peer": refuse}, num_sets=2, amount=1.0, bound="copy")
+
+    row = run_case("refused", case, CPU, {}, 1)
+    assert row.error is None
+    assert row.peer_errors == {"peer": "NotImplementedError: not for 3 heads"}
+    assert set(row.timings) == {OWN}
+
+
+def test_one_failure_stops_nothing_and_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Work:
+        raise RuntimeError("out of shared memory")
+
+    named: dict[str, Case] = {"norm/a": _norms, "norm/b": broken, "norm/c": _norms}
+    assert _run(named, tmp_path / "out.json", monkeypatch) == 1
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in report["results"]] == ["norm/a", "norm/b", "norm/c"]
+    assert report["failed"] == ["norm/b"]
+    assert report["results"][1]["error"] == "RuntimeError: out of shared memory"
+    assert report["results"][2]["timings"][OWN]["us"] > 0
+    # A norm moves no more than a copy of as many bytes can; the copy is of this run.
+    assert report["ceilings"]["copy"] > 0
+    assert report["results"][0]["of_ceiling"] == pytest.approx(
+        report["results"][0]["rate"] / report["ceilings"]["copy"]
+    )
+    table = capsys.readouterr().err
+    assert "FAILED RuntimeError: out of shared memory" in table
+    assert _run({"norm/a": _norms}, tmp_path / "out.json", monkeypatch) == 0
+
+
+def _run(named: dict[str, Case], out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The command with these cases, its ceiling a small copy."""
+    limits = {"ceiling/copy": lambda: kernel_cases._copy(Stage(CPU), 1 << 20)}
+    monkeypatch.setattr(kernels, "_device", lambda: CPU)
+    monkeypatch.setattr(kernels, "cases", lambda stage: named)
+    monkeypatch.setattr(kernels, "ceilings", lambda stage: limits)
+    return main(["--repeats", "1", "--out", str(out)])
+
+
+def test_only_takes_the_beginnings_of_names() -> None:
+    named: dict[str, Case] = dict.fromkeys(("mla_decode/bf16/h16", "mla_decode/fp8/h16", "gate/v3"), _norms)
+    assert list(choose(named, [])) == list(named)
+    assert list(choose(named, ["mla_decode/fp8", "gate"])) == ["mla_decode/fp8/h16", "gate/v3"]
+    with pytest.raises(
+        ConfigError, match="--only mla_prefill: no case is called so; cases begin with gate, mla_decode"
+    ):
+        choose(named, ["gate", "mla_prefill"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert baton(["bench", "kernels"]) == 2
+    assert "torch finds no CUDA device here" in capsys.readouterr().err
+
+
+def test_every_case_has_a_name_of_its_own_and_the_shapes_that_are_published() -> None:
+    names = kernel_cases.cases(Stage(CPU))
+    for batch in (32, 64, 128):
+        assert f"mla_decode/bf16/h16/b{batch}" in names
+        assert f"mla_decode/fp8/h128/b{batch}" in names
+    assert "linear_fp8/4096x24576x1536" in names
+    assert "grouped_fp8/9x4096x4096x7168" in names
+    assert len(names) > 60
+
+
+SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mla_decode": (kernel_cases.mla_decode, {"heads": 4, "batch": 2, "ctx": 128, "fp8": False}),
+    "latent_store": (kernel_cases.latent_store, {"tokens": 5, "heads": 2, "fp8": False}),
+    "latent_store_fp8": (kernel_cases.latent_store, {"tokens": 5, "heads": 2, "fp8": True}),
+    "gather": (kernel_cases.gather, {"num_pages": 2, "num_layers": 3, "fp8": False}),
+    "scatter": (kernel_cases.scatter, {"num_pages": 2, "num_layers": 3, "fp8": True}),
+    "attention": (kernel_cases.prefill_attention, {"batch": 2, "tokens": 9, "heads": 2}),
+    "linear_fp8": (kernel_cases.linear_fp8, {"m": 3, "n": 160, "k": 256}),
+    "linear_fp8_few": (kernel_cases.linear_fp8, {"m": 3, "n": 160, "k": 256, "few": True}),
+    "experts_fp8": (kernel_cases.experts_mlp, {"tokens": 4, "hidden": 128, "inner": 128, "num_experts": 4, "top_k": 2, "fp8": True}),
+    "experts": (kernel_cases.experts_mlp, {"tokens": 4, "hidden": 64, "inner": 48, "num_experts": 4, "top_k": 2, "fp8": False}),
+    "gate": (kernel_cases.gate, {"tokens": 7, "num_experts": 16, "num_groups": 4, "kept": 2, "top_k": 4}),
+    "norm": (kernel_cases.norm, {"tokens": 3, "width": 96}),
+    "add_norm": (kernel_cases.add_norm, {"tokens": 3, "width": 96}),
+    "norm_quantise": (kernel_cases.norm_quantise, {"tokens": 3, "width": 96}),
+    "quantise": (kernel_cases.quantise, {"tokens": 3, "width": 96}),
+    "silu_quantise": (kernel_cases.silu_quantise, {"tokens": 3, "inner": 96}),
+    "argmax": (kernel_cases.greedy, {"rows": 3, "vocab": 1000}),
+    "draw": (kernel_cases.drawn, {"rows": 3, "vocab": 1000}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_cases_run_on_their_references(name: str) -> None:
+    build, sizes = SMALL[name]
+    stage = Stage(CPU, pool_bytes=4_000_000, planes=4)
+    with torch.inference_mode():
+        row = run_case(name, lambda: build(stage, **sizes), CPU, {"copy": 1e12, "bf16": 1e12, "fp8": 1e12}, 1)
+    assert row.error is None
+    assert row.rate > 0
+    assert row.of_ceiling is not None
+
+
+def test_decode_attends_random_pages_of_a_pool_filled_in_every_layer_in_use() -> None:
+    stage = Stage(CPU, pool_bytes=4_000_000, planes=8)
+    pool = stage.pool(fp8=False)
+    assert pool.num_pages * pool.layout.page_bytes >= 4_000_000
+    used = {stage.layer(index) for index in range(4)}
+    assert len(used) == 4
+    assert all(bool(pool.tensor[:, layer].any(dim=-1).all()) for layer in used)
+    assert stage.pool(fp8=False) is pool
+    assert stage.pool(fp8=True).tensor.shape[3] == 656
+
+
+def test_weights_of_a_stage_are_scaled_as_a_models() -> None:
+    weight = Stage(CPU).weight(2, 128, 256)
+    wide = weight.quantised.float() * weight.scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
+    assert wide.shape == (2, 128, 256)
+    assert wide.std().item() == pytest.approx(256**-0.5, rel=0.05)
+    assert not torch.equal(wide[0], wide[1])
