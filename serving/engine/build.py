@@ -25,11 +25,14 @@ from serving.model.config import ModelConfig
 from serving.model.weights import Progress, load_weights
 
 _SAMPLE_BYTES = 64 << 10
+# Long enough for the products to reach their rate; a CPU's step is also what a newcomer waits for.
+_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Engine:
     """What a worker runs on. `max_model_len`: longest prompt + answer, in tokens, that model and pool allow.
+    `max_batched_tokens`: prefill tokens of one step.
 
     `identity` is equal for two engines whose pages mean the same: same weights, dtype, layout, MTP and protocol.
     """
@@ -41,12 +44,14 @@ class Engine:
     identity: str
     max_model_len: int
     max_num_seqs: int
+    max_batched_tokens: int
 
 
 def build_engine(
     model_dir: str | Path,
     *,
     max_num_seqs: int,
+    max_batched_tokens: int = 0,
     num_pages: int = 0,
     memory_fraction: float = 0.1,
     max_model_len: int = 0,
@@ -93,14 +98,16 @@ def build_engine(
         identity=identity(folder, layout, dtype=torch_dtype),
         max_model_len=longest,
         max_num_seqs=max_num_seqs,
+        max_batched_tokens=max_batched_tokens or _BATCHED_TOKENS[torch_device.type],
     )
 
 
 def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engine:
     """The engine of one worker, as large as its role says. Raises as `build_engine` does."""
     config, prefills = spec.config, spec.role == "prefill"
-    return build_engine(
+    engine = build_engine(
         spec.model_dir,
+        max_batched_tokens=config.prefill.max_batched_tokens,
         max_num_seqs=config.prefill.max_num_seqs if prefills else config.decode.max_num_seqs,
         num_pages=config.kv.prefill_pages if prefills else config.kv.decode_pages,
         memory_fraction=config.kv.memory_fraction,
@@ -111,6 +118,12 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
         num_threads=spec.num_threads,
         progress=progress,
     )
+    engine.runner.warm_up(
+        max_batched_tokens=0 if spec.role == "decode" else engine.max_batched_tokens,
+        decodes=not prefills,
+        told=progress.tell if progress is not None else lambda _: None,
+    )
+    return engine
 
 
 def tokenizer_size(folder: Path) -> int | None:

@@ -3,26 +3,31 @@
     open_slot -> launch ... launch -> close_slot        launch -> settle, in order, at most two launched and not settled
 
 Between steps a sequence lives in its slot: last token, last hidden state (for the MTP layer's rows) and page table stay on
-the device, so `launch` reads nothing back. On a CPU `launch` computes before it returns. Must not know requests, jobs,
-or who decides what runs.
+the device, so `launch` reads nothing back. On a CPU `launch` computes before it returns; on a GPU decode rows are a
+captured graph. Must not know requests, jobs, or who decides what runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvcache.layout import PAGE_TOKENS
+from kvcache.layout import PAGE_TOKENS, num_pages_for
+from serving.engine.graphs import StepGraphs, decode_sizes, prefill_sizes
 from serving.engine.plan import DecodeRow, Launched, PrefillChunk, SampledToken, SlotSpec, StepPlan, StepResult
 from serving.engine.sampler import Logprobs, Sampler
 from serving.engine.staging import ids, to_host
+from serving.kernels import sampling
 from serving.model.batch import DecodeBatch, PrefillBatch, SeqChunk
 
 _MAX_IN_FLIGHT = 2
+# Larger prefill steps keep the device busy for longer than the host needs to launch their parts one by one.
+_MOST_CAPTURED_TOKENS = 4096
+_MOST_CAPTURED_CHUNKS = 16
 
 
 class MtpStore(Protocol):
@@ -75,12 +80,63 @@ class Runner:
         self.device = device
         self.sampler = Sampler(num_slots, vocab_size, device)
         self._scratch_page = kv_pool.shape[0] - 1
+        # One slot more than there are, for rows that belong to nobody.
+        self._scratch_slot, num_slots = num_slots, num_slots + 1
         self._page_ids: list[list[int]] = [[] for _ in range(num_slots)]
-        self._page_table_SP = torch.full((num_slots, max_pages), self._scratch_page, dtype=torch.int64, device=device)
+        page_dtype = torch.int64 if device.type == "cpu" else torch.int32
+        self._page_table_SP = torch.full((num_slots, max_pages), self._scratch_page, dtype=page_dtype, device=device)
         self._last_token_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._hidden_SD = torch.zeros(num_slots, hidden_size, dtype=model.dtype, device=device)
         self._rows = _RowsBatch((), self._last_token_S[:0], self._page_table_SP[:0])
+        self._decode_graphs: StepGraphs | None = None
+        self._prefill_graphs: StepGraphs | None = None
+        if device.type == "cuda":
+            self._decode_graphs = StepGraphs(
+                self._captured_decode, sizes=decode_sizes(self._scratch_slot), idle=self._idle_rows, device=device
+            )
+            most = min(_MOST_CAPTURED_TOKENS, max_pages * PAGE_TOKENS)
+            self._prefill_graphs = StepGraphs(
+                self._captured_prefill, sizes=prefill_sizes(most), idle=self._idle_chunks, device=device
+            )
         self._num_in_flight = 0
+
+    def warm_up(self, *, max_batched_tokens: int, decodes: bool, told: Callable[[str], None] = lambda _: None) -> None:
+        """Compile and capture what a GPU will run, so that no request waits for it. `told` hears what comes next.
+
+        `max_batched_tokens`: of a prefill step; 0: there are none. `decodes`: whether there are decode steps.
+        """
+        if self._decode_graphs is None or self._prefill_graphs is None:
+            return
+        with torch.inference_mode():
+            if max_batched_tokens:
+                self._compile_prefill(max_batched_tokens, told)
+                for size in reversed(self._prefill_graphs.sizes):
+                    if size <= max_batched_tokens:
+                        told(f"capturing a prefill step of {size} tokens")
+                        self._prefill_graphs.capture(size)
+            for size in reversed(self._decode_graphs.sizes) if decodes else ():
+                told(f"capturing a decode step of {size} rows")
+                self._decode_graphs.capture(size)
+        torch.cuda.synchronize(self.device)
+
+    def _compile_prefill(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
+        """Steps that are not captured: many tokens, or a part of the context cached."""
+        most = self._page_table_SP.shape[1] * PAGE_TOKENS
+        for num_tokens in (max_batched_tokens, PAGE_TOKENS):
+            told(f"compiling prefill of {num_tokens} tokens")
+            end = min(PAGE_TOKENS + num_tokens, most)
+            chunk = PrefillChunk(
+                slot=self._scratch_slot,
+                token_ids=[0] * (end - PAGE_TOKENS),
+                start=PAGE_TOKENS,
+                store_from=end,
+                page_ids=[self._scratch_page] * num_pages_for(end),
+                sample=True,
+            )
+            if chunk.token_ids:
+                _, logits_NV = self._run_chunks((chunk,))
+                sampling.argmax(logits_NV)
+        self._set_pages(self._scratch_slot, [])
 
     def open_slot(self, slot: int, spec: SlotSpec) -> None:
         self._set_pages(slot, spec.page_ids)
@@ -99,24 +155,28 @@ class Runner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         assert self._num_in_flight < _MAX_IN_FLIGHT, "settle a step before launching a third"
         self._num_in_flight += 1
-        hidden: list[Tensor] = []
+        logits: list[Tensor] = []
         slots: list[int] = []
         positions: list[int] = []
+        hidden_ND: Tensor | None = None
+        greedy_B: Tensor | None = None
         if plan.chunks:
-            hidden_ND = self._run_chunks(plan.chunks)
+            last_ND, logits_NV = self._run_chunks(plan.chunks)
             ended = [i for i, chunk in enumerate(plan.chunks) if chunk.sample]
             slots += [plan.chunks[i].slot for i in ended]
             positions += [plan.chunks[i].start + len(plan.chunks[i].token_ids) for i in ended]
             if ended:
-                hidden.append(hidden_ND if len(ended) == len(plan.chunks) else hidden_ND[self._ids(ended)])
-        num_chunk_tokens = len(slots)
+                every = len(ended) == len(plan.chunks)
+                hidden_ND = last_ND if every else last_ND[self._ids(ended)]
+                logits.append(logits_NV if every else logits_NV[self._ids(ended)])
         if plan.rows:
             slots += [row.slot for row in plan.rows]
             positions += [row.position + 1 for row in plan.rows]
-            hidden.append(self._run_rows(plan.rows))
+            logits_BV, greedy_B = self._run_rows(plan.rows)
+            logits.append(logits_BV)
         if not slots:
             return LaunchedStep(plan=plan, done=self._mark())
-        return self._sample(plan, tuple(slots), positions, num_chunk_tokens, hidden)
+        return self._sample(plan, tuple(slots), positions, logits, greedy_B, hidden_ND)
 
     def settle(self, launched: Launched) -> StepResult:
         assert isinstance(launched, LaunchedStep), "a step settles where it was launched"
@@ -141,26 +201,31 @@ class Runner:
         plan: StepPlan,
         slots: tuple[int, ...],
         positions: list[int],
-        num_chunk_tokens: int,
-        hidden: list[Tensor],
+        logits: list[Tensor],
+        greedy_B: Tensor | None,
+        hidden_ND: Tensor | None,
     ) -> LaunchedStep:
-        hidden_BD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        logits_BV = self.model.logits(hidden_BD)
-        token_ids_B, logprobs = self.sampler.sample(slots, logits_BV, positions)
-        slots_B = self._rows.slots_B if slots == self._rows.slots else self._ids(slots)
-        self._last_token_S.index_copy_(0, slots_B, token_ids_B)
-        wants_hidden = num_chunk_tokens > 0 and self.model.mtp is not None
+        """`greedy_B`: the best token of each row where the step has chosen and noted it already; it holds if nobody asks for more."""
+        logprobs: Logprobs | None = None
+        if greedy_B is not None and len(logits) == 1 and self.sampler.is_plain(slots):
+            token_ids_B = greedy_B
+        else:
+            logits_BV = logits[0] if len(logits) == 1 else torch.cat(logits)
+            token_ids_B, logprobs = self.sampler.sample(slots, logits_BV, positions)
+            slots_B = self._rows.slots_B if slots == self._rows.slots else self._ids(slots)
+            self._last_token_S.index_copy_(0, slots_B, token_ids_B)
+        wants_hidden = hidden_ND is not None and self.model.mtp is not None
         return LaunchedStep(
             plan=plan,
             slots=slots,
             token_ids=to_host(token_ids_B),
             logprobs=logprobs.moved(to_host) if logprobs is not None else None,
-            hidden_ND=to_host(hidden_BD[:num_chunk_tokens]) if wants_hidden else None,
+            hidden_ND=to_host(hidden_ND) if wants_hidden and hidden_ND is not None else None,
             done=self._mark(),
         )
 
-    def _run_chunks(self, chunks: tuple[PrefillChunk, ...]) -> Tensor:
-        """Hidden states [N, D] of the last token of each chunk."""
+    def _run_chunks(self, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, D] of the last token of each chunk, and their logits [N, V]."""
         token_ids: list[int] = []
         positions: list[int] = []
         row_ids: list[int] = []
@@ -180,59 +245,157 @@ class Runner:
             token_ids += chunk.token_ids
             positions += range(chunk.start, end)
             row_ids += self._chunk_rows(chunk, end)
-        token_ids_T, positions_T, row_ids_T = self._ids((token_ids, positions, row_ids)).unbind()
-        batch = PrefillBatch(token_ids_T=token_ids_T, positions_T=positions_T, row_ids_T=row_ids_T, seqs=tuple(seqs))
+        slots = [chunk.slot for chunk in chunks]
+        starts = [*(seq.offset for seq in seqs), len(token_ids)]
+        outputs = self._replayed_prefill(token_ids, positions, row_ids, slots, starts, chunks)
+        if outputs is None:
+            token_ids_T, positions_T, row_ids_T = self._ids((token_ids, positions, row_ids)).unbind()
+            batch = PrefillBatch(
+                token_ids_T=token_ids_T,
+                positions_T=positions_T,
+                row_ids_T=row_ids_T,
+                starts=self._ids(starts).to(torch.int32),
+                seqs=tuple(seqs),
+            )
+            first_N, last_N, slots_N = self._ids((starts[:-1], [end - 1 for end in starts[1:]], slots)).unbind()
+            outputs = self._prefill(batch, first_N, last_N, slots_N)
+        if self.model.mtp is not None:
+            for chunk in chunks:
+                if chunk.start == 0 and chunk.store_from == 0:
+                    # The layout's zero row: a page is a function of its tokens, to the last byte.
+                    self.kv_pool[chunk.page_ids[0], -1, 0] = 0
+        return outputs
+
+    def _replayed_prefill(
+        self,
+        token_ids: list[int],
+        positions: list[int],
+        row_ids: list[int],
+        slots: list[int],
+        starts: list[int],
+        chunks: tuple[PrefillChunk, ...],
+    ) -> tuple[Tensor, Tensor] | None:
+        """None: not a step that is captured."""
+        graphs, num_tokens, num_chunks = self._prefill_graphs, len(token_ids), len(chunks)
+        if graphs is None or num_chunks > _MOST_CAPTURED_CHUNKS or any(chunk.start for chunk in chunks):
+            return None
+        size = graphs.size_for(num_tokens)
+        if size is None:
+            return None
+        rest, missing = size - num_tokens, _MOST_CAPTURED_CHUNKS - num_chunks
+        values = [*token_ids, *[0] * rest, *positions, *[0] * rest]
+        values += [*row_ids, *[self._scratch_page * PAGE_TOKENS] * rest]
+        # Tokens of nobody are a sequence of their own, the last; chunks that are missing say what the first one says.
+        values += [*starts, *[num_tokens] * missing, size]
+        values += [*starts[:-1], *[0] * missing, *(end - 1 for end in starts[1:]), *[starts[1] - 1] * missing]
+        values += [*slots, *[slots[0]] * missing]
+        last_ND, logits_NV = graphs.run(size, values)
+        return last_ND[:num_chunks], logits_NV[:num_chunks]
+
+    def _idle_chunks(self, size: int) -> list[int]:
+        """The integers of a captured prefill step in which everything is nobody's."""
+        chunks = _MOST_CAPTURED_CHUNKS
+        rows = [self._scratch_page * PAGE_TOKENS] * size
+        return [
+            *[0] * (2 * size),
+            *rows,
+            0,
+            *[size] * (chunks + 1),
+            *[0] * (2 * chunks),
+            *[self._scratch_slot] * chunks,
+        ]
+
+    def _captured_prefill(self, size: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        chunks = _MOST_CAPTURED_CHUNKS
+        parts = inputs.split([size, size, size, chunks + 2, chunks, chunks, chunks])
+        token_ids_T, positions_T, row_ids_T, starts, first_N, last_N, slots_N = parts
+        batch = PrefillBatch(
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            row_ids_T=row_ids_T,
+            starts=starts.to(torch.int32),
+            seqs=(),
+        )
+        return self._prefill(batch, first_N, last_N, slots_N)
+
+    def _prefill(self, batch: PrefillBatch, first_N: Tensor, last_N: Tensor, slots_N: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [N]: where each chunk begins and ends in the batch, and its slot."""
         hidden_TD = self.model.prefill(batch, self.kv_pool)
-        last_N = self._ids([seq.offset + seq.num_tokens - 1 for seq in seqs])
         last_ND = hidden_TD.index_select(0, last_N)
         if self.model.mtp is not None:
-            self._store_mtp_chunks(self.model.mtp, chunks, batch, hidden_TD, last_ND)
-        return last_ND
+            self._store_mtp_chunks(self.model.mtp, batch, hidden_TD, last_ND, first_N, slots_N)
+        return last_ND, self.model.logits(last_ND)
 
     def _store_mtp_chunks(
-        self, mtp: MtpStore, chunks: tuple[PrefillChunk, ...], batch: PrefillBatch, hidden_TD: Tensor, last_ND: Tensor
+        self,
+        mtp: MtpStore,
+        batch: PrefillBatch,
+        hidden_TD: Tensor,
+        last_ND: Tensor,
+        first_N: Tensor,
+        slots_N: Tensor,
     ) -> None:
         """The row of token p is made from the hidden state of p - 1: the neighbour in the chunk, or what the slot carried.
 
         Of the first token of all there is none; its row, like those below store_from, goes to scratch.
         """
-        slots_N = self._ids([chunk.slot for chunk in chunks])
-        first_N = self._ids([seq.offset for seq in batch.seqs])
         previous_TD = hidden_TD.roll(1, dims=0)
         previous_TD.index_copy_(0, first_N, self._hidden_SD.index_select(0, slots_N))
         self._hidden_SD.index_copy_(0, slots_N, last_ND)
         row_ids_T = batch.row_ids_T.masked_fill(batch.positions_T == 0, self._scratch_page * PAGE_TOKENS)
         positions_T = (batch.positions_T - 1).clamp_(min=0)
         mtp.store_rows(previous_TD, batch.token_ids_T, positions_T, row_ids_T, self.kv_pool)
-        for chunk in chunks:
-            if chunk.start == 0 and chunk.store_from == 0:
-                # The layout's zero row: a page is a function of its tokens, to the last byte.
-                self.kv_pool[chunk.page_ids[0], -1, 0] = 0
 
-    def _run_rows(self, rows: tuple[DecodeRow, ...]) -> Tensor:
-        """Hidden states [B, D]."""
+    def _run_rows(self, rows: tuple[DecodeRow, ...]) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, V], and their argmax [B] where the step has it."""
         batch_rows = self._rows_of(rows)
         positions = [row.position for row in rows]
         row_ids = [
             self._page_ids[row.slot][row.position // PAGE_TOKENS] * PAGE_TOKENS + row.position % PAGE_TOKENS
             for row in rows
         ]
-        positions_B, row_ids_B, context_lens_B = self._ids((positions, row_ids, [p + 1 for p in positions])).unbind()
-        slots_B = batch_rows.slots_B
+        if self._decode_graphs is not None:
+            size = self._decode_graphs.size_for(len(rows))
+            assert size is not None, "as many rows as slots are captured"
+            rest = size - len(rows)
+            values = [*batch_rows.slots, *[self._scratch_slot] * rest, *positions, *[0] * rest]
+            values += [*row_ids, *[self._scratch_page * PAGE_TOKENS] * rest]
+            logits_BV, greedy_B = self._decode_graphs.run(size, values)
+            return logits_BV[: len(rows)], greedy_B[: len(rows)]
+        positions_B, row_ids_B = self._ids((positions, row_ids)).unbind()
+        return self._decode(batch_rows.slots_B, positions_B, row_ids_B, batch_rows.page_table_BP), None
+
+    def _idle_rows(self, size: int) -> list[int]:
+        """The integers of a captured decode step without rows."""
+        return [*[self._scratch_slot] * size, *[0] * size, *[self._scratch_page * PAGE_TOKENS] * size]
+
+    def _captured_decode(self, size: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] and their argmax, noted as the slots' last tokens."""
+        slots_B, positions_B, row_ids_B = inputs.view(3, size).unbind()
+        # The page of the token itself; those before it were written by earlier steps.
+        pages_B = (row_ids_B // PAGE_TOKENS).to(self._page_table_SP.dtype)
+        self._page_table_SP.index_put_((slots_B, positions_B // PAGE_TOKENS), pages_B)
+        page_table_BP = self._page_table_SP.index_select(0, slots_B)
+        logits_BV = self._decode(slots_B, positions_B, row_ids_B, page_table_BP)
+        greedy_B = sampling.argmax(logits_BV[:, : self.sampler.vocab_size])
+        self._last_token_S.index_copy_(0, slots_B, greedy_B)
+        return logits_BV, greedy_B
+
+    def _decode(self, slots_B: Tensor, positions_B: Tensor, row_ids_B: Tensor, page_table_BP: Tensor) -> Tensor:
         token_ids_B = self._last_token_S.index_select(0, slots_B)
         batch = DecodeBatch(
             token_ids_B=token_ids_B,
             positions_B=positions_B,
             row_ids_B=row_ids_B,
-            page_table_BP=batch_rows.page_table_BP,
-            context_lens_B=context_lens_B,
+            page_table_BP=page_table_BP,
+            context_lens_B=positions_B + 1,
         )
         hidden_BD = self.model.decode(batch, self.kv_pool)
         if self.model.mtp is not None:
             previous_BD = self._hidden_SD.index_select(0, slots_B)
             self.model.mtp.store_rows(previous_BD, token_ids_B, positions_B - 1, row_ids_B, self.kv_pool)
             self._hidden_SD.index_copy_(0, slots_B, hidden_BD)
-        return hidden_BD
+        return self.model.logits(hidden_BD)
 
     def _rows_of(self, rows: tuple[DecodeRow, ...]) -> _RowsBatch:
         """Slots and page tables of the batch, made anew only when a sequence joined, left or got a page."""
@@ -241,12 +404,14 @@ class Runner:
         for row in rows:
             if row.new_page_id is not None:
                 pages = self._page_ids[row.slot]
-                self._page_table_SP[row.slot, len(pages)] = row.new_page_id
+                # A captured step writes it itself.
+                if self._decode_graphs is None:
+                    self._page_table_SP[row.slot, len(pages)] = row.new_page_id
+                    changed = True
                 pages.append(row.new_page_id)
-                changed = True
         if changed:
             slots_B = self._ids(slots)
-            width = max(len(self._page_ids[slot]) for slot in slots)
+            width = 0 if self._decode_graphs is not None else max(len(self._page_ids[slot]) for slot in slots)
             self._rows = _RowsBatch(slots, slots_B, self._page_table_SP[:, :width].index_select(0, slots_B))
         return self._rows
 
@@ -263,7 +428,7 @@ class Runner:
     def _set_pages(self, slot: int, page_ids: list[int]) -> None:
         self._page_ids[slot] = list(page_ids)
         unused = self._page_table_SP.shape[1] - len(page_ids)
-        self._page_table_SP[slot] = self._ids([*page_ids, *[self._scratch_page] * unused])
+        self._page_table_SP[slot] = self._ids([*page_ids, *[self._scratch_page] * unused]).to(self._page_table_SP.dtype)
         self._rows = self._rows.stale()
 
     def _ids(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:

@@ -75,6 +75,10 @@ class Sampler:
         self._counts.close(slot)
         self._recipes.clear()
 
+    def is_plain(self, slots: tuple[int, ...]) -> bool:
+        """Whether the tokens of these slots are the argmax of their logits and nothing else is asked for."""
+        return self._recipe(slots).plain
+
     def sample(
         self, slots: tuple[int, ...], logits_BV: Tensor, positions: Sequence[int]
     ) -> tuple[Tensor, Logprobs | None]:
@@ -85,14 +89,14 @@ class Sampler:
         recipe = self._recipe(slots)
         logits_BV = logits_BV[:, : self.vocab_size]
         if recipe.plain:
-            return logits_BV.argmax(dim=-1), None
+            return ops.argmax(logits_BV), None
         if recipe.bias is not None:
             logits_BV.index_put_(
                 (recipe.bias.rows, recipe.bias.token_ids), recipe.bias.values.to(logits_BV.dtype), accumulate=True
             )
         if recipe.penalties is not None:
             self._penalise(logits_BV, recipe.penalties)
-        token_ids_B = logits_BV.argmax(dim=-1)
+        token_ids_B = ops.argmax(logits_BV)
         if recipe.draws is not None:
             drawn_positions = [positions[row] for row in recipe.draws.host_rows]
             drawn_N = _draw(logits_BV, ids(drawn_positions, self.device), recipe.draws)

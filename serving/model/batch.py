@@ -27,11 +27,12 @@ class SeqChunk:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PrefillBatch:
-    """Chunks of several sequences, one after the other. All tensors int64 [T]."""
+    """Chunks of several sequences, one after the other. int64 tensors [T]; `starts`: int32 [len(seqs) + 1], their offsets and T."""
 
     token_ids_T: Tensor
     positions_T: Tensor
     row_ids_T: Tensor
+    starts: Tensor
     seqs: tuple[SeqChunk, ...]
 
 

@@ -11,20 +11,35 @@ tensor of a checkpoint goes where is the table in `names`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels import mla
+from serving.kernels.attention import attend_varlen, merge
 from serving.kernels.gemm import linear
+from serving.kernels.kv_store import norm_rope_store
+from serving.kernels.norm_rope import (
+    add_rms_norm,
+    inverse_frequencies,
+    rms_norm,
+    rms_norm_quantise,
+    rotations,
+    yarn_inverse_frequencies,
+)
 from serving.kernels.packed import pack
-from serving.kernels.kv_store import store_rows
-from serving.kernels.norm_rope import inverse_frequencies, rms_norm, rope_, rotations, yarn_inverse_frequencies
-from serving.kernels.rows import context_slots, layer_rows, slots
-from serving.model.batch import DecodeBatch, PrefillBatch, SeqChunk
+from serving.kernels.quant import Fp8Weight, QuantisedRows
+from serving.kernels.rows import context_slots, dequantize_rows, layer_rows, slots
+from serving.model.batch import DecodeBatch, PrefillBatch
 from serving.model.config import ModelConfig
 from serving.model.experts import Mlp, Moe
 from serving.model.mtp import Mtp
+from serving.model.weight import Weight, keeps_fp8, new_weight
+
+Plan = tuple[mla.DecodeGroup, ...] | mla.PagedPlan
+Activations = Tensor | QuantisedRows
 
 # Norms on the latents have an epsilon of their own in the published code; config.json has no field for it.
 _LATENT_NORM_EPS = 1e-6
@@ -59,61 +74,62 @@ class Rope:
 class Attention:
     """Multi-head latent attention of one layer; `layer` is its place in a KV page."""
 
-    def __init__(self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device, *, fp8: bool = False
+    ) -> None:
         self.config = config
         self.layer = layer
         heads, hidden, latent = config.num_heads, config.hidden_size, config.kv_lora_rank
         # Query first, latent below it: one product reads the hidden state for both.
         self.query_rows = config.q_lora_rank or heads * config.qk_head_dim
-        self.qkv_a = torch.empty(self.query_rows + config.latent_width, hidden, dtype=dtype, device=device)
+        kind: dict[str, Any] = {"dtype": dtype, "device": device, "fp8": fp8}
+        self.qkv_a = new_weight(self.query_rows + config.latent_width, hidden, **kind)
         self.kv_norm = torch.empty(latent, dtype=dtype, device=device)
         self.q_norm: Tensor | None = None
-        self.q_b: Tensor | None = None
+        self.q_b: Weight | None = None
         if config.q_lora_rank:
             self.q_norm = torch.empty(config.q_lora_rank, dtype=dtype, device=device)
-            self.q_b = torch.empty(heads * config.qk_head_dim, config.q_lora_rank, dtype=dtype, device=device)
-        # As the file has it, W_uk and W_uv of a head one below the other; `pack` parts them and lets it go.
+            self.q_b = new_weight(heads * config.qk_head_dim, config.q_lora_rank, **kind)
+        # As the file has it, W_uk and W_uv of a head one below the other; on a CPU `pack` parts them and lets it go.
         per_head = config.qk_nope_head_dim + config.v_head_dim
         self.kv_b: Tensor | None = torch.empty(heads * per_head, latent, dtype=dtype, device=device)
         self.w_uk_HNC = self.kv_b.view(heads, per_head, latent)[:, : config.qk_nope_head_dim]
         self.w_uv_HVC = self.kv_b.view(heads, per_head, latent)[:, config.qk_nope_head_dim :]
-        self.out = torch.empty(hidden, heads * config.v_head_dim, dtype=dtype, device=device)
+        self.out = new_weight(hidden, heads * config.v_head_dim, **kind)
 
     def pack(self) -> None:
         """Once loaded: into the layout that the products read fastest."""
-        self.qkv_a, self.out = pack(self.qkv_a), pack(self.out)
-        if self.q_b is not None:
+        if isinstance(self.qkv_a, Tensor) and isinstance(self.out, Tensor):
+            self.qkv_a, self.out = pack(self.qkv_a), pack(self.out)
+        if isinstance(self.q_b, Tensor):
             self.q_b = pack(self.q_b)
-        # bf16 on CPU multiplies strided heads at an eighth of the rate.
-        self.w_uk_HNC, self.w_uv_HVC, self.kv_b = self.w_uk_HNC.contiguous(), self.w_uv_HVC.contiguous(), None
+        if self.kv_norm.device.type == "cpu":
+            # bf16 multiplies strided heads at an eighth of the rate.
+            self.w_uk_HNC, self.w_uv_HVC, self.kv_b = self.w_uk_HNC.contiguous(), self.w_uv_HVC.contiguous(), None
 
     def prefill(
-        self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, seqs: tuple[SeqChunk, ...], kv_pool: Tensor
+        self, x_TD: Activations, rope_T: Tensor, slots_T: Tensor, batch: PrefillBatch, kv_pool: Tensor
     ) -> Tensor:
-        """Expanded form; each sequence is attended by itself, the products run over all tokens."""
-        q_THQ, latent_TW = self._query_and_latent(x_TD, rope_T)
-        store_rows(kv_pool, self.layer, slots_T, latent_TW)
-        k_THQ, v_THV = self._expand(latent_TW)
-        outs = []
-        for seq in seqs:
+        """Expanded form; a sequence sees its own chunk and, in pieces, what is cached of it."""
+        q_THQ, latent_TW = self._query_and_latent(x_TD, rope_T, slots_T, kv_pool, keep=True)
+        assert latent_TW is not None
+        scale, starts = self.config.softmax_scale, batch.starts
+        out_THV, lse_TH = attend_varlen(q_THQ, *self._expand(latent_TW), starts, starts, scale=scale, causal=True)
+        for index, seq in enumerate(batch.seqs):
             own = slice(seq.offset, seq.offset + seq.num_tokens)
-            q = q_THQ[own]
-            out, lse = mla.attend(q, k_THQ[own], v_THV[own], scale=self.config.softmax_scale, causal=True)
             for start in range(0, seq.context_len, self._prefix_piece):
                 end = min(start + self._prefix_piece, seq.context_len)
                 found = context_slots(kv_pool, seq.page_ids, start, end)
-                k, v = self._expand(layer_rows(kv_pool, self.layer)[found].to(q.dtype))
-                before = mla.attend(q, k, v, scale=self.config.softmax_scale, causal=False)
-                out, lse = mla.merge(out, lse, *before)
-            outs.append(out)
-        return linear(torch.cat(outs).flatten(1), self.out)
+                keys = self._expand(self._cached(kv_pool, found, q_THQ.dtype))
+                whole = torch.arange(0, end - start + 1, end - start, dtype=torch.int32, device=starts.device)
+                ends = starts[index : index + 2] - starts[index], whole
+                before = attend_varlen(q_THQ[own], *keys, *ends, scale=scale, causal=False)
+                out_THV[own], lse_TH[own] = merge(out_THV[own], lse_TH[own], *before)
+        return linear(out_THV.flatten(1), self.out)
 
-    def decode(
-        self, x_BD: Tensor, rope_B: Tensor, slots_B: Tensor, plan: tuple[mla.DecodeGroup, ...], kv_pool: Tensor
-    ) -> Tensor:
+    def decode(self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, plan: Plan, kv_pool: Tensor) -> Tensor:
         """Absorbed form over the cached rows, this token's own among them."""
-        q_BHQ, latent_BW = self._query_and_latent(x_BD, rope_B)
-        store_rows(kv_pool, self.layer, slots_B, latent_BW)
+        q_BHQ, _ = self._query_and_latent(x_BD, rope_B, slots_B, kv_pool)
         nope, latent = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         q_HBC = torch.bmm(q_BHQ[:, :, :nope].transpose(0, 1), self.w_uk_HNC)
         q_BHW = torch.cat([q_HBC.transpose(0, 1), q_BHQ[:, :, nope:]], dim=-1)
@@ -121,77 +137,125 @@ class Attention:
         out_HBV = torch.bmm(out_BHC.transpose(0, 1), self.w_uv_HVC.transpose(1, 2))
         return linear(out_HBV.transpose(0, 1).flatten(1), self.out)
 
-    def store(self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
+    def store(self, x_TD: Activations, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
         """Only the latent rows of these tokens, nothing attended."""
-        latent_TW = self._latent(linear(x_TD, self.qkv_a)[:, self.query_rows :], rope_T)
-        store_rows(kv_pool, self.layer, slots_T, latent_TW)
+        latent_TW = linear(x_TD, self.qkv_a)[:, self.query_rows :]
+        norm_rope_store(latent_TW, self.kv_norm, _LATENT_NORM_EPS, rope_T, kv_pool, self.layer, slots_T)
 
-    def _query_and_latent(self, x_TD: Tensor, rope_T: Tensor) -> tuple[Tensor, Tensor]:
-        """q [T, H, Q] with its rope part turned, and the row to cache [T, W]."""
+    def _query_and_latent(
+        self, x_TD: Activations, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor, *, keep: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """q [T, H, Q] with its rope part turned; the latent rows are stored, and returned [T, W] to `keep` them."""
         both = linear(x_TD, self.qkv_a)
         q_TX = both[:, : self.query_rows]
         if self.q_b is not None and self.q_norm is not None:
-            q_TX = linear(rms_norm(q_TX, self.q_norm, _LATENT_NORM_EPS), self.q_b)
+            q_TX = linear(_norm_for(self.q_b, q_TX, self.q_norm, _LATENT_NORM_EPS), self.q_b)
         q_THQ = q_TX.unflatten(1, (self.config.num_heads, self.config.qk_head_dim))
-        rope_(q_THQ[:, :, self.config.qk_nope_head_dim :], rope_T)
-        return q_THQ, self._latent(both[:, self.query_rows :], rope_T)
+        latent_TW = norm_rope_store(
+            both[:, self.query_rows :],
+            self.kv_norm,
+            _LATENT_NORM_EPS,
+            rope_T,
+            kv_pool,
+            self.layer,
+            slots_T,
+            q_rope_THR=q_THQ[:, :, self.config.qk_nope_head_dim :],
+            keep=keep,
+        )
+        return q_THQ, latent_TW
 
-    def _latent(self, kv_TW: Tensor, rope_T: Tensor) -> Tensor:
-        latent = self.config.kv_lora_rank
-        c_TC = rms_norm(kv_TW[:, :latent], self.kv_norm, _LATENT_NORM_EPS)
-        return torch.cat([c_TC, rope_(kv_TW[:, latent:], rope_T)], dim=-1)
+    def _cached(self, kv_pool: Tensor, slots_S: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [S, W] of the pool, dequantised."""
+        rows = layer_rows(kv_pool, self.layer)[slots_S]
+        return (dequantize_rows(rows, self.config.kv_lora_rank) if rows.dtype == torch.uint8 else rows).to(dtype)
 
-    def _expand(self, latent_SW: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [S, H, Q] and values [S, H, V] of every head from rows [S, W]."""
+    def _expand(self, latent_SW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From rows [S, W]: keys of every head [S, H, N] and the rope part they share [S, R], values [S, H, V]."""
         heads, latent = self.config.num_heads, self.config.kv_lora_rank
         c_SC, rope_SR = latent_SW[:, :latent], latent_SW[:, latent:]
+        if self.kv_b is not None:
+            both_SHX = linear(c_SC, self.kv_b).unflatten(1, (heads, -1))
+            nope = self.config.qk_nope_head_dim
+            return both_SHX[:, :, :nope], rope_SR, both_SHX[:, :, nope:]
         k_SHN = linear(c_SC, self.w_uk_HNC.flatten(0, 1)).unflatten(1, (heads, -1))
         v_SHV = linear(c_SC, self.w_uv_HVC.flatten(0, 1)).unflatten(1, (heads, -1))
-        return torch.cat([k_SHN, rope_SR[:, None].expand(-1, heads, -1)], dim=-1), v_SHV
+        return k_SHN, rope_SR, v_SHV
 
     @property
     def _prefix_piece(self) -> int:
         config = self.config
         # Both products, the keys, and keys and values once more as the attention kernel pads them.
         width = config.qk_nope_head_dim + config.v_head_dim + 3 * max(config.qk_head_dim, config.v_head_dim)
-        num_bytes = _EXPANDED_PREFIX_BYTES_CPU if self.out.device.type == "cpu" else _EXPANDED_PREFIX_BYTES
-        return max(64, num_bytes // (config.num_heads * width * self.out.element_size()))
+        num_bytes = _EXPANDED_PREFIX_BYTES_CPU if self.kv_norm.device.type == "cpu" else _EXPANDED_PREFIX_BYTES
+        return max(64, num_bytes // (config.num_heads * width * self.kv_norm.element_size()))
 
 
 class Block:
-    """x + attention(norm x), then x + feed-forward(norm x)."""
+    """x + attention(norm x), then x + feed-forward(norm x).
+
+    What a half adds travels beside the sum before it, because the addition is one with the norm that follows.
+    """
 
     def __init__(
         self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device, *, dense: bool
     ) -> None:
+        fp8 = keeps_fp8(config, dtype, device)
         self.eps = config.rms_norm_eps
         self.attention_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self.attention = Attention(config, layer, dtype, device)
+        self.attention = Attention(config, layer, dtype, device, fp8=fp8)
         self.mlp_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self.mlp: Mlp | Moe = (
-            Mlp(config.hidden_size, config.intermediate_size, dtype, device) if dense else Moe(config, dtype, device)
-        )
+        self.mlp: Mlp | Moe
+        if dense:
+            self.mlp = Mlp(config.hidden_size, config.intermediate_size, dtype, device, fp8=fp8)
+        else:
+            self.mlp = Moe(config, dtype, device, fp8=fp8)
 
     def prefill(
-        self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, seqs: tuple[SeqChunk, ...], kv_pool: Tensor
-    ) -> Tensor:
-        normed = rms_norm(x_TD, self.attention_norm, self.eps)
-        x_TD = x_TD + self.attention.prefill(normed, rope_T, slots_T, seqs, kv_pool)
-        return self._feed_forward(x_TD)
+        self, x_TD: Tensor, sum_TD: Tensor | None, rope_T: Tensor, slots_T: Tensor, batch: PrefillBatch, kv_pool: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, sum_TD = self._attention_input(x_TD, sum_TD)
+        return self._feed_forward(self.attention.prefill(x, rope_T, slots_T, batch, kv_pool), sum_TD)
 
     def decode(
-        self, x_BD: Tensor, rope_B: Tensor, slots_B: Tensor, plan: tuple[mla.DecodeGroup, ...], kv_pool: Tensor
-    ) -> Tensor:
-        normed = rms_norm(x_BD, self.attention_norm, self.eps)
-        x_BD = x_BD + self.attention.decode(normed, rope_B, slots_B, plan, kv_pool)
-        return self._feed_forward(x_BD)
+        self, x_BD: Tensor, sum_BD: Tensor | None, rope_B: Tensor, slots_B: Tensor, plan: Plan, kv_pool: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, sum_BD = self._attention_input(x_BD, sum_BD)
+        return self._feed_forward(self.attention.decode(x, rope_B, slots_B, plan, kv_pool), sum_BD)
 
     def store(self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
         """Only this layer's latent rows of these inputs."""
-        self.attention.store(rms_norm(x_TD, self.attention_norm, self.eps), rope_T, slots_T, kv_pool)
+        self.attention.store(self._attention_input(x_TD, None)[0], rope_T, slots_T, kv_pool)
 
-    def _feed_forward(self, x_TD: Tensor) -> Tensor:
-        return self.mlp.forward(rms_norm(x_TD, self.mlp_norm, self.eps)).add_(x_TD)
+    def _attention_input(self, x_TD: Tensor, sum_TD: Tensor | None) -> tuple[Activations, Tensor]:
+        if isinstance(self.attention.qkv_a, Fp8Weight):
+            rows, _, new_sum_TD = rms_norm_quantise(x_TD, self.attention_norm, self.eps, residual_TD=sum_TD)
+            return rows, x_TD if new_sum_TD is None else new_sum_TD
+        return _add_norm(x_TD, sum_TD, self.attention_norm, self.eps)
+
+    def _feed_forward(self, x_TD: Tensor, sum_TD: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.attention.qkv_a, Fp8Weight):
+            normed_TD, sum_TD = add_rms_norm(x_TD, sum_TD, self.mlp_norm, self.eps)
+            return self.mlp.forward(normed_TD), sum_TD
+        routes = isinstance(self.mlp, Moe)
+        parts = rms_norm_quantise(x_TD, self.mlp_norm, self.eps, residual_TD=sum_TD, keep=routes)
+        rows, kept_TD, new_sum_TD = parts
+        assert new_sum_TD is not None
+        if isinstance(self.mlp, Moe):
+            assert kept_TD is not None
+            return self.mlp.forward(kept_TD, rows), new_sum_TD
+        return self.mlp.forward(rows), new_sum_TD
+
+
+def _add_norm(x_TD: Tensor, sum_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of the sum, the sum); before the first block there is nothing to add to."""
+    return (rms_norm(x_TD, weight_D, eps), x_TD) if sum_TD is None else add_rms_norm(x_TD, sum_TD, weight_D, eps)
+
+
+def _norm_for(product: Weight, x_TD: Tensor, weight_D: Tensor, eps: float) -> Activations:
+    """The norm of x as `product` takes it."""
+    if isinstance(product, Fp8Weight):
+        return rms_norm_quantise(x_TD, weight_D, eps)[0]
+    return rms_norm(x_TD, weight_D, eps)
 
 
 class Head:
@@ -238,10 +302,10 @@ class DeepseekV3:
         """Store the latents of the batch and return hidden states [T, D] after the final norm."""
         rope_T = self.rope.at(batch.positions_T)
         slots_T = slots(kv_pool, batch.row_ids_T)
-        x_TD = F.embedding(batch.token_ids_T, self.embed)
+        x_TD, sum_TD = F.embedding(batch.token_ids_T, self.embed), None
         for block in self.blocks:
-            x_TD = block.prefill(x_TD, rope_T, slots_T, batch.seqs, kv_pool)
-        return rms_norm(x_TD, self.norm, self.config.rms_norm_eps)
+            x_TD, sum_TD = block.prefill(x_TD, sum_TD, rope_T, slots_T, batch, kv_pool)
+        return self._final_norm(x_TD, sum_TD)
 
     @torch.inference_mode()
     def decode(self, batch: DecodeBatch, kv_pool: Tensor) -> Tensor:
@@ -249,12 +313,15 @@ class DeepseekV3:
         plan = mla.plan_decode(kv_pool, batch.row_ids_B, batch.page_table_BP, batch.context_lens_B)
         rope_B = self.rope.at(batch.positions_B)
         slots_B = slots(kv_pool, batch.row_ids_B)
-        x_BD = F.embedding(batch.token_ids_B, self.embed)
+        x_BD, sum_BD = F.embedding(batch.token_ids_B, self.embed), None
         for block in self.blocks:
-            x_BD = block.decode(x_BD, rope_B, slots_B, plan, kv_pool)
-        return rms_norm(x_BD, self.norm, self.config.rms_norm_eps)
+            x_BD, sum_BD = block.decode(x_BD, sum_BD, rope_B, slots_B, plan, kv_pool)
+        return self._final_norm(x_BD, sum_BD)
 
     @torch.inference_mode()
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 (fp64 for an fp64 model) [N, vocab_size]; ids past the tokenizer's are the sampler's to mask."""
         return self.head.logits(hidden_ND)
+
+    def _final_norm(self, x_TD: Tensor, sum_TD: Tensor | None) -> Tensor:
+        return _add_norm(x_TD, sum_TD, self.norm, self.config.rms_norm_eps)[0]

@@ -5,47 +5,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serving.kernels.experts import grouped_mlp, silu_mul
+from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear
 from serving.kernels.packed import pack
+from serving.kernels.quant import Fp8Weight, QuantisedRows, silu_mul, silu_mul_quantise
 from serving.kernels.topk import gate_topk
 from serving.model.config import ModelConfig
+from serving.model.weight import Weight, expert_of, new_weight
 
 
 class Mlp:
     """down(silu(gate x) * up x), gate and up stored as one matrix, gate above up."""
 
-    def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.gate_up = torch.empty(2 * intermediate, hidden, dtype=dtype, device=device)
-        self.down = torch.empty(hidden, intermediate, dtype=dtype, device=device)
+    def __init__(
+        self, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device, *, fp8: bool = False
+    ) -> None:
+        self.gate_up = new_weight(2 * intermediate, hidden, dtype=dtype, device=device, fp8=fp8)
+        self.down = new_weight(hidden, intermediate, dtype=dtype, device=device, fp8=fp8)
 
     def pack(self) -> None:
         """Once loaded: into the layout that the products read fastest."""
-        self.gate_up, self.down = pack(self.gate_up), pack(self.down)
+        if isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor):
+            self.gate_up, self.down = pack(self.gate_up), pack(self.down)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return linear(silu_mul(linear(x_TD, self.gate_up)), self.down)
+    def forward(self, x: Tensor | QuantisedRows) -> Tensor:
+        """[T, D]; FP8 weights take rows that are quantised already."""
+        if isinstance(self.gate_up, Fp8Weight):
+            return linear(silu_mul_quantise(linear(x, self.gate_up)), self.down)
+        assert isinstance(x, Tensor)
+        return linear(silu_mul(linear(x, self.gate_up)), self.down)
 
 
 class Moe:
     """Routed experts chosen by the gate, plus the shared experts that every token takes. Nothing is dropped."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, fp8: bool = False) -> None:
         self.config = config
         hidden, inner, num_experts = config.hidden_size, config.moe_intermediate_size, config.num_routed_experts
-        # The gate decides in fp32 whatever the compute dtype.
-        self.gate = torch.empty(num_experts, hidden, dtype=torch.float32, device=device)
+        # The gate decides in fp32 whatever the compute dtype; bf16 factors of fp32 sums say the same, and a GPU multiplies them faster.
+        gate_dtype = torch.bfloat16 if dtype == torch.bfloat16 and device.type == "cuda" else torch.float32
+        self.gate = torch.empty(num_experts, hidden, dtype=gate_dtype, device=device)
         self.gate_bias = torch.empty(num_experts, dtype=torch.float32, device=device)
         # On CPU one matrix an expert, so that each can be packed as soon as it is loaded; else stacked over E.
-        self.gate_up: Tensor | list[Tensor]
-        self.down: Tensor | list[Tensor]
-        if device.type == "cpu":
+        self.gate_up: Weight | list[Tensor]
+        self.down: Weight | list[Tensor]
+        if device.type == "cpu" and not fp8:
             self.gate_up = [torch.empty(2 * inner, hidden, dtype=dtype) for _ in range(num_experts)]
             self.down = [torch.empty(hidden, inner, dtype=dtype) for _ in range(num_experts)]
         else:
-            self.gate_up = torch.empty(num_experts, 2 * inner, hidden, dtype=dtype, device=device)
-            self.down = torch.empty(num_experts, hidden, inner, dtype=dtype, device=device)
-        self.shared = Mlp(hidden, config.shared_intermediate_size, dtype, device)
+            self.gate_up = new_weight(num_experts, 2 * inner, hidden, dtype=dtype, device=device, fp8=fp8)
+            self.down = new_weight(num_experts, hidden, inner, dtype=dtype, device=device, fp8=fp8)
+        self.shared = Mlp(hidden, config.shared_intermediate_size, dtype, device, fp8=fp8)
 
     def pack_gate(self) -> None:
         """Once loaded: into the layout that the products read fastest."""
@@ -57,15 +67,25 @@ class Moe:
             self.gate_up[expert] = pack(self.gate_up[expert])
             self.down[expert] = pack(self.down[expert])
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def expert(self, expert: int) -> tuple[Weight, Weight]:
+        """gate_up [2I, D] and down [D, I] of one routed expert, as views."""
+        if isinstance(self.gate_up, list) and isinstance(self.down, list):
+            return self.gate_up[expert], self.down[expert]
+        assert not isinstance(self.gate_up, list)
+        assert not isinstance(self.down, list)
+        return expert_of(self.gate_up, expert), expert_of(self.down, expert)
+
+    def forward(self, x_TD: Tensor, rows: QuantisedRows | None = None) -> Tensor:
+        """`rows`: x quantised, for FP8 weights."""
         experts_TK, weights_TK = self.choose(x_TD)
-        routed_TD = grouped_mlp(x_TD, self.gate_up, self.down, experts_TK, weights_TK)
-        return routed_TD.add_(self.shared.forward(x_TD))
+        x = x_TD if rows is None else rows
+        routed_TD = grouped_mlp(x, self.gate_up, self.down, experts_TK, weights_TK)
+        return routed_TD.add_(self.shared.forward(x))
 
     def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, K] and their weights fp32 [T, K]."""
         return gate_topk(
-            linear(x_TD.to(torch.float32), self.gate),
+            self._gate_logits(x_TD),
             self.gate_bias,
             num_groups=self.config.num_groups,
             num_groups_kept=self.config.num_groups_kept,
@@ -73,3 +93,8 @@ class Moe:
             renormalise=self.config.norm_topk_prob,
             scaling=self.config.routed_scaling_factor,
         )
+
+    def _gate_logits(self, x_TD: Tensor) -> Tensor:
+        if self.gate.dtype == torch.bfloat16:
+            return torch.mm(x_TD, self.gate.t(), out_dtype=torch.float32)
+        return linear(x_TD.to(torch.float32), self.gate)

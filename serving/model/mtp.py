@@ -17,8 +17,8 @@ from torch import Tensor
 
 from serving.kernels import mla
 from serving.kernels.gemm import linear
+from serving.kernels.norm_rope import add_rms_norm, rms_norm
 from serving.kernels.packed import pack
-from serving.kernels.norm_rope import rms_norm
 from serving.kernels.rows import slots
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class Mtp:
         """
         plan = mla.plan_decode(kv_pool, row_ids_B, page_table_BP, context_lens_B, first=1)
         x_BD = self._join(hidden_prev_BD, token_ids_B)
-        x_BD = self.block.decode(x_BD, self.rope.at(positions_B), slots(kv_pool, row_ids_B), plan, kv_pool)
-        return self.head.logits(rms_norm(x_BD, self.norm, self.eps))
+        parts = self.block.decode(x_BD, None, self.rope.at(positions_B), slots(kv_pool, row_ids_B), plan, kv_pool)
+        return self.head.logits(add_rms_norm(*parts, self.norm, self.eps)[0])
 
     def _join(self, hidden_prev_TD: Tensor, token_ids_T: Tensor) -> Tensor:
         embedded = rms_norm(F.embedding(token_ids_T, self.embed), self.embed_norm, self.eps)

@@ -12,9 +12,11 @@ from functools import partial
 
 from torch import Tensor
 
+from serving.kernels.quant import BLOCK, Fp8Weight
 from serving.model.deepseek_v3 import Attention, Block, DeepseekV3
 from serving.model.experts import Moe
 from serving.model.mtp import Mtp
+from serving.model.weight import Weight
 
 SCALE_SUFFIX = "_scale_inv"
 
@@ -23,12 +25,14 @@ SCALE_SUFFIX = "_scale_inv"
 class Target:
     """Where one tensor goes: `into` is a view of the parameter, of the tensor's shape.
 
-    `quantised`: the tensor may be FP8 with a `<name>_scale_inv` beside it. `repeats`: name of the tensor whose copy this
+    `quantised`: the tensor may be FP8 with a `<name>_scale_inv` beside it; `scales`: where those go if `into` stays FP8.
+    `repeats`: name of the tensor whose copy this
     is; it may be absent, is compared with that one where present, and takes no memory.
     """
 
     into: Tensor
     quantised: bool = False
+    scales: Tensor | None = None
     repeats: str | None = None
 
 
@@ -83,18 +87,18 @@ def _block(prefix: str, block: Block) -> Iterator[Part]:
 
 
 def _attention(prefix: str, attention: Attention) -> Iterator[tuple[str, Target]]:
-    query, latent = attention.qkv_a[: attention.query_rows], attention.qkv_a[attention.query_rows :]
+    query_rows = attention.query_rows
     if attention.q_b is not None and attention.q_norm is not None:
-        yield prefix + "q_a_proj.weight", Target(into=query, quantised=True)
+        yield prefix + "q_a_proj.weight", _rows(attention.qkv_a, 0, query_rows)
         yield prefix + "q_a_layernorm.weight", Target(into=attention.q_norm)
-        yield prefix + "q_b_proj.weight", Target(into=attention.q_b, quantised=True)
+        yield prefix + "q_b_proj.weight", _rows(attention.q_b)
     else:
-        yield prefix + "q_proj.weight", Target(into=query, quantised=True)
-    yield prefix + "kv_a_proj_with_mqa.weight", Target(into=latent, quantised=True)
+        yield prefix + "q_proj.weight", _rows(attention.qkv_a, 0, query_rows)
+    yield prefix + "kv_a_proj_with_mqa.weight", _rows(attention.qkv_a, query_rows)
     yield prefix + "kv_a_layernorm.weight", Target(into=attention.kv_norm)
     assert attention.kv_b is not None, "the table is made before the model is packed"
     yield prefix + "kv_b_proj.weight", Target(into=attention.kv_b, quantised=True)
-    yield prefix + "o_proj.weight", Target(into=attention.out, quantised=True)
+    yield prefix + "o_proj.weight", _rows(attention.out)
 
 
 def _moe(prefix: str, moe: Moe) -> Iterator[Part]:
@@ -103,14 +107,23 @@ def _moe(prefix: str, moe: Moe) -> Iterator[Part]:
         prefix + "gate.e_score_correction_bias": Target(into=moe.gate_bias),
     }
     yield moe.pack_gate, gate
-    for expert in range(len(moe.gate_up)):
-        targets = dict(_mlp(f"{prefix}experts.{expert}.", moe.gate_up[expert], moe.down[expert]))
+    for expert in range(moe.config.num_routed_experts):
+        targets = dict(_mlp(f"{prefix}experts.{expert}.", *moe.expert(expert)))
         yield partial(moe.pack_expert, expert), targets
     yield moe.shared.pack, dict(_mlp(prefix + "shared_experts.", moe.shared.gate_up, moe.shared.down))
 
 
-def _mlp(prefix: str, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Target]]:
+def _mlp(prefix: str, gate_up: Weight, down: Weight) -> Iterator[tuple[str, Target]]:
     inner = gate_up.shape[0] // 2
-    yield prefix + "gate_proj.weight", Target(into=gate_up[:inner], quantised=True)
-    yield prefix + "up_proj.weight", Target(into=gate_up[inner:], quantised=True)
-    yield prefix + "down_proj.weight", Target(into=down, quantised=True)
+    yield prefix + "gate_proj.weight", _rows(gate_up, 0, inner)
+    yield prefix + "up_proj.weight", _rows(gate_up, inner)
+    yield prefix + "down_proj.weight", _rows(down)
+
+
+def _rows(weight: Weight, start: int = 0, end: int | None = None) -> Target:
+    """Rows of a weight that the checkpoint may hold as FP8; `start` begins a block of scales."""
+    if not isinstance(weight, Fp8Weight):
+        return Target(into=weight[start:end], quantised=True)
+    end = weight.shape[0] if end is None else end
+    scales = weight.scales[start // BLOCK : -(-end // BLOCK)]
+    return Target(into=weight.quantised[start:end], quantised=True, scales=scales)

@@ -42,6 +42,9 @@ class ConsoleProgress:
             self._next_line_s += _LINE_EVERY_S
             self._line(f"{100 * self._done // max(self._total, 1)} %, ")
 
+    def tell(self, text: str) -> None:
+        self._stream.write(f"{text}\n")
+
     def finish(self) -> None:
         if self._bar is not None:
             self._bar.stop()

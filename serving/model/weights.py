@@ -1,6 +1,6 @@
 """Fills a model from a Hugging Face folder: check everything by header, then stream, a few megabytes in flight.
 
-FP8 block-scaled tensors are dequantised to the compute dtype on their way in. The MTP layer's copies of embedding and
+FP8 block-scaled tensors are dequantised to the compute dtype on their way in, unless the model keeps them. The MTP layer's copies of embedding and
 head are compared with the main ones and not kept. Knows nothing of pages, batches or processes.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from serving.core.errors import ModelFolderError
-from serving.kernels.quant import dequantise_block_fp8
+from serving.kernels.quant import dequantise_block_fp8, quantise_block_fp8
 from serving.model.checkpoint import ShardReader, TensorEntry, read_entries
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
@@ -37,6 +37,10 @@ class Progress(Protocol):
     def advance(self, num_bytes: int) -> None: ...
 
     def finish(self) -> None: ...
+
+    def tell(self, text: str) -> None:
+        """What is done after the weights are loaded."""
+        ...
 
 
 def load_weights(
@@ -113,21 +117,29 @@ class _Files:
         if name not in self.entries:
             return 0
         if target.repeats is None:
-            self._fill(name, target.into)
+            self._fill(name, target)
         else:
             self._compare(name, target.repeats)
         scales = self.entries.get(name + SCALE_SUFFIX)
         return self.entries[name].num_bytes + (scales.num_bytes if scales else 0)
 
-    def _fill(self, name: str, into: Tensor) -> None:
+    def _fill(self, name: str, target: Target) -> None:
         quantised = self.entries[name].dtype == _FP8
         block = self.config.weight_block_size or (1, 1)
-        for start, end in self._pieces(name, multiple_of=block[0] if quantised else 1):
+        for start, end in self._pieces(name, multiple_of=block[0] if quantised or target.scales is not None else 1):
             part = self.reader.rows(name, start, end)
-            if quantised:
-                scales = self.reader.rows(name + SCALE_SUFFIX, start // block[0], -(-end // block[0]))
-                part = dequantise_block_fp8(part, scales, block, into.dtype)
-            into[start:end].copy_(part)
+            blocks = slice(start // block[0], -(-end // block[0]))
+            if target.scales is not None:
+                # A tensor left unquantised among FP8 ones is quantised as its neighbours were.
+                parts = (part, self._scales(name, blocks)) if quantised else quantise_block_fp8(part, block)
+                part, scales = parts
+                target.scales[blocks].copy_(scales)
+            elif quantised:
+                part = dequantise_block_fp8(part, self._scales(name, blocks), block, target.into.dtype)
+            target.into[start:end].copy_(part)
+
+    def _scales(self, name: str, blocks: slice) -> Tensor:
+        return self.reader.rows(name + SCALE_SUFFIX, blocks.start, blocks.stop)
 
     def _compare(self, name: str, original: str) -> None:
         """The copy in the file must be what it repeats."""

@@ -50,6 +50,7 @@ class Paged:
             token_ids_T=torch.tensor(ids),
             positions_T=torch.tensor(positions),
             row_ids_T=torch.cat(rows),
+            starts=torch.tensor([*(seq.offset for seq in seqs), len(ids)], dtype=torch.int32),
             seqs=tuple(seqs),
         )
         hidden = self.model.prefill(batch, self.pool)

@@ -1,0 +1,50 @@
+"""Where a model's large weights live: in the compute dtype, or FP8 as the checkpoint has them where the device multiplies that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from serving.kernels.quant import BLOCK, Fp8Weight
+
+if TYPE_CHECKING:
+    from serving.model.config import ModelConfig
+
+Weight = Tensor | Fp8Weight
+
+
+def keeps_fp8(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether FP8 weights of the checkpoint stay FP8. Fused matrices must not part a scale's block."""
+    fused = (
+        config.q_lora_rank or config.num_heads * config.qk_head_dim,
+        config.intermediate_size,
+        config.moe_intermediate_size,
+        config.shared_intermediate_size,
+    )
+    return (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and config.weight_block_size == (BLOCK, BLOCK)
+        and all(rows % BLOCK == 0 for rows in fused)
+    )
+
+
+def new_weight(*shape: int, dtype: torch.dtype, device: torch.device, fp8: bool) -> Weight:
+    """Uninitialised [N, K], or [E, N, K]."""
+    if not fp8:
+        return torch.empty(shape, dtype=dtype, device=device)
+    *stack, rows, columns = shape
+    blocks = (*stack, -(-rows // BLOCK), -(-columns // BLOCK))
+    return Fp8Weight(
+        quantised=torch.empty(shape, dtype=torch.float8_e4m3fn, device=device),
+        scales=torch.empty(blocks, dtype=torch.float32, device=device),
+    )
+
+
+def expert_of(weight: Weight, expert: int) -> Weight:
+    """One matrix of a stack, as a view."""
+    if isinstance(weight, Fp8Weight):
+        return Fp8Weight(quantised=weight.quantised[expert], scales=weight.scales[expert])
+    return weight[expert]
