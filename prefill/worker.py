@@ -80,7 +80,7 @@ class PrefillWorker(Worker[_Job, WriteDone]):
             self._manager,
             Slots(engine.max_num_seqs, on_give=engine.runner.close_slot),
             max_num_seqs=engine.max_num_seqs,
-            max_batched_tokens=config.prefill.max_batched_tokens,
+            max_batched_tokens=config.prefill.max_batched_tokens or engine.max_batched_tokens,
             max_model_len=config.model.max_model_len or engine.model_config.max_position_embeddings,
         )
         self._handoffs = Handoffs(

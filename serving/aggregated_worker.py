@@ -68,11 +68,11 @@ class AggregatedWorker(Worker[_Job, object]):
             engine.runner,
             self._manager,
             num_slots=engine.max_num_seqs,
-            max_batched_tokens=config.prefill.max_batched_tokens,
+            max_batched_tokens=config.prefill.max_batched_tokens or engine.max_batched_tokens,
             max_model_len=engine.max_model_len,
             run_ahead=self._run_ahead,
         )
-        self._max_batched_tokens = config.prefill.max_batched_tokens
+        self._max_batched_tokens = config.prefill.max_batched_tokens or engine.max_batched_tokens
         self._expected_new_tokens = config.kv.expected_new_tokens
         self._num_preempted = 0
 

@@ -88,6 +88,7 @@ def _build(model_dir: Path, config: Config, num_threads: int) -> Aggregated:
     engine = build_engine(
         model_dir,
         max_num_seqs=config.decode.max_num_seqs,
+        max_batched_tokens=config.prefill.max_batched_tokens,
         num_pages=config.kv.decode_pages,
         memory_fraction=config.kv.memory_fraction,
         device=config.model.device,
@@ -98,7 +99,7 @@ def _build(model_dir: Path, config: Config, num_threads: int) -> Aggregated:
         engine.runner,
         KVManager(engine.pool.num_pages, prefix_cache=config.kv.prefix_cache),
         num_slots=config.decode.max_num_seqs,
-        max_batched_tokens=config.prefill.max_batched_tokens,
+        max_batched_tokens=engine.max_batched_tokens,
         max_model_len=engine.max_model_len,
     )
 

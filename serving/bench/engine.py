@@ -128,12 +128,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--shape", choices=sorted(SHAPES), default="cpu-34m", help="a built-in model with random weights"
     )
     model.add_argument("--model", type=Path, help="a Hugging Face folder instead")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="the GPU if any")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every system")
     parser.add_argument("--batch", type=counts, default=[1, 8], help="sequences at once, comma-separated")
     parser.add_argument("--prompt-tokens", type=count, default=128)
     parser.add_argument("--new-tokens", type=count, default=65, help="at least 2")
-    parser.add_argument("--max-batched-tokens", type=count, default=512, help="prefill tokens of one step")
+    parser.add_argument("--max-batched-tokens", type=int, default=0, help="prefill tokens of one step; 0: as served")
     parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--peer", action="append", choices=_PEERS, default=[], help="measure this one too")
@@ -160,7 +162,7 @@ def _interpreter(text: str) -> tuple[str, Path]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("dtype", "threads", "prompt_tokens", "new_tokens", "max_batched_tokens", "repeats", "seed")
+    names = ("device", "dtype", "threads", "prompt_tokens", "new_tokens", "max_batched_tokens", "repeats", "seed")
     return {name: getattr(options, name) for name in names}
 
 
@@ -182,6 +184,7 @@ def _systems(options: argparse.Namespace, model_dir: Path, stack: ExitStack) -> 
     baton = Baton(
         model_dir,
         dtype=options.dtype,
+        device=options.device,
         max_num_seqs=max(options.batch),
         max_tokens=longest,
         max_batched_tokens=options.max_batched_tokens,
@@ -191,14 +194,14 @@ def _systems(options: argparse.Namespace, model_dir: Path, stack: ExitStack) -> 
 
 def _peer(name: str, options: argparse.Namespace, model_dir: Path, longest: int, stack: ExitStack) -> System:
     if name == Transformers.name:
-        return Transformers(model_dir, dtype=options.dtype)
+        return Transformers(model_dir, dtype=options.dtype, device=options.device)
     peer, own_settings = FOREIGN[name]
     settings = {
         "model_dir": str(model_dir),
         "dtype": options.dtype,
         "max_num_seqs": max(options.batch),
         "max_tokens": longest,
-        "threads": options.threads,
+        "threads": options.threads if options.device == "cpu" else None,
     }
     python = dict(options.peer_python).get(name, Path(sys.executable))
     return stack.enter_context(foreign(name, peer=peer, python=python, settings=settings | own_settings))

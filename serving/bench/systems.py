@@ -36,16 +36,25 @@ class Baton:
     name = "baton"
 
     def __init__(
-        self, model_dir: Path, *, dtype: str, max_num_seqs: int, max_tokens: int, max_batched_tokens: int
+        self, model_dir: Path, *, dtype: str, device: str, max_num_seqs: int, max_tokens: int, max_batched_tokens: int
     ) -> None:
         self.version = importlib.metadata.version("baton-serving")
         num_pages = max_num_seqs * num_pages_for(max_tokens)
-        engine = build_engine(model_dir, max_num_seqs=max_num_seqs, num_pages=num_pages, dtype=dtype, device="cpu")
+        engine = build_engine(
+            model_dir,
+            max_num_seqs=max_num_seqs,
+            max_batched_tokens=max_batched_tokens,
+            num_pages=num_pages,
+            max_model_len=max_tokens,
+            dtype=dtype,
+            device=device,
+        )
+        engine.runner.warm_up(max_batched_tokens=engine.max_batched_tokens, decodes=True)
         self._loop = Aggregated(
             engine.runner,
             KVManager(num_pages, prefix_cache=False),
             num_slots=max_num_seqs,
-            max_batched_tokens=max_batched_tokens,
+            max_batched_tokens=engine.max_batched_tokens,
             max_model_len=engine.max_model_len,
         )
 
@@ -58,7 +67,7 @@ class Transformers:
 
     name = "transformers"
 
-    def __init__(self, model_dir: Path, *, dtype: str) -> None:
+    def __init__(self, model_dir: Path, *, dtype: str, device: str) -> None:
         try:
             import transformers
         except ImportError:
@@ -67,13 +76,13 @@ class Transformers:
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
-        self._model.eval()
+        self._model.eval().to(device)
         # Random models draw the end of the sequence as any other token.
         self._model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> list[list[int]]:
-        token_ids = torch.tensor([list(prompt) for prompt in prompts])
+        token_ids = torch.tensor([list(prompt) for prompt in prompts], device=self._model.device)
         out = self._model.generate(
             token_ids,
             attention_mask=torch.ones_like(token_ids),

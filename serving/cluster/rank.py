@@ -68,7 +68,9 @@ class LoadProgress:
 
     def _tell(self) -> None:
         rate = self._done / max(time.monotonic() - self._started_s, 1e-6)
-        text = f"loading weights: {self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB at {rate / 1e6:.0f} MB/s"
+        self.tell(f"loading weights: {self._done / 1e6:.1f} of {self._total / 1e6:.1f} MB at {rate / 1e6:.0f} MB/s")
+
+    def tell(self, text: str) -> None:
         self._events.put(RankEvent(state="loading", pid=os.getpid(), detail=text))
 
 

@@ -44,7 +44,9 @@ class ModelTable:
 class PrefillTable:
     units: int = _key(1, "prefill units; 0 with decode.units = 0 is refused", low=1)
     max_num_seqs: int = _key(16, "sequences being prefilled or handed off at once", low=1)
-    max_batched_tokens: int = _key(512, "tokens of one step; a longer prompt is computed in chunks", low=64)
+    max_batched_tokens: int = _key(
+        0, "tokens of one step; a longer prompt is computed in chunks; 0: 512 on a CPU, 8192 on a GPU", low=0
+    )
     threads: int = _key(0, "CPU threads of a worker; 0: the cores shared evenly among the workers", low=0)
 
 
