@@ -45,12 +45,12 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	@$(BIN)/baton serve
 
-# Processes of the cluster tests share the machine: one after the other. Unit tests are short and use one thread each.
+# Processes of the cluster tests share the machine: one after the other. Unit tests are short, use one thread each and sometimes wait.
 test: test-unit
 	$(BIN)/python -m pytest -q tests --ignore=tests/unit -m 'not gpu'
 
 test-unit: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile tests/unit -m 'not gpu'
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from serving.engine.staging import ids
+
 
 class CountTables:
     """Occurrences per slot with penalties: `counts` int32 [R, V] of the output, `in_prompt` bool [R, V]. Grows by doubling."""
@@ -21,10 +23,9 @@ class CountTables:
         if not self._free_rows:
             self._grow()
         row = self._row_of_slot[slot] = self._free_rows.pop()
-        self._in_prompt_RV[row] = False
-        self._in_prompt_RV[row, self._known(token_ids[:num_prompt_tokens])] = True
+        self._in_prompt_RV[row].zero_().index_fill_(0, self._known(token_ids[:num_prompt_tokens]), True)
         output = self._known(token_ids[num_prompt_tokens:])
-        self._counts_RV[row] = torch.bincount(output, minlength=self._counts_RV.shape[1])
+        self._counts_RV[row].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
     def close(self, slot: int) -> None:
         row = self._row_of_slot.pop(slot, None)
@@ -44,7 +45,7 @@ class CountTables:
     def _known(self, token_ids: Sequence[int]) -> Tensor:
         """Without ids above the tokenizer's size: a client may send them, nobody can draw them."""
         known = [token_id for token_id in token_ids if token_id < self._counts_RV.shape[1]]
-        return torch.tensor(known, dtype=torch.int64, device=self._counts_RV.device)
+        return ids(known, self._counts_RV.device)
 
     def _grow(self) -> None:
         num_rows = self._counts_RV.shape[0]

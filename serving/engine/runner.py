@@ -20,7 +20,7 @@ from kvcache.layout import PAGE_TOKENS, num_pages_for
 from serving.engine.graphs import StepGraphs, decode_sizes, prefill_sizes
 from serving.engine.plan import DecodeRow, Launched, PrefillChunk, SampledToken, SlotSpec, StepPlan, StepResult
 from serving.engine.sampler import Logprobs, Sampler
-from serving.engine.staging import ids, to_host
+from serving.engine.staging import ids, to_device, to_host
 from serving.kernels import sampling
 from serving.model.batch import DecodeBatch, PrefillBatch, SeqChunk
 
@@ -144,7 +144,8 @@ class Runner:
         self._last_token_S[slot] = spec.token_ids[-1]
         if spec.hidden:
             assert self.model.mtp is not None, "a hidden state came for a model without MTP layer"
-            self._hidden_SD[slot] = torch.frombuffer(bytearray(spec.hidden), dtype=self._hidden_SD.dtype)
+            hidden_D = torch.frombuffer(bytearray(spec.hidden), dtype=self._hidden_SD.dtype)
+            self._hidden_SD[slot] = to_device(hidden_D, self.device)
 
     def close_slot(self, slot: int) -> None:
         self.sampler.close(slot)

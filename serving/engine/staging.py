@@ -10,11 +10,11 @@ from torch import Tensor
 
 def ids(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """int64 on `device`."""
-    return _up(torch.tensor(values, dtype=torch.int64), device)
+    return to_device(torch.tensor(values, dtype=torch.int64), device)
 
 
 def reals(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    return _up(torch.tensor(values, dtype=dtype), device)
+    return to_device(torch.tensor(values, dtype=dtype), device)
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -25,6 +25,7 @@ def to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def _up(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor, there once the stream has come so far; on a CPU the tensor itself."""
     # torch keeps the pinned block until the copy has run, so nobody has to hold it here.
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
