@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 # What serving needs, and what tests, linters and benchmarks need beside it.
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+# For its interpreter, beside a torch without CUDA; one with CUDA brings the Triton that it was built with.
+TRITON := triton==3.6.0
 
 # The first Python that is new enough; PYTHON=... overrides.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
@@ -37,6 +39,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "baton: adding what tests, linters and benchmarks need"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TRITON) || \
+		echo "baton: no Triton for this machine; the tests of its kernels are skipped" >&2
 	@touch $@
 
 demo: $(INSTALLED)

@@ -22,9 +22,12 @@ from serving.core.spec import WorkerSpec
 from serving.engine.runner import Runner
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
+from serving.model.weight import keeps_fp8
 from serving.model.weights import Progress, load_weights
 
 _SAMPLE_BYTES = 64 << 10
+_COMPUTE_CAPABILITY = 9
+_FEWEST_BATCHED_TOKENS = 64
 # Long enough for the products to reach their rate; a CPU's step is also what a newcomer waits for.
 _BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 
@@ -67,6 +70,11 @@ def build_engine(
     """
     if num_threads > 0:
         torch.set_num_threads(num_threads)
+    if max_batched_tokens and max_batched_tokens < _FEWEST_BATCHED_TOKENS:
+        raise ConfigError(
+            f"{max_batched_tokens} tokens a prefill step (prefill.max_batched_tokens) are too few; give at least "
+            f"{_FEWEST_BATCHED_TOKENS}, or 0 for what suits the device"
+        )
     folder, torch_device = Path(model_dir), _device(device)
     torch_dtype = _dtype(dtype, torch_device)
     config = ModelConfig.from_folder(folder)
@@ -95,7 +103,7 @@ def build_engine(
         pool=pool,
         layout=layout,
         model_config=config,
-        identity=identity(folder, layout, dtype=torch_dtype),
+        identity=identity(folder, layout, dtype=torch_dtype, fp8=keeps_fp8(config, torch_dtype, torch_device)),
         max_model_len=longest,
         max_num_seqs=max_num_seqs,
         max_batched_tokens=max_batched_tokens or _BATCHED_TOKENS[torch_device.type],
@@ -118,11 +126,16 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
         num_threads=spec.num_threads,
         progress=progress,
     )
-    engine.runner.warm_up(
-        max_batched_tokens=0 if spec.role == "decode" else engine.max_batched_tokens,
-        decodes=not prefills,
-        told=progress.tell if progress is not None else lambda _: None,
-    )
+    try:
+        engine.runner.warm_up(
+            max_batched_tokens=0 if spec.role == "decode" else engine.max_batched_tokens,
+            decodes=not prefills,
+            told=progress.tell if progress is not None else lambda _: None,
+        )
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            "the GPU's memory is full before the first step; lower kv.memory_fraction or prefill.max_batched_tokens"
+        ) from None
     return engine
 
 
@@ -139,8 +152,10 @@ def tokenizer_size(folder: Path) -> int | None:
         raise ModelFolderError(f"{path} is not a tokenizer with a vocabulary; fetch it again") from None
 
 
-def identity(folder: Path, layout: PageLayout, *, dtype: torch.dtype) -> str:
+def identity(folder: Path, layout: PageLayout, *, dtype: torch.dtype, fp8: bool = False) -> str:
     """32 hex digits over config.json, tensor names, types and shapes, samples of each shard, page layout, dtype and protocol.
+
+    `fp8`: whether products run on FP8 weights, which rounds the latents they make.
 
     The samples (beginning, middle, end) are there because fine-tuned models share every name and shape with their base.
     """
@@ -151,7 +166,7 @@ def identity(folder: Path, layout: PageLayout, *, dtype: torch.dtype) -> str:
         digest.update(f"{name} {entries[name].dtype} {entries[name].shape}\n".encode())
     for shard in sorted({entry.shard for entry in entries.values()}):
         _hash_samples(digest, shard)
-    digest.update(f"{layout.identity} dtype={dtype} protocol={PROTOCOL_VERSION}".encode())
+    digest.update(f"{layout.identity} dtype={dtype} fp8={fp8} protocol={PROTOCOL_VERSION}".encode())
     return digest.hexdigest()
 
 
@@ -165,10 +180,18 @@ def _hash_samples(digest: hashlib.blake2b, shard: Path) -> None:
 
 
 def _device(name: str) -> torch.device:
+    """The kernels are Hopper's (sm_90); on another GPU "auto" is the CPU."""
+    has_gpu = torch.cuda.is_available()
+    fits = has_gpu and torch.cuda.get_device_capability()[0] == _COMPUTE_CAPABILITY
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+        name = "cuda" if fits else "cpu"
+    if name == "cuda" and not has_gpu:
         raise ConfigError("model.device is cuda but torch finds no GPU; set model.device to cpu or auto")
+    if name == "cuda" and not fits:
+        raise ConfigError(
+            f"model.device is cuda but {torch.cuda.get_device_name()} is not a Hopper GPU (H100, H200), which the kernels "
+            "are for; set model.device to cpu or auto"
+        )
     return torch.device(name)
 
 
@@ -178,6 +201,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if name not in known:
         raise ConfigError(f"model.dtype is {name!r}; known are auto, {', '.join(known)}")
+    if name == "float64" and device.type == "cuda":
+        raise ConfigError("model.dtype float64 is for a CPU; no GPU kernel has it")
     return known[name]
 
 

@@ -61,6 +61,11 @@ class StepGraphs:
         index = bisect_left(self.sizes, number)
         return self.sizes[index] if index < len(self.sizes) else None
 
+    def captured_for(self, number: int) -> int | None:
+        """The same among those captured; None: this step is launched piece by piece."""
+        size = self.size_for(number)
+        return size if size in self._graphs else None
+
     def capture(self, size: int) -> None:
         """The largest first: the others then find enough memory in its pool."""
         inputs = torch.tensor(self._idle(size), dtype=torch.int64, device=self._device)
@@ -71,7 +76,8 @@ class StepGraphs:
             self._body(size, inputs)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # The I/O thread of a worker may use CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             outputs = self._body(size, inputs)
         self._memory = graph.pool()
         self._graphs[size] = (graph, inputs, outputs)

@@ -45,6 +45,9 @@ class Model(Protocol):
     @property
     def mtp(self) -> MtpStore | None: ...
 
+    @property
+    def captures_prefill(self) -> bool: ...
+
     def prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Tensor: ...
 
     def decode(self, batch: DecodeBatch, kv_pool: Tensor) -> Tensor: ...
@@ -94,9 +97,10 @@ class Runner:
             self._decode_graphs = StepGraphs(
                 self._captured_decode, sizes=decode_sizes(self._scratch_slot), idle=self._idle_rows, device=device
             )
-            most = min(_MOST_CAPTURED_TOKENS, max_pages * PAGE_TOKENS)
+        if device.type == "cuda" and model.captures_prefill:
+            sizes = prefill_sizes(_MOST_CAPTURED_TOKENS)
             self._prefill_graphs = StepGraphs(
-                self._captured_prefill, sizes=prefill_sizes(most), idle=self._idle_chunks, device=device
+                self._captured_prefill, sizes=sizes, idle=self._idle_chunks, device=device
             )
         self._num_in_flight = 0
 
@@ -105,19 +109,26 @@ class Runner:
 
         `max_batched_tokens`: of a prefill step; 0: there are none. `decodes`: whether there are decode steps.
         """
-        if self._decode_graphs is None or self._prefill_graphs is None:
+        if self._decode_graphs is None:
             return
         with torch.inference_mode():
             if max_batched_tokens:
                 self._compile_prefill(max_batched_tokens, told)
-                for size in reversed(self._prefill_graphs.sizes):
-                    if size <= max_batched_tokens:
-                        told(f"capturing a prefill step of {size} tokens")
-                        self._prefill_graphs.capture(size)
+                self._capture_prefill(max_batched_tokens, told)
             for size in reversed(self._decode_graphs.sizes) if decodes else ():
                 told(f"capturing a decode step of {size} rows")
                 self._decode_graphs.capture(size)
         torch.cuda.synchronize(self.device)
+
+    def _capture_prefill(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
+        """Every size that a step of so many tokens may take."""
+        if self._prefill_graphs is None:
+            return
+        most = self._prefill_graphs.size_for(max_batched_tokens) or self._prefill_graphs.sizes[-1]
+        for size in reversed(self._prefill_graphs.sizes):
+            if size <= most:
+                told(f"capturing a prefill step of {size} tokens")
+                self._prefill_graphs.capture(size)
 
     def _compile_prefill(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
         """Steps that are not captured: many tokens, or a part of the context cached."""
@@ -134,8 +145,8 @@ class Runner:
                 sample=True,
             )
             if chunk.token_ids:
-                _, logits_NV = self._run_chunks((chunk,))
-                sampling.argmax(logits_NV)
+                last_ND, _ = self._run_chunks((chunk,))
+                sampling.argmax(self.model.logits(last_ND))
         self._set_pages(self._scratch_slot, [])
 
     def open_slot(self, slot: int, spec: SlotSpec) -> None:
@@ -169,7 +180,10 @@ class Runner:
             if ended:
                 every = len(ended) == len(plan.chunks)
                 hidden_ND = last_ND if every else last_ND[self._ids(ended)]
-                logits.append(logits_NV if every else logits_NV[self._ids(ended)])
+                if logits_NV is None:
+                    logits.append(self.model.logits(hidden_ND))
+                else:
+                    logits.append(logits_NV if every else logits_NV[self._ids(ended)])
         if plan.rows:
             slots += [row.slot for row in plan.rows]
             positions += [row.position + 1 for row in plan.rows]
@@ -225,8 +239,8 @@ class Runner:
             done=self._mark(),
         )
 
-    def _run_chunks(self, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor]:
-        """Hidden states [N, D] of the last token of each chunk, and their logits [N, V]."""
+    def _run_chunks(self, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [N, D] of the last token of each chunk, and their logits [N, V] where the step was captured with them."""
         token_ids: list[int] = []
         positions: list[int] = []
         row_ids: list[int] = []
@@ -248,8 +262,10 @@ class Runner:
             row_ids += self._chunk_rows(chunk, end)
         slots = [chunk.slot for chunk in chunks]
         starts = [*(seq.offset for seq in seqs), len(token_ids)]
-        outputs = self._replayed_prefill(token_ids, positions, row_ids, slots, starts, chunks)
-        if outputs is None:
+        replayed = self._replayed_prefill(token_ids, positions, row_ids, slots, starts, chunks)
+        if replayed is not None:
+            last_ND, logits_NV = replayed
+        else:
             token_ids_T, positions_T, row_ids_T = self._ids((token_ids, positions, row_ids)).unbind()
             batch = PrefillBatch(
                 token_ids_T=token_ids_T,
@@ -259,13 +275,13 @@ class Runner:
                 seqs=tuple(seqs),
             )
             first_N, last_N, slots_N = self._ids((starts[:-1], [end - 1 for end in starts[1:]], slots)).unbind()
-            outputs = self._prefill(batch, first_N, last_N, slots_N)
+            last_ND, logits_NV = self._prefill(batch, first_N, last_N, slots_N), None
         if self.model.mtp is not None:
             for chunk in chunks:
                 if chunk.start == 0 and chunk.store_from == 0:
                     # The layout's zero row: a page is a function of its tokens, to the last byte.
                     self.kv_pool[chunk.page_ids[0], -1, 0] = 0
-        return outputs
+        return last_ND, logits_NV
 
     def _replayed_prefill(
         self,
@@ -280,7 +296,7 @@ class Runner:
         graphs, num_tokens, num_chunks = self._prefill_graphs, len(token_ids), len(chunks)
         if graphs is None or num_chunks > _MOST_CAPTURED_CHUNKS or any(chunk.start for chunk in chunks):
             return None
-        size = graphs.size_for(num_tokens)
+        size = graphs.captured_for(num_tokens)
         if size is None:
             return None
         rest, missing = size - num_tokens, _MOST_CAPTURED_CHUNKS - num_chunks
@@ -317,15 +333,16 @@ class Runner:
             starts=starts.to(torch.int32),
             seqs=(),
         )
-        return self._prefill(batch, first_N, last_N, slots_N)
+        last_ND = self._prefill(batch, first_N, last_N, slots_N)
+        return last_ND, self.model.logits(last_ND)
 
-    def _prefill(self, batch: PrefillBatch, first_N: Tensor, last_N: Tensor, slots_N: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [N]: where each chunk begins and ends in the batch, and its slot."""
+    def _prefill(self, batch: PrefillBatch, first_N: Tensor, last_N: Tensor, slots_N: Tensor) -> Tensor:
+        """Hidden states [N, D] of the last tokens. int64 [N]: where each chunk begins and ends in the batch, and its slot."""
         hidden_TD = self.model.prefill(batch, self.kv_pool)
         last_ND = hidden_TD.index_select(0, last_N)
         if self.model.mtp is not None:
             self._store_mtp_chunks(self.model.mtp, batch, hidden_TD, last_ND, first_N, slots_N)
-        return last_ND, self.model.logits(last_ND)
+        return last_ND
 
     def _store_mtp_chunks(
         self,

@@ -33,7 +33,7 @@ def attend_varlen(
     queries and keys begin and the last ones end. `causal`: a sequence's queries are its keys, query t sees keys [0, t].
     Without keys a query's output is 0 and its lse -inf.
     """
-    if q_THQ.is_cuda and _has_kernel(q_THQ, k_SHN, k_rope_SR, v_SHV):
+    if q_THQ.is_cuda and has_kernel(k_SHN.shape[2], k_rope_SR.shape[1], v_SHV.shape[2], q_THQ.dtype):
         if _has_hopper_kernel(q_THQ, k_SHN, k_rope_SR, v_SHV):
             from serving.kernels.gluon import attention as hopper
 
@@ -95,10 +95,10 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return device.merge(out_a, lse_a, out_b, lse_b)
 
 
-def _has_kernel(q_THQ: Tensor, k_SHN: Tensor, k_rope_SR: Tensor, v_SHV: Tensor) -> bool:
-    widths = k_SHN.shape[2], k_rope_SR.shape[1], v_SHV.shape[2]
-    powers_of_two = all(width >= 16 and width & (width - 1) == 0 for width in widths)
-    return powers_of_two and q_THQ.dtype in (torch.float32, torch.bfloat16)
+def has_kernel(nope: int, rope: int, v_width: int, dtype: torch.dtype) -> bool:
+    """Whether a GPU attends these widths in one launch; else `attend_varlen` goes by sequence and reads lengths on the host."""
+    powers_of_two = all(width >= 16 and width & (width - 1) == 0 for width in (nope, rope, v_width))
+    return powers_of_two and dtype in (torch.float32, torch.bfloat16)
 
 
 def _has_hopper_kernel(q_THQ: Tensor, k_SHN: Tensor, k_rope_SR: Tensor, v_SHV: Tensor) -> bool:

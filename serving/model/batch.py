@@ -16,7 +16,7 @@ class SeqChunk:
     """One sequence's tokens `[offset, offset + num_tokens)` of a prefill batch.
 
     `context_len` is the position of the first of them: cached rows `[0, context_len)` and the chunk itself are attended.
-    `page_ids`: int64, at least `ceil(context_len / 64)` pages; entries beyond are not read.
+    `page_ids`: int32 or int64, at least `ceil(context_len / 64)` pages; entries beyond are not read.
     """
 
     offset: int
@@ -27,7 +27,11 @@ class SeqChunk:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PrefillBatch:
-    """Chunks of several sequences, one after the other. int64 tensors [T]; `starts`: int32 [len(seqs) + 1], their offsets and T."""
+    """Chunks of several sequences, one after the other. int64 tensors [T].
+
+    `starts`: int32 [N + 1], where each chunk begins and the last one ends; some may be empty. `seqs` is empty, or says of
+    each chunk what is cached before it: nothing, if it is empty.
+    """
 
     token_ids_T: Tensor
     positions_T: Tensor

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels import mla
-from serving.kernels.attention import attend_varlen, merge
+from serving.kernels.attention import attend_varlen, has_kernel, merge
 from serving.kernels.gemm import linear
 from serving.kernels.kv_store import norm_rope_store
 from serving.kernels.norm_rope import (
@@ -296,6 +296,12 @@ class DeepseekV3:
         if config.num_mtp_layers:
             block = Block(config, config.num_layers, dtype, device, dense=False)
             self.mtp = Mtp(config, block, self.embed, self.head, self.rope)
+
+    @property
+    def captures_prefill(self) -> bool:
+        """Whether `prefill` of prompts without a cached part reads nothing back, on a GPU."""
+        config = self.config
+        return has_kernel(config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, self.dtype)
 
     @torch.inference_mode()
     def prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Tensor:

@@ -42,9 +42,9 @@ class Moe:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, fp8: bool = False) -> None:
         self.config = config
         hidden, inner, num_experts = config.hidden_size, config.moe_intermediate_size, config.num_routed_experts
-        # The gate decides in fp32 whatever the compute dtype; bf16 factors of fp32 sums say the same, and a GPU multiplies them faster.
-        gate_dtype = torch.bfloat16 if dtype == torch.bfloat16 and device.type == "cuda" else torch.float32
-        self.gate = torch.empty(num_experts, hidden, dtype=gate_dtype, device=device)
+        # The gate decides in fp32 whatever the compute dtype.
+        self.gate = torch.empty(num_experts, hidden, dtype=torch.float32, device=device)
+        self._is_bf16 = dtype == torch.bfloat16
         self.gate_bias = torch.empty(num_experts, dtype=torch.float32, device=device)
         # On CPU one matrix an expert, so that each can be packed as soon as it is loaded; else stacked over E.
         self.gate_up: Weight | list[Tensor]
@@ -59,6 +59,10 @@ class Moe:
 
     def pack_gate(self) -> None:
         """Once loaded: into the layout that the products read fastest."""
+        if self.gate.is_cuda and self._is_bf16:
+            # bf16 factors of fp32 sums say the same where the file has them, and a GPU multiplies them faster.
+            rounded = self.gate.to(torch.bfloat16)
+            self.gate = rounded if torch.equal(rounded.to(torch.float32), self.gate) else self.gate
         self.gate = pack(self.gate)
 
     def pack_expert(self, expert: int) -> None:

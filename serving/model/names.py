@@ -26,8 +26,8 @@ class Target:
     """Where one tensor goes: `into` is a view of the parameter, of the tensor's shape.
 
     `quantised`: the tensor may be FP8 with a `<name>_scale_inv` beside it; `scales`: where those go if `into` stays FP8.
-    `repeats`: name of the tensor whose copy this
-    is; it may be absent, is compared with that one where present, and takes no memory.
+    `repeats`: name of the tensor whose copy this is; it may be absent, is compared with that one where present, and takes
+    no memory.
     """
 
     into: Tensor

@@ -6,6 +6,7 @@ head are compared with the main ones and not kept. Knows nothing of pages, batch
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.heap import blocks_returned
 from serving.model.names import SCALE_SUFFIX, Target, name_table, name_tables
 
+_LOG = logging.getLogger("baton.weights")
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _FP8 = "F8_E4M3"
 # A buffer some exporters store although config.json determines it.
@@ -130,7 +132,8 @@ class _Files:
             part = self.reader.rows(name, start, end)
             blocks = slice(start // block[0], -(-end // block[0]))
             if target.scales is not None:
-                # A tensor left unquantised among FP8 ones is quantised as its neighbours were.
+                if not quantised and start == 0:
+                    _LOG.warning("%s is not FP8 in the checkpoint; it is quantised as its neighbours were", name)
                 parts = (part, self._scales(name, blocks)) if quantised else quantise_block_fp8(part, block)
                 part, scales = parts
                 target.scales[blocks].copy_(scales)

@@ -65,8 +65,9 @@ def test_a_copy_of_the_folder_has_the_same_identity_and_anything_else_another(fo
         identity_of(tmp_path / "rope"),
         identity_of(folder, dtype=torch.bfloat16),
         identity_of(folder, PageLayout(num_layers=3, num_mtp_layers=0, row_width=48, element_bytes=4)),
+        identity(folder, layout, dtype=torch.float32, fp8=True),
     ]
-    assert len({identity_of(folder), *others}) == 5
+    assert len({identity_of(folder), *others}) == 6
 
 
 def test_ids_from_the_tokenizers_size_on_are_never_sampled(folder: Path, tmp_path: Path) -> None:
@@ -91,3 +92,20 @@ def test_a_broken_tokenizer_and_a_missing_gpu_are_named(folder: Path, tmp_path: 
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no GPU"):
             _build(folder, device="cuda")
+
+
+def test_a_gpu_that_the_kernels_are_not_for_is_left_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an older GPU")
+    assert _build(folder, device="auto").pool.tensor.device.type == "cpu"
+    with pytest.raises(ConfigError, match="an older GPU is not a Hopper GPU"):
+        _build(folder, device="cuda")
+
+
+def test_a_prefill_step_of_a_few_tokens_is_refused(folder: Path) -> None:
+    assert _build(folder, max_batched_tokens=64).max_batched_tokens == 64
+    assert _build(folder).max_batched_tokens == 512
+    for number in (1, 63):
+        with pytest.raises(ConfigError, match=f"{number} tokens a prefill step"):
+            _build(folder, max_batched_tokens=number)
