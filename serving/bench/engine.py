@@ -135,7 +135,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=counts, default=[1, 8], help="sequences at once, comma-separated")
     parser.add_argument("--prompt-tokens", type=count, default=128)
     parser.add_argument("--new-tokens", type=count, default=65, help="at least 2")
-    parser.add_argument("--max-batched-tokens", type=int, default=0, help="prefill tokens of one step; 0: as served")
+    parser.add_argument(
+        "--max-batched-tokens", type=count, default=0, help="prefill tokens of one step; if not given, as served"
+    )
     parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--peer", action="append", choices=_PEERS, default=[], help="measure this one too")

@@ -4,8 +4,8 @@
 
 "Next to nothing" is a model of a fraction of a megabyte behind the same command with a pool of a few pages: every import and
 every buffer of a worker that does not depend on the model is in it. Peaks are VmHWM when the server is ready, and
-again after prompts of several lengths, when activations and compiled kernels have come on top. With `--pages` just
-enough for the longest prompt every byte of the pool is touched too: nothing hides in what is allowed.
+again after prompts of several lengths, when activations and compiled kernels have come on top. The pool is by default just
+large enough for the longest prompt, so that every byte of it is touched: nothing hides in what is allowed.
 """
 
 from __future__ import annotations
@@ -120,7 +120,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="", metavar="DIR", help="Hugging Face folder; the embedded model if not given"
     )
-    parser.add_argument("--pages", type=int, default=0, help="of each pool; 0: as many as `baton serve` takes")
+    parser.add_argument(
+        "--pages",
+        type=int,
+        default=72,
+        help="of each pool, by default what the longest prompt touches whole; 0: as many as `baton serve` takes",
+    )
     parser.add_argument(
         "--prompt-tokens", type=counts, default=[64, 512, 4096], help="asked once ready; comma-separated"
     )

@@ -21,9 +21,16 @@ from serving.core.errors import ConfigError
 
 
 def _key(
-    default: Any, help_text: str, *, choices: tuple[str, ...] = (), low: float | None = None, secret: bool = False
+    default: Any,
+    help_text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    or_zero: bool = False,
+    secret: bool = False,
 ) -> Any:
-    metadata = {"help": help_text, "choices": choices, "low": low, "secret": secret}
+    """`or_zero`: 0 is allowed below `low`, and leaves the choice to us."""
+    metadata = {"help": help_text, "choices": choices, "low": low, "or_zero": or_zero, "secret": secret}
     return field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -45,7 +52,10 @@ class PrefillTable:
     units: int = _key(1, "prefill units; 0 with decode.units = 0 is refused", low=1)
     max_num_seqs: int = _key(16, "sequences being prefilled or handed off at once", low=1)
     max_batched_tokens: int = _key(
-        0, "tokens of one step; a longer prompt is computed in chunks; 0: 512 on a CPU, 8192 on a GPU", low=0
+        0,
+        "tokens of one step; a longer prompt is computed in chunks; 0: 512 on a CPU, 8192 on a GPU",
+        low=64,
+        or_zero=True,
     )
     threads: int = _key(0, "CPU threads of a worker; 0: the cores shared evenly among the workers", low=0)
 
@@ -233,11 +243,11 @@ def _checked(table: str, key: str, value: Any, source: str, *, parse: bool = Fal
     value = _parsed(value, wanted, where) if parse else _typed(value, wanted, where)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} = {value!r}; it must be a finite number")
-    choices, low = fields[key].metadata["choices"], fields[key].metadata["low"]
+    choices, low, or_zero = (fields[key].metadata[name] for name in ("choices", "low", "or_zero"))
     if choices and value not in choices:
         raise ConfigError(f"{where} = {value!r}; choose one of {', '.join(choices)}")
-    if low is not None and value < low:
-        raise ConfigError(f"{where} = {value!r}; it must be at least {low:g}")
+    if low is not None and value < low and not (or_zero and value == 0):
+        raise ConfigError(f"{where} = {value!r}; it must be {'0 or ' if or_zero else ''}at least {low:g}")
     return value
 
 

@@ -27,7 +27,6 @@ from serving.model.weights import Progress, load_weights
 
 _SAMPLE_BYTES = 64 << 10
 _COMPUTE_CAPABILITY = 9
-_FEWEST_BATCHED_TOKENS = 64
 # Long enough for the products to reach their rate; a CPU's step is also what a newcomer waits for.
 _BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 
@@ -70,11 +69,6 @@ def build_engine(
     """
     if num_threads > 0:
         torch.set_num_threads(num_threads)
-    if max_batched_tokens and max_batched_tokens < _FEWEST_BATCHED_TOKENS:
-        raise ConfigError(
-            f"{max_batched_tokens} tokens a prefill step (prefill.max_batched_tokens) are too few; give at least "
-            f"{_FEWEST_BATCHED_TOKENS}, or 0 for what suits the device"
-        )
     folder, torch_device = Path(model_dir), _device(device)
     torch_dtype = _dtype(dtype, torch_device)
     config = ModelConfig.from_folder(folder)

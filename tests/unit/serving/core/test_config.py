@@ -159,12 +159,17 @@ def test_a_wrong_type_names_the_right_one(tmp_path: Path, toml: str, expected: s
         ("model.mtp=perhaps", "true or false"),
         ("router.port=-1", "at least 0"),
         ("prefill.units=0", "at least 1"),
+        ("prefill.max_batched_tokens=63", "0 or at least 64"),
         ("engine.mode=neither", "disaggregated, both"),
         ("transfer.checksum=some", "sampled, all, off"),
     ],
 )
 def test_a_wrong_value_says_what_is_allowed(override: str, expected: str):
     assert expected in message(None, override)
+
+
+def test_zero_leaves_the_tokens_of_a_step_to_the_device():
+    assert load_config(overrides=["prefill.max_batched_tokens=0"]).prefill.max_batched_tokens == 0
 
 
 @pytest.mark.parametrize("number", ["nan", "inf"])
