@@ -35,7 +35,7 @@ from serving.kernels.quant import (
     quantise_rows_fp8,
     silu_mul_quantise,
 )
-from serving.kernels.rows import fp8_row_bytes, quantize_rows, slots
+from serving.kernels.rows import fp8_row_bytes, pack_fp8_rows, slots
 from serving.kernels.sampling import argmax, sample
 from serving.kernels.topk import gate_topk
 
@@ -127,7 +127,7 @@ class Stage:
         for index in range(4):
             for pages in pool.tensor[:, self.layer(index)].split(2048):
                 drawn = self.randn(*pages.shape[:2], _C + _R)
-                pages.copy_(drawn if dtype != torch.uint8 else quantize_rows(drawn.flatten(0, 1), _C).view(pages.shape))
+                pages.copy_(drawn if dtype != torch.uint8 else pack_fp8_rows(drawn.flatten(0, 1), _C).view(pages.shape))
         return pool
 
 

@@ -12,9 +12,9 @@ from serving.kernels.quant import (
     QuantisedRows,
     dequantise_block_fp8,
     quantise_rows_fp8_reference,
+    silu_mul,
     silu_mul_quantise_reference,
 )
-from serving.kernels.quant import silu_mul as silu_mul
 
 
 def grouped_mlp(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.norm_rope import rms_norm, rope_
-from serving.kernels.rows import layer_rows, quantize_rows
+from serving.kernels.rows import layer_rows, pack_fp8_rows
 
 
 def store_rows(kv_pool: Tensor, layer: int, slots_T: Tensor, rows_TW: Tensor) -> None:
@@ -82,7 +82,7 @@ def norm_rope_store_reference(
     c_TC = rms_norm(latent_TW[:, :latent], weight_C, eps)
     rows_TW = torch.cat([c_TC, rope_(latent_TW[:, latent:], rotations_T)], dim=-1)
     if kv_pool.dtype == torch.uint8:
-        layer_rows(kv_pool, layer).index_copy_(0, slots_T, quantize_rows(rows_TW, latent))
+        layer_rows(kv_pool, layer).index_copy_(0, slots_T, pack_fp8_rows(rows_TW, latent))
     else:
         store_rows(kv_pool, layer, slots_T, rows_TW)
     if q_rope_THR is not None:

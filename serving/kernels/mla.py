@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serving.kernels.rows import PAGE_TOKENS, dequantize_rows, layer_rows, slots
+from serving.kernels.rows import PAGE_TOKENS, layer_rows, slots, unpack_fp8_rows
 
 if TYPE_CHECKING:
     from serving.kernels.triton.mla_decode import Cut
@@ -205,7 +205,7 @@ def decode_latent_reference(
     outs, lses = [], []
     for q_THW, pages, length in zip(q_BTHW.float(), page_table_BP.tolist(), context_lens_B.tolist(), strict=True):
         rows_SW = kv_pool[pages[: -(-length // PAGE_TOKENS)], layer].flatten(0, 1)[first:length]
-        rows_SW = dequantize_rows(rows_SW, latent) if rows_SW.dtype == torch.uint8 else rows_SW.float()
+        rows_SW = unpack_fp8_rows(rows_SW, latent) if rows_SW.dtype == torch.uint8 else rows_SW.float()
         scores_THS = torch.einsum("thw,sw->ths", q_THW, rows_SW) * scale
         ends_T = torch.arange(length - num_tokens + 1, length + 1, device=q_THW.device)
         seen_TS = torch.arange(first, length, device=q_THW.device) < ends_T[:, None]

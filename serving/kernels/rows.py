@@ -43,7 +43,7 @@ def fp8_row_bytes(latent: int, rope: int) -> int:
     return latent + latent // 128 * 4 + rope * 2
 
 
-def quantize_rows(rows_TW: Tensor, latent: int) -> Tensor:
+def pack_fp8_rows(rows_TW: Tensor, latent: int) -> Tensor:
     """Rows `[T, C + R]` of any float dtype as FP8 rows, uint8 `[T, fp8_row_bytes]`.
 
     Scale = the largest magnitude of 128 latents / 448, so that it is e4m3's largest; 1 for all-zero groups.
@@ -57,7 +57,7 @@ def quantize_rows(rows_TW: Tensor, latent: int) -> Tensor:
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
 
 
-def dequantize_rows(rows: Tensor, latent: int) -> Tensor:
+def unpack_fp8_rows(rows: Tensor, latent: int) -> Tensor:
     """FP8 rows, uint8 `[..., fp8_row_bytes]`, as fp32 `[..., C + R]`."""
     scales_at, rope_at = latent, latent + latent // 128 * 4
     latents = rows[..., :scales_at].contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (-1, 128))

@@ -31,7 +31,7 @@ from serving.kernels.norm_rope import (
 )
 from serving.kernels.packed import pack
 from serving.kernels.quant import Fp8Weight, QuantisedRows
-from serving.kernels.rows import context_slots, dequantize_rows, layer_rows, slots
+from serving.kernels.rows import context_slots, layer_rows, slots, unpack_fp8_rows
 from serving.model.batch import DecodeBatch, PrefillBatch
 from serving.model.config import ModelConfig
 from serving.model.experts import Mlp, Moe
@@ -167,7 +167,7 @@ class Attention:
     def _cached(self, kv_pool: Tensor, slots_S: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows [S, W] of the pool, dequantised."""
         rows = layer_rows(kv_pool, self.layer)[slots_S]
-        return (dequantize_rows(rows, self.config.kv_lora_rank) if rows.dtype == torch.uint8 else rows).to(dtype)
+        return (unpack_fp8_rows(rows, self.config.kv_lora_rank) if rows.dtype == torch.uint8 else rows).to(dtype)
 
     def _expand(self, latent_SW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From rows [S, W]: keys of every head [S, H, N] and the rope part they share [S, R], values [S, H, V]."""

@@ -7,7 +7,7 @@ import torch
 
 from serving.kernels.kv_store import norm_rope_store, norm_rope_store_reference
 from serving.kernels.norm_rope import inverse_frequencies, rotations
-from serving.kernels.rows import dequantize_rows, fp8_row_bytes, layer_rows, quantize_rows, slots
+from serving.kernels.rows import fp8_row_bytes, layer_rows, pack_fp8_rows, slots, unpack_fp8_rows
 from tests.gpu.graphs import replayed
 
 pytestmark = pytest.mark.gpu
@@ -51,8 +51,8 @@ def test_graph_and_eager_equal_the_reference(heads: int, fp8: bool) -> None:
     )  # fmt: skip
     torch.testing.assert_close(rows, want, rtol=1e-2, atol=1e-2)
     if fp8:
-        want_stored = quantize_rows(rows, LATENT)
-        got, wanted = dequantize_rows(stored, LATENT), dequantize_rows(want_stored, LATENT)
+        want_stored = pack_fp8_rows(rows, LATENT)
+        got, wanted = unpack_fp8_rows(stored, LATENT), unpack_fp8_rows(want_stored, LATENT)
         # A value at the middle between two, of which bf16 has many, may go to either: one step apart, of e4m3.
         scales = want_stored[:, LATENT : LATENT + LATENT // 32].contiguous().view(torch.float32)
         step = torch.nn.functional.pad(scales.repeat_interleave(128, dim=1), (0, ROPE)) / 512

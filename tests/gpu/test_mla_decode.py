@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels import mla
-from serving.kernels.rows import quantize_rows
+from serving.kernels.rows import pack_fp8_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +40,7 @@ def make_pool(lens: list[int], dtype: torch.dtype, *, first: int = 0, latent: in
         at = torch.arange(len(pages) * 64, device="cuda")
         owned[pages.long()] = ((at >= first) & (at < n)).unflatten(0, (-1, 64))
     if dtype == torch.uint8:
-        tensor = quantize_rows(rows.flatten(0, 2), latent).view(*rows.shape[:3], -1)
+        tensor = pack_fp8_rows(rows.flatten(0, 2), latent).view(*rows.shape[:3], -1)
         tensor.masked_fill_(~owned[:, None, :, None], 0xFF)
     else:
         tensor = rows.to(dtype).masked_fill_(~owned[:, None, :, None], float("nan"))
@@ -149,7 +149,7 @@ def test_pages_past_2_31_elements(dtype: torch.dtype) -> None:
     assert pool.numel() > 2**31
     rows = torch.randn(8, 64, WIDTH, device="cuda")
     far = torch.arange(num_pages - 9, num_pages - 1, device="cuda")
-    pool[far, 61] = quantize_rows(rows.flatten(0, 1), LATENT).view(8, 64, -1) if row == 656 else rows.to(dtype)
+    pool[far, 61] = pack_fp8_rows(rows.flatten(0, 1), LATENT).view(8, 64, -1) if row == 656 else rows.to(dtype)
     lens = torch.tensor([200, 256], dtype=torch.int32, device="cuda")
     here = Pool(pool, far.to(torch.int32).view(2, 4), lens)
     q = torch.randn(2, 32, WIDTH, device="cuda", dtype=torch.bfloat16)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serving.kernels.experts import grouped_mlp, silu_mul
+from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear
 from serving.kernels.packed import pack, row_pieces
+from serving.kernels.quant import silu_mul
 from serving.kernels.topk import gate_topk
 
 

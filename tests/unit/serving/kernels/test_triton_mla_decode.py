@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels import mla
-from serving.kernels.rows import dequantize_rows, fp8_row_bytes, quantize_rows
+from serving.kernels.rows import fp8_row_bytes, pack_fp8_rows, unpack_fp8_rows
 
 pytest.importorskip("triton", reason="needs triton, for its interpreter")
 
@@ -97,7 +97,7 @@ def test_fp8_rows_are_attended_as_what_they_stand_for() -> None:
     pool = Pool([130, 20], latent=128, rope=16)
     q = randn(2, 1, 3, 144, seed=5).to(torch.float32)
     whole = pool.tensor.flatten(0, 2)
-    raw = quantize_rows(torch.nan_to_num(whole), 128)
+    raw = pack_fp8_rows(torch.nan_to_num(whole), 128)
     raw[whole.isnan().any(dim=1)] = 0xFF  # NaN in e4m3, in bf16 and in fp32
     assert raw.shape[1] == fp8_row_bytes(128, 16)
     pool.tensor = raw.view(*pool.tensor.shape[:3], -1)
@@ -110,8 +110,8 @@ def test_fp8_rows_are_attended_as_what_they_stand_for() -> None:
 def test_fp8_rows_keep_their_values_to_a_sixteenth() -> None:
     rows = randn(7, 576) * torch.logspace(-3, 2, 7)[:, None]
     rows[3, :128] = 0
-    back = dequantize_rows(quantize_rows(rows, 512), 512)
-    assert quantize_rows(rows, 512).shape == (7, 656)
+    back = unpack_fp8_rows(pack_fp8_rows(rows, 512), 512)
+    assert pack_fp8_rows(rows, 512).shape == (7, 656)
     largest = rows[:, :512].unflatten(1, (4, 128)).abs().amax(dim=-1, keepdim=True)
     error = (back - rows)[:, :512].unflatten(1, (4, 128)).abs()
     assert (error <= rows[:, :512].unflatten(1, (4, 128)).abs() / 16 + largest / 448 / 512).all()
