@@ -22,7 +22,7 @@ def load(*, model_dir, dtype, max_num_seqs, max_tokens, threads):
         steps = len(prompts) - 1 + num_new_tokens
         return {
             "token_ids": [[0] * num_new_tokens for _ in prompts],
-            "steps_s": [2.0 * step for step in range(steps)],
+            "steps_s": [2.0 * (step + 1) for step in range(steps)],
             "last_steps": [i + num_new_tokens - 1 for i in range(len(prompts))],
         }
     return f"{max_num_seqs} {max_tokens}", generate
