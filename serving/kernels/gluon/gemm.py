@@ -256,7 +256,7 @@ def _multiply(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows", "x_scale_stride", "out_scale_stride"])
 def product_kernel(
     x_desc,
     w_desc,
