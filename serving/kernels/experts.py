@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serving.kernels.aside import Aside
 from serving.kernels.gemm import linear
 from serving.kernels.quant import (
     BLOCK,
@@ -24,9 +23,9 @@ def grouped_mlp(
     down_EDI: Tensor | list[Tensor] | Fp8Weight,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    added_TD: Tensor | Aside | None = None,
+    added_TD: Tensor | None = None,
 ) -> Tensor:
-    """`added_TD` (on a GPU it may be made beside), and over each token's experts weight * down(silu(gate x) * up x); [T, D] in the dtype of x, bf16 from FP8 weights.
+    """`added_TD`, and over each token's experts weight * down(silu(gate x) * up x); [T, D] in the dtype of x, bf16 from FP8 weights.
 
     `gate_up_EID` is [E, 2I, D], gate above up, `down_EDI` [E, D, I], both plain or both FP8, or on CPU a list of E packed
     matrices; `experts_TK` int64, all below E; `weights_TK` fp32. `x_TD` may come quantised where the weights are FP8. On a
@@ -46,7 +45,6 @@ def grouped_mlp(
         assert isinstance(x_TD, Tensor)
         assert not isinstance(down_EDI, Fp8Weight)
         routed_TD = grouped_mlp_reference(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
-    assert not isinstance(added_TD, Aside)
     return routed_TD if added_TD is None else routed_TD.add_(added_TD)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serving.kernels.aside import Aside
 from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear, linear_fp32, linear_silu_mul
 from serving.kernels.packed import pack
@@ -13,10 +12,6 @@ from serving.kernels.quant import QuantisedRows
 from serving.kernels.topk import gate_topk
 from serving.model.config import ModelConfig
 from serving.model.weight import Weight, expert_of, new_weight
-
-# So many tokens' shared experts go beside the gate and the routed experts on a GPU: neither fills the device. Fewer are
-# multiplied as fast as their weights are read.
-_FEWEST_ASIDE, _MOST_ASIDE = 3, 256
 
 
 class Mlp:
@@ -87,9 +82,7 @@ class Moe:
         if not x_TD.is_cuda:
             routed_TD = grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD))
             return routed_TD.add_(self.shared.forward(x))
-        aside = isinstance(x, Tensor) and _FEWEST_ASIDE <= x.shape[0] <= _MOST_ASIDE
-        shared_TD = Aside(x_TD.device, lambda: self.shared.forward(x)) if aside else self.shared.forward(x)
-        return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), shared_TD)
+        return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), self.shared.forward(x))
 
     def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, K] and their weights fp32 [T, K]."""

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from serving.kernels.aside import Aside
 from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows, empty_rows
 from serving.kernels.triton.device import num_processors, overlap
 from serving.kernels.triton.gemm import Tiles
@@ -345,12 +344,9 @@ def scatter(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Te
     return ends.out
 
 
-def combine(y_SD: Tensor, slots: Slots, weights_TK: Tensor, added_TD: Tensor | Aside | None = None) -> Tensor:
+def combine(y_SD: Tensor, slots: Slots, weights_TK: Tensor, added_TD: Tensor | None = None) -> Tensor:
     """[T, D] in the dtype of y: the sum over K of weight and row, and of `added_TD`."""
     assert weights_TK.is_contiguous()
-    # Behind two kernels nothing may begin early.
-    early: dict[str, bool] = {} if isinstance(added_TD, Aside) else overlap(y_SD.device)
-    added_TD = added_TD.join() if isinstance(added_TD, Aside) else added_TD
     num_tokens, top_k = weights_TK.shape
     width = y_SD.shape[1]
     out = torch.empty(num_tokens, width, dtype=y_SD.dtype, device=y_SD.device)
@@ -359,7 +355,7 @@ def combine(y_SD: Tensor, slots: Slots, weights_TK: Tensor, added_TD: Tensor | A
     assert added.stride(1) == 1, "rows must be contiguous"
     combine_kernel[(num_tokens, triton.cdiv(width, block))](
         y_SD, slots.slots_TK, weights_TK, added, out, width, y_SD.stride(0), added.stride(0), out.stride(0),
-        TOP_K=top_k, ADDED=added_TD is not None, BLOCK_D=block, **early,
+        TOP_K=top_k, ADDED=added_TD is not None, BLOCK_D=block, **overlap(out.device),
     )  # fmt: skip
     return out
 
@@ -370,7 +366,7 @@ def grouped_mlp(
     down_EDI: Tensor | Fp8Weight,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    added_TD: Tensor | Aside | None = None,
+    added_TD: Tensor | None = None,
 ) -> Tensor:
     fp8 = isinstance(gate_up_EID, Fp8Weight)
     values = x_TD.values if isinstance(x_TD, QuantisedRows) else x_TD
@@ -380,8 +376,6 @@ def grouped_mlp(
     num_experts = gate_up_EID.shape[0]
     tile = grouped_tile(experts_TK.numel(), num_experts, torch.float8_e4m3fn if fp8 else values.dtype)
     slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8)
-    if isinstance(added_TD, Aside):
-        added_TD.start()
     hidden_SI = product(x_SD, gate_up_EID, silu=True, tiles=slots.tiles)
     y_SD = product(hidden_SI, down_EDI, tiles=slots.tiles)
     assert isinstance(y_SD, Tensor)
