@@ -7,7 +7,7 @@
 
 The oldest sequence always goes on: it takes pages from the youngest, never the other way round. Pure: time is an argument; no torch, no clock, no
 sockets. Steps may be scheduled before the one before is settled (run-ahead); they settle in order, and the token drawn for a sequence that has ended
-meanwhile is dropped.
+meanwhile is dropped. With drafts a step yields one token or more: pages are taken for the most, lengths are known for the least.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from kvcache.layout import PAGE_TOKENS, num_pages_for
 from kvcache.manager import KVManager
 from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.request import FinishReason, Sequence, TokenLogprobs
+from serving.engine.drafting import Drafting
 from serving.engine.ending import finish_reason
 from serving.engine.plan import DecodeRow, SampledToken, StepPlan, StepResult
 from serving.engine.slots import Slots
@@ -45,8 +46,11 @@ class TokenEvent:
 
 @dataclass(slots=True, eq=False)
 class _Job:
+    """`num_in_flight` steps yield at least one token each, and at most `num_ahead` in all."""
+
     sequence: Sequence
     num_in_flight: int = 0
+    num_ahead: int = 0
     gone: bool = False
 
 
@@ -63,6 +67,7 @@ class _Turn:
     """A plan in the making. `num_coming` pages come free when steps in flight settle: who needs one waits for it instead of pre-empting."""
 
     num_coming: int
+    num_drafts: int
     num_stalled: int = 0
     rows: list[DecodeRow] = field(default_factory=list)
     jobs: list[_Job] = field(default_factory=list)
@@ -71,14 +76,23 @@ class _Turn:
 
 
 class DecodeScheduler:
-    """At most `max_num_seqs` sequences run together; none grows beyond `max_model_len` tokens."""
+    """At most `max_num_seqs` sequences run together; none grows beyond `max_model_len` tokens. `drafting` None: no drafts."""
 
-    def __init__(self, manager: KVManager, slots: Slots, *, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        manager: KVManager,
+        slots: Slots,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        drafting: Drafting | None = None,
+    ) -> None:
         assert max_num_seqs > 0
         self._manager = manager
         self._slots = slots
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
+        self._drafting = drafting
         self._jobs: dict[str, _Job] = {}
         """In order of arrival, which is the order of precedence."""
         self._leaving: list[_Job] = []
@@ -124,14 +138,15 @@ class DecodeScheduler:
     def schedule(self, now_s: float) -> DecodePlan | None:
         """The next step, or None if there is nothing to run and nothing to report now."""
         del now_s  # every admitted sequence is as urgent as the other: each draws a token in each step
-        turn = _Turn(num_coming=sum(self._manager.num_released(job.sequence.page_ids) for job in self._leaving))
+        num_coming = sum(self._manager.num_released(job.sequence.page_ids) for job in self._leaving)
+        turn = _Turn(num_coming=num_coming, num_drafts=self._choose_drafts())
         for job in list(self._jobs.values()):
             if not job.gone and not self._ends_in_flight(job):
                 self._plan(job, turn)
         self.num_stalled = turn.num_stalled
         if not turn.rows and not turn.preempted:
             return None
-        step = StepPlan(rows=tuple(turn.rows))
+        step = StepPlan(rows=tuple(turn.rows), num_drafts=turn.num_drafts)
         if turn.rows:
             self._in_flight.append(_Step(step, turn.jobs))
         return DecodePlan(step=step, opened=tuple(turn.opened), preempted=tuple(turn.preempted))
@@ -140,15 +155,22 @@ class DecodeScheduler:
         """`step` is the oldest in flight; `result` may also hold tokens of other slots (mode both)."""
         settled = self._in_flight.popleft()
         assert settled.plan is step, "steps settle in the order in which they were scheduled"
-        tokens = {token.slot: token for token in result.tokens}
+        tokens: dict[int, list[SampledToken]] = {}
+        for token in result.tokens:
+            tokens.setdefault(token.slot, []).append(token)
         events: list[TokenEvent] = []
+        accepted: list[int] = []
         for job, row in zip(settled.jobs, step.rows, strict=True):
             job.num_in_flight -= 1
+            job.num_ahead -= 1 + step.num_drafts
             if not job.gone:
-                events.append(self._event(job, tokens[row.slot]))
+                accepted.append(len(tokens[row.slot]) - 1)
+                events += self._events(job, tokens[row.slot])
             elif job.num_in_flight == 0:
                 self._leaving.remove(job)
                 self._give_back(job)
+        if self._drafting is not None:
+            self._drafting.settled(step.num_drafts, accepted)
         return events
 
     def abort(self, job_id: str) -> Sequence | None:
@@ -160,13 +182,26 @@ class DecodeScheduler:
         return job.sequence
 
     def _require_room(self, sequence: Sequence) -> None:
-        num_tokens = min(sequence.num_tokens + sequence.max_new_tokens - sequence.num_new_tokens, self._max_model_len)
+        num_tokens = self._longest(sequence)
         num_pages = num_pages_for(num_tokens - 1)  # the last token is never an input
         if num_pages > self._manager.num_pages:
             raise PagesExhausted(
                 f"{num_tokens} tokens need {num_pages} pages, the decode pool has {self._manager.num_pages}; "
                 "raise kv.decode_pages or lower model.max_model_len"
             )
+
+    def _longest(self, sequence: Sequence) -> int:
+        """Tokens that it may have in the end."""
+        return min(sequence.num_tokens + sequence.max_new_tokens - sequence.num_new_tokens, self._max_model_len)
+
+    def _choose_drafts(self) -> int:
+        """None for a text's last token, nor while pages are short: they reserve room that may not be needed."""
+        if self._drafting is None or self.num_stalled > 0 or not self._jobs:
+            return 0
+        most = max(
+            self._longest(job.sequence) - job.sequence.num_tokens - job.num_in_flight - 1 for job in self._jobs.values()
+        )
+        return self._drafting.choose(min(len(self._jobs), self._max_num_seqs), most)
 
     def _ends_in_flight(self, job: _Job) -> bool:
         """The steps in flight reach the length limit, whatever they draw."""
@@ -182,9 +217,11 @@ class DecodeScheduler:
         waiting = sequence.slot is None
         if waiting and (self._num_running >= self._max_num_seqs or self._slots.num_free == 0):
             return
-        position = sequence.num_tokens - 1 + job.num_in_flight
+        num_inputs = 1 + turn.num_drafts
+        # If all that is in flight is accepted, and all of this step's drafts; the last token is never an input.
+        num_rows = min(sequence.num_tokens - 1 + job.num_ahead + num_inputs, self._longest(sequence) - 1)
         new_page_id = None
-        if position >= len(sequence.page_ids) * PAGE_TOKENS:
+        if num_rows > len(sequence.page_ids) * PAGE_TOKENS:
             new_page_id = self._grow(job, turn)
             if new_page_id is None:
                 turn.num_stalled += 1
@@ -195,9 +232,12 @@ class DecodeScheduler:
             turn.opened.append(sequence)
             new_page_id = None  # the slot is opened with it
         assert sequence.slot is not None
+        certain = job.num_ahead == job.num_in_flight
+        position = sequence.num_tokens - 1 + job.num_in_flight if certain else None
         turn.rows.append(DecodeRow(slot=sequence.slot, position=position, new_page_id=new_page_id))
         turn.jobs.append(job)
         job.num_in_flight += 1
+        job.num_ahead += num_inputs
 
     def _grow(self, job: _Job, turn: _Turn) -> int | None:
         """One more page, if need be from the youngest sequence behind this one. None: wait."""
@@ -215,6 +255,14 @@ class DecodeScheduler:
             turn.preempted.append(victim.sequence)
             turn.num_coming += self._remove(victim)
         return page_id
+
+    def _events(self, job: _Job, tokens: list[SampledToken]) -> list[TokenEvent]:
+        """Up to the one that ends the text; what was drawn after it is dropped."""
+        events: list[TokenEvent] = []
+        for token in tokens:
+            if not job.gone:
+                events.append(self._event(job, token))
+        return events
 
     def _event(self, job: _Job, token: SampledToken) -> TokenEvent:
         """The token is appended; a page that it has filled is published; with its last token the sequence leaves."""

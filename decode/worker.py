@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from decode.arrivals import Arrivals, Arrived, Outcome
 from decode.credit import num_credit
+from decode.news import by_job, job_tokens
 from decode.notices import Notices
 from decode.quarantine import QuarantineBudget
 from decode.scheduler import DecodeScheduler, TokenEvent
@@ -83,6 +84,7 @@ class DecodeWorker(Worker[_Job, bytes]):
             Slots(engine.max_num_seqs, on_give=engine.runner.close_slot),
             max_num_seqs=engine.max_num_seqs,
             max_model_len=engine.max_model_len,
+            drafting=self._drafting,
         )
         model = engine.model_config
         self._arrivals = Arrivals(
@@ -247,19 +249,16 @@ class DecodeWorker(Worker[_Job, bytes]):
         now_s = time.monotonic()
         num_tokens = step.launched.plan.num_tokens
         self._metrics.add("baton_tokens_total", num_tokens, phase="decode")
+        self._count_drafts()
         self._reporter.settled(num_tokens, now_s - step.launched_s)
-        self._reporter.tokens([self._news(event, now_s) for event in events])
+        self._reporter.tokens([self._news(of_job, now_s) for of_job in by_job(events)])
 
-    def _news(self, event: TokenEvent, now_s: float) -> tuple[str, JobTokens, dict[str, float]]:
-        job_id = event.sequence.job_id
-        job = self._jobs[job_id] if event.finish is None else self._jobs.pop(job_id)
-        tokens = JobTokens(
-            job_id=job_id,
-            token_ids=[event.token_id],
-            logprobs=None if event.logprobs is None else [event.logprobs],
-            finish=event.finish,
-        )
-        if event.sequence.num_new_tokens > 2:
+    def _news(self, events: list[TokenEvent], now_s: float) -> tuple[str, JobTokens, dict[str, float]]:
+        """What one step brought to one job."""
+        tokens = job_tokens(events)
+        job_id, sequence = tokens.job_id, events[-1].sequence
+        job = self._jobs[job_id] if tokens.finish is None else self._jobs.pop(job_id)
+        if sequence.num_new_tokens - len(events) > 1:
             return job.router, tokens, {}
         stages = {
             "transfer_exposed": job.exposed_s,

@@ -21,6 +21,7 @@ from kvcache.manager import KVManager
 from prefill.scheduler import FirstToken, PrefillPlan, PrefillScheduler
 from serving.core.errors import PagesExhausted
 from serving.core.request import SamplingParams, Sequence
+from serving.engine.drafting import Drafting
 from serving.engine.plan import Executor, Launched, SlotSpec, StepPlan
 from serving.engine.slots import Slots
 
@@ -51,7 +52,7 @@ class _InFlight:
 class Aggregated:
     """Owns both schedulers and the slots; `executor` and `manager` belong to the same pool. Not thread-safe.
 
-    `num_slots`: sequences admitted at once. `max_batched_tokens`: prefill tokens of one step.
+    `num_slots`: sequences admitted at once. `max_batched_tokens`: prefill tokens of one step. `drafting` None: no drafts.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Aggregated:
         max_batched_tokens: int,
         max_model_len: int,
         run_ahead: bool = True,
+        drafting: Drafting | None = None,
     ) -> None:
         self.manager = manager
         self._executor = executor
@@ -76,7 +78,9 @@ class Aggregated:
             max_batched_tokens=max_batched_tokens,
             max_model_len=max_model_len,
         )
-        self._decode = DecodeScheduler(manager, slots, max_num_seqs=num_slots, max_model_len=max_model_len)
+        self._decode = DecodeScheduler(
+            manager, slots, max_num_seqs=num_slots, max_model_len=max_model_len, drafting=drafting
+        )
         self._in_flight: deque[_InFlight] = deque()
         self.num_preempted = 0
 
@@ -169,6 +173,7 @@ class Aggregated:
         step = StepPlan(
             chunks=prefill.step.chunks if prefill is not None else (),
             rows=decode.step.rows if decode is not None else (),
+            num_drafts=decode.step.num_drafts if decode is not None else 0,
         )
         if not step.chunks and not step.rows:
             return None, prefill

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from decode.news import by_job, job_tokens
 from decode.scheduler import TokenEvent
 from kvcache.layout import num_pages_for
 from serving.aggregated import Aggregated
@@ -71,6 +72,7 @@ class AggregatedWorker(Worker[_Job, object]):
             max_batched_tokens=config.prefill.max_batched_tokens or engine.max_batched_tokens,
             max_model_len=engine.max_model_len,
             run_ahead=self._run_ahead,
+            drafting=self._drafting,
         )
         self._max_batched_tokens = config.prefill.max_batched_tokens or engine.max_batched_tokens
         self._expected_new_tokens = config.kv.expected_new_tokens
@@ -103,7 +105,8 @@ class AggregatedWorker(Worker[_Job, object]):
         self._num_preempted = self._aggregated.num_preempted
         self._metrics.add("baton_tokens_total", stepped.num_prefill_tokens, phase="prefill")
         self._metrics.add("baton_tokens_total", stepped.num_decode_tokens, phase="decode")
-        self._reporter.tokens([self._news(event, ended_s) for event in stepped.events])
+        self._count_drafts()
+        self._reporter.tokens([self._news(of_job, ended_s) for of_job in by_job(stepped.events)])
 
     def _take(self, event: Received | PeerGone | Driven[object]) -> None:
         self._reporter.touch()
@@ -154,24 +157,18 @@ class AggregatedWorker(Worker[_Job, object]):
             self._aggregated.abort(job_id)
             self._fail(job_id, event.reason, retryable=True)
 
-    def _news(self, event: TokenEvent, now_s: float) -> tuple[str, JobTokens, dict[str, float]]:
+    def _news(self, events: list[TokenEvent], now_s: float) -> tuple[str, JobTokens, dict[str, float]]:
         """There is no hand-off: the gap between first and second token is one step."""
-        job_id = event.sequence.job_id
-        job = self._jobs[job_id] if event.finish is None else self._jobs.pop(job_id)
+        sequence, finish = events[-1].sequence, events[-1].finish
+        job_id = sequence.job_id
+        job = self._jobs[job_id] if finish is None else self._jobs.pop(job_id)
         is_first, stages = job.first_s == 0.0, {}
         if is_first:
             job.first_s = now_s
             stages = {"prefill_queue": job.opened_s - job.received_s, "prefill": now_s - job.opened_s}
-        elif event.sequence.num_new_tokens == 2:
+        elif sequence.num_new_tokens - len(events) == 1:
             stages = {"first_step": now_s - job.first_s}
-        tokens = JobTokens(
-            job_id=job_id,
-            token_ids=[event.token_id],
-            logprobs=None if event.logprobs is None else [event.logprobs],
-            finish=event.finish,
-            num_cached_tokens=event.sequence.num_cached if is_first else 0,
-        )
-        return job.router, tokens, stages
+        return job.router, job_tokens(events, num_cached_tokens=sequence.num_cached if is_first else 0), stages
 
     def _is_empty(self) -> bool:
         return not self._jobs and not self._aggregated.has_work

@@ -23,6 +23,7 @@ from serving.core.errors import PeerError, StaleError
 from serving.core.messages import AnyMessage, Attach, Drain, MetricsQuery, WorkerState
 from serving.core.spec import WorkerSpec
 from serving.engine.build import Engine
+from serving.engine.drafting import Drafting
 from serving.engine.plan import Launched
 from serving.mailbox import Driver, Mailbox
 from serving.metrics import Metrics
@@ -84,6 +85,7 @@ class Worker(ABC, Generic[J, T]):
         self._reporter = Reporter(self._mailbox, self._metrics, self._state)
         on_cpu = not engine.pool.tensor.is_cuda
         self._run_ahead = config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead
+        self._drafting = Drafting(engine.draft_tokens, engine.runner.step_s) if engine.draft_tokens else None
         self._jobs: dict[str, J] = {}
         self._moved = False
         self._draining = self._stopping = False
@@ -156,6 +158,12 @@ class Worker(ABC, Generic[J, T]):
                 self._draining = True
             case _:
                 raise PeerError(f"a worker of role {self._role} has no use for {type(message).__name__}; dropped")
+
+    def _count_drafts(self) -> None:
+        if self._drafting is not None:
+            num_drafted, num_accepted = self._drafting.take_counts()
+            self._metrics.add("baton_spec_draft_tokens_total", num_drafted)
+            self._metrics.add("baton_spec_accepted_tokens_total", num_accepted)
 
     def _jobs_of(self, router: str) -> list[str]:
         return [job_id for job_id, job in self._jobs.items() if job.router == router]

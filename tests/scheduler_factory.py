@@ -70,22 +70,38 @@ def expected_tokens(token_ids: Iterable[int], num_new_tokens: int) -> list[int]:
 
 
 class RowStore:
-    """The pages of one pool. A row is written once between two moments at which its page was free; what nobody wrote cannot be read."""
+    """The pages of one pool. A row is written once between two moments at which its page was free; what nobody wrote cannot be read.
+
+    Rows of drafts may be written anew, and cannot be read before they are `settled`.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[tuple[int, int], int] = {}
+        self._drafts: set[tuple[int, int]] = set()
 
     def clear(self, page_id: int) -> None:
         """`KVManager(on_free=...)`."""
         for offset in range(PAGE_TOKENS):
             self._rows.pop((page_id, offset), None)
+            self._drafts.discard((page_id, offset))
 
-    def write(self, page_ids: list[int], position: int, row: int) -> None:
+    def write(self, page_ids: list[int], position: int, row: int, *, draft: bool = False) -> None:
         at = (page_ids[position // PAGE_TOKENS], position % PAGE_TOKENS)
+        if at in self._drafts:
+            self._drafts.remove(at)
+            del self._rows[at]
         assert self._rows.setdefault(at, row) == row, f"row {at} belongs to somebody else"
+        if draft:
+            self._drafts.add(at)
+
+    def settle(self, page_ids: list[int], position: int) -> None:
+        """The draft at this position was accepted."""
+        self._drafts.remove((page_ids[position // PAGE_TOKENS], position % PAGE_TOKENS))
 
     def read(self, page_ids: list[int], num_rows: int) -> list[int]:
-        return [self._rows[page_ids[i // PAGE_TOKENS], i % PAGE_TOKENS] for i in range(num_rows)]
+        places = [(page_ids[i // PAGE_TOKENS], i % PAGE_TOKENS) for i in range(num_rows)]
+        assert not self._drafts.intersection(places), "a row of a draft that nobody accepted is read"
+        return [self._rows[at] for at in places]
 
     def spoil(self, page_id: int) -> None:
         """Another value in row 0, for negative controls."""
@@ -96,6 +112,7 @@ class RowStore:
 class _Slot:
     token_id: int
     page_ids: list[int]
+    position: int | None = None
 
 
 @dataclass
@@ -105,7 +122,10 @@ class FakeLaunched:
 
 
 class FakeExecutor:
-    """In order, like a device. `eager`: a step runs when it is launched; otherwise as late as possible, when it is settled."""
+    """In order, like a device. `eager`: a step runs when it is launched; otherwise as late as possible, when it is settled.
+
+    One draft of four is wrong. What is drafted where a sequence has no page is written nowhere.
+    """
 
     def __init__(self, store: RowStore, *, eager: bool = False) -> None:
         self._store = store
@@ -148,11 +168,34 @@ class FakeExecutor:
             slot = self._slots[row.slot]
             if row.new_page_id is not None:
                 slot.page_ids.append(row.new_page_id)
-            rows = self._store.read(slot.page_ids, row.position)
-            rows.append(_row(rows[-1], slot.token_id))
-            self._store.write(slot.page_ids, row.position, rows[-1])
-            tokens.append(self._sample(row.slot, rows))
+            if row.position is not None:
+                assert slot.position in (None, row.position), "the host is wrong about a position"
+                slot.position = row.position
+            tokens += self._decode(row.slot, slot, launched.plan.num_drafts)
         launched.tokens = tokens
+
+    def _decode(self, number: int, slot: _Slot, num_drafts: int) -> list[SampledToken]:
+        assert slot.position is not None, "nobody knows the position of this row"
+        num_places = len(slot.page_ids) * PAGE_TOKENS
+        if slot.position >= num_places:  # past the end of its text, or a wrong token
+            return [SampledToken(slot=number, token_id=VOCABULARY)]
+        rows = self._store.read(slot.page_ids, slot.position)
+        input_id, input_ids, drawn_ids = slot.token_id, [], []
+        for position in range(slot.position, slot.position + num_drafts + 1):
+            rows.append(_row(rows[-1], input_id))
+            if position < num_places:
+                self._store.write(slot.page_ids, position, rows[-1], draft=position > slot.position)
+            input_ids.append(input_id)
+            drawn_ids.append(_draw(rows))
+            input_id = drawn_ids[-1] if rows[-1] % 4 else VOCABULARY
+        num_accepted = 0
+        while num_accepted < num_drafts and input_ids[num_accepted + 1] == drawn_ids[num_accepted]:
+            num_accepted += 1
+            if slot.position + num_accepted < num_places:
+                self._store.settle(slot.page_ids, slot.position + num_accepted)
+        slot.token_id = drawn_ids[num_accepted]
+        slot.position += num_accepted + 1
+        return [SampledToken(slot=number, token_id=token_id) for token_id in drawn_ids[: num_accepted + 1]]
 
     def _prefill(self, chunk: PrefillChunk) -> list[int]:
         rows = self._store.read(chunk.page_ids, chunk.start)

@@ -29,12 +29,13 @@ _SAMPLE_BYTES = 64 << 10
 _COMPUTE_CAPABILITY = 9
 # Long enough for the products to reach their rate; a CPU's step is also what a newcomer waits for.
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 8192}
+_AUTO_DRAFTS = {"cpu": 0, "cuda": 0}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Engine:
     """What a worker runs on. `max_model_len`: longest prompt + answer, in tokens, that model and pool allow.
-    `max_batched_tokens`: prefill tokens of one step.
+    `max_batched_tokens`: prefill tokens of one step. `draft_tokens`: the most that a decode step drafts a row.
 
     `identity` is equal for two engines whose pages mean the same: same weights, dtype, layout, MTP and protocol.
     """
@@ -47,6 +48,7 @@ class Engine:
     max_model_len: int
     max_num_seqs: int
     max_batched_tokens: int
+    draft_tokens: int
 
 
 def build_engine(
@@ -60,10 +62,13 @@ def build_engine(
     device: str = "auto",
     dtype: str = "auto",
     mtp: bool = True,
+    draft_tokens: str = "0",
     num_threads: int = 0,
     progress: Progress | None = None,
 ) -> Engine:
     """Load `model_dir` and make everything a step needs. `max_num_seqs` slots; `num_threads` 0 leaves torch's own number.
+
+    `draft_tokens`: "0" to "3", or "auto".
 
     Raises ModelFolderError (also for a damaged tokenizer.json, whose size bounds what is sampled) and ConfigError.
     """
@@ -74,6 +79,7 @@ def build_engine(
     config = ModelConfig.from_folder(folder)
     if not mtp:
         config = dataclasses.replace(config, num_mtp_layers=0)
+    num_drafts = _num_drafts(draft_tokens, config, torch_device)
     layout = PageLayout(
         num_layers=config.num_layers,
         num_mtp_layers=config.num_mtp_layers,
@@ -91,6 +97,7 @@ def build_engine(
         max_pages=num_pages_for(longest),
         vocab_size=min(config.vocab_size, tokenizer_size(folder) or config.vocab_size),
         hidden_size=config.hidden_size,
+        draft_tokens=num_drafts,
     )
     return Engine(
         runner=runner,
@@ -101,6 +108,7 @@ def build_engine(
         max_model_len=longest,
         max_num_seqs=max_num_seqs,
         max_batched_tokens=max_batched_tokens or _BATCHED_TOKENS[torch_device.type],
+        draft_tokens=num_drafts,
     )
 
 
@@ -117,6 +125,7 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
         device=config.model.device,
         dtype=config.model.dtype,
         mtp=config.model.mtp,
+        draft_tokens="0" if prefills else config.decode.draft_tokens,
         num_threads=spec.num_threads,
         progress=progress,
     )
@@ -198,6 +207,17 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "float64" and device.type == "cuda":
         raise ConfigError("model.dtype float64 is for a CPU; no GPU kernel has it")
     return known[name]
+
+
+def _num_drafts(wanted: str, config: ModelConfig, device: torch.device) -> int:
+    if wanted == "auto":
+        return _AUTO_DRAFTS[device.type] if config.num_mtp_layers else 0
+    if wanted != "0" and not config.num_mtp_layers:
+        raise ConfigError(
+            f"decode.draft_tokens is {wanted}, but there is no MTP layer to draft with: set it to auto or 0, or serve a "
+            "model that has one with model.mtp = true"
+        )
+    return int(wanted)
 
 
 def _num_pages(layout: PageLayout, memory_fraction: float, device: torch.device) -> int:

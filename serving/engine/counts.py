@@ -38,9 +38,11 @@ class CountTables:
     def at(self, rows_N: Tensor) -> tuple[Tensor, Tensor]:
         return self._counts_RV.index_select(0, rows_N), self._in_prompt_RV.index_select(0, rows_N)
 
-    def add(self, rows_N: Tensor, token_ids_N: Tensor) -> None:
+    def add(self, rows_N: Tensor, token_ids_N: Tensor, counted_N: Tensor | None = None) -> None:
+        """`counted_N` bool: which of them; None: all."""
         places_N = rows_N * self._counts_RV.shape[1] + token_ids_N
-        self._counts_RV.view(-1).index_add_(0, places_N, torch.ones_like(places_N, dtype=torch.int32))
+        ones_N = torch.ones_like(places_N, dtype=torch.int32) if counted_N is None else counted_N.to(torch.int32)
+        self._counts_RV.view(-1).index_add_(0, places_N, ones_N)
 
     def _known(self, token_ids: Sequence[int]) -> Tensor:
         """Without ids above the tokenizer's size: a client may send them, nobody can draw them."""

@@ -49,24 +49,29 @@ class PrefillChunk:
 class DecodeRow:
     """One token of a running sequence: the slot's last token goes in at `position`, the sampled one becomes the slot's last token.
 
+    With drafts, several: see StepPlan. `position` None: where the steps in flight leave the slot, which the device knows.
     `new_page_id` is appended to the slot's page table first.
     """
 
     slot: int
-    position: int
+    position: int | None
     new_page_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """Prefill chunks and decode rows of one step; a slot appears at most once."""
+    """Prefill chunks and decode rows of one step; a slot appears at most once.
+
+    Each row drafts `num_drafts` tokens and computes them with its last one; it yields those that were accepted and one more.
+    """
 
     chunks: tuple[PrefillChunk, ...] = ()
     rows: tuple[DecodeRow, ...] = ()
+    num_drafts: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(chunk.token_ids) for chunk in self.chunks) + len(self.rows)
+        return sum(len(chunk.token_ids) for chunk in self.chunks) + len(self.rows) * (1 + self.num_drafts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +86,7 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Tokens in the order chunks (those that sample), rows."""
+    """Tokens in the order chunks (those that sample), rows; those of a row in the order of its text, one more than drafts were accepted."""
 
     tokens: tuple[SampledToken, ...]
 

@@ -10,16 +10,18 @@ captured graph. Must not know requests, jobs, or who decides what runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvcache.layout import PAGE_TOKENS, num_pages_for
+from serving.engine.drafted import DraftedRows, DraftedStep
 from serving.engine.graphs import StepGraphs, decode_sizes, prefill_sizes
 from serving.engine.plan import DecodeRow, Launched, PrefillChunk, SampledToken, SlotSpec, StepPlan, StepResult
 from serving.engine.sampler import Logprobs, Sampler
+from serving.engine.speculative import DraftLayer, SlotState, Speculation
 from serving.engine.staging import ids, to_device, to_host
 from serving.kernels import sampling
 from serving.kernels.packed import PIECES, row_pieces
@@ -32,12 +34,6 @@ _MOST_CAPTURED_TOKENS = 4096
 _MOST_CAPTURED_CHUNKS = 16
 
 
-class MtpStore(Protocol):
-    def store_rows(
-        self, hidden_prev_TD: Tensor, token_ids_T: Tensor, positions_T: Tensor, row_ids_T: Tensor, kv_pool: Tensor
-    ) -> None: ...
-
-
 class Model(Protocol):
     """What the runner needs of `serving.model.deepseek_v3.DeepseekV3`."""
 
@@ -45,7 +41,7 @@ class Model(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     @property
-    def mtp(self) -> MtpStore | None: ...
+    def mtp(self) -> DraftLayer | None: ...
 
     @property
     def captures_prefill(self) -> bool: ...
@@ -59,13 +55,17 @@ class Model(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LaunchedStep:
-    """A step in flight. Host tensors; they hold what they should once `done` has happened (None: already)."""
+    """A step in flight. Host tensors; they hold what they should once `done` has happened (None: already).
+
+    `drafted`: the plan's rows, where positions are on the device; the rest is then of its chunks alone.
+    """
 
     plan: StepPlan
     slots: tuple[int, ...] = ()
     token_ids: Tensor | None = None
     logprobs: Logprobs | None = None
     hidden_ND: Tensor | None = None
+    drafted: DraftedStep | None = None
     done: torch.cuda.Event | None = None
 
 
@@ -74,10 +74,19 @@ class Runner:
 
     `max_pages`: longest page table of a slot. `vocab_size`: the tokenizer's; ids from there on are never drawn.
     Pages beyond a sequence's own are never read; unused entries of the page table name the scratch page.
+    `draft_tokens`: the most drafts that a plan may ask for; above 0 the device alone may know a row's position.
     """
 
     def __init__(
-        self, model: Model, kv_pool: Tensor, *, num_slots: int, max_pages: int, vocab_size: int, hidden_size: int
+        self,
+        model: Model,
+        kv_pool: Tensor,
+        *,
+        num_slots: int,
+        max_pages: int,
+        vocab_size: int,
+        hidden_size: int,
+        draft_tokens: int = 0,
     ) -> None:
         device = kv_pool.device
         self.model = model
@@ -89,13 +98,16 @@ class Runner:
         self._scratch_slot, num_slots = num_slots, num_slots + 1
         self._page_ids: list[list[int]] = [[] for _ in range(num_slots)]
         page_dtype = torch.int64 if device.type == "cpu" else torch.int32
+        # With drafts a column more than a text has pages, for what is drafted past its end.
+        max_pages += draft_tokens > 0
         self._page_table_SP = torch.full((num_slots, max_pages), self._scratch_page, dtype=page_dtype, device=device)
         self._last_token_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._hidden_SD = torch.zeros(num_slots, hidden_size, dtype=model.dtype, device=device)
         self._rows = _RowsBatch((), self._last_token_S[:0], self._page_table_SP[:0])
+        self._drafted = self._make_drafted(draft_tokens) if draft_tokens else None
         self._decode_graphs: StepGraphs | None = None
         self._prefill_graphs: StepGraphs | None = None
-        if device.type == "cuda":
+        if device.type == "cuda" and self._drafted is None:
             self._decode_graphs = StepGraphs(
                 self._captured_decode, sizes=decode_sizes(self._scratch_slot), idle=self._idle_rows, device=device
             )
@@ -116,12 +128,14 @@ class Runner:
             if max_batched_tokens:
                 self._compile_prefill(max_batched_tokens, told)
                 self._capture_prefill(max_batched_tokens, told)
-            if decodes and self._decode_graphs is None:
-                self._compile_decode(told)
-            if decodes and self._decode_graphs is not None:
+            if decodes and self._drafted is not None:
+                self._drafted.warm_up(told)
+            elif decodes and self._decode_graphs is not None:
                 for size in reversed(self._decode_graphs.sizes):
                     told(f"capturing a decode step of {size} rows")
                     self._decode_graphs.capture(size)
+            elif decodes:
+                self._compile_decode(told)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -197,31 +211,58 @@ class Runner:
                     logits.append(self.model.logits(hidden_ND))
                 else:
                     logits.append(logits_NV if every else logits_NV[self._ids(ended)])
-        if plan.rows:
+        if plan.rows and self._drafted is None:
+            at = _positions_of(plan)
             slots += [row.slot for row in plan.rows]
-            positions += [row.position + 1 for row in plan.rows]
-            logits_BV, greedy_B = self._run_rows(plan.rows)
+            positions += [position + 1 for position in at]
+            logits_BV, greedy_B = self._run_rows(plan.rows, at)
             logits.append(logits_BV)
-        if not slots:
-            return LaunchedStep(plan=plan, done=self._mark())
-        return self._sample(plan, tuple(slots), positions, logits, greedy_B, hidden_ND)
+        launched = LaunchedStep(plan=plan)
+        if slots:
+            launched = self._sample(plan, tuple(slots), positions, logits, greedy_B, hidden_ND)
+        if plan.rows and self._drafted is not None:
+            launched = replace(launched, drafted=self._drafted.run(plan))
+        return replace(launched, done=self._mark())
 
     def settle(self, launched: Launched) -> StepResult:
         assert isinstance(launched, LaunchedStep), "a step settles where it was launched"
         if launched.done is not None:
             launched.done.synchronize()
         self._num_in_flight -= 1
+        drafted = launched.drafted.tokens(launched.plan) if launched.drafted is not None else ()
         if launched.token_ids is None:
-            return StepResult(tokens=())
+            return StepResult(tokens=drafted)
         logprobs = launched.logprobs.by_row() if launched.logprobs is not None else {}
         hidden = _bytes_of_rows(launched.hidden_ND)
-        return StepResult(
-            tokens=tuple(
-                SampledToken(
-                    slot=slot, token_id=token_id, logprobs=logprobs.get(i), hidden=hidden[i] if i < len(hidden) else b""
-                )
-                for i, (slot, token_id) in enumerate(zip(launched.slots, launched.token_ids.tolist(), strict=True))
+        sampled = tuple(
+            SampledToken(
+                slot=slot, token_id=token_id, logprobs=logprobs.get(i), hidden=hidden[i] if i < len(hidden) else b""
             )
+            for i, (slot, token_id) in enumerate(zip(launched.slots, launched.token_ids.tolist(), strict=True))
+        )
+        return StepResult(tokens=sampled + drafted)
+
+    def step_s(self, num_rows: int, num_drafts: int) -> float:
+        """Seconds of a decode step of so many rows and drafts of each, as `warm_up` measured them with short contexts."""
+        assert self._drafted is not None, "an engine without drafts measures nothing"
+        return self._drafted.step_s(num_rows, num_drafts)
+
+    def _make_drafted(self, draft_tokens: int) -> DraftedRows:
+        assert self.model.mtp is not None, "drafts need the MTP layer"
+        state = SlotState(
+            last_token_S=self._last_token_S,
+            hidden_SD=self._hidden_SD,
+            positions_S=torch.zeros_like(self._last_token_S),
+            page_table_SP=self._page_table_SP,
+        )
+        vocab_size = self.sampler.vocab_size
+        return DraftedRows(
+            Speculation(self.model, self.model.mtp, self.kv_pool, state, vocab_size=vocab_size),
+            self.sampler,
+            self._page_ids,
+            scratch_page=self._scratch_page,
+            most_drafts=draft_tokens,
+            device=self.device,
         )
 
     def _sample(
@@ -249,7 +290,6 @@ class Runner:
             token_ids=to_host(token_ids_B),
             logprobs=logprobs.moved(to_host) if logprobs is not None else None,
             hidden_ND=to_host(hidden_ND) if wants_hidden and hidden_ND is not None else None,
-            done=self._mark(),
         )
 
     def _run_chunks(self, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor | None]:
@@ -359,7 +399,7 @@ class Runner:
 
     def _store_mtp_chunks(
         self,
-        mtp: MtpStore,
+        mtp: DraftLayer,
         batch: PrefillBatch,
         hidden_TD: Tensor,
         last_ND: Tensor,
@@ -377,13 +417,12 @@ class Runner:
         positions_T = (batch.positions_T - 1).clamp_(min=0)
         mtp.store_rows(previous_TD, batch.token_ids_T, positions_T, row_ids_T, self.kv_pool)
 
-    def _run_rows(self, rows: tuple[DecodeRow, ...]) -> tuple[Tensor, Tensor | None]:
+    def _run_rows(self, rows: tuple[DecodeRow, ...], positions: list[int]) -> tuple[Tensor, Tensor | None]:
         """Logits [B, V], and their argmax [B] where the step has it."""
         batch_rows = self._rows_of(rows)
-        positions = [row.position for row in rows]
         row_ids = [
-            self._page_ids[row.slot][row.position // PAGE_TOKENS] * PAGE_TOKENS + row.position % PAGE_TOKENS
-            for row in rows
+            self._page_ids[row.slot][position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
+            for row, position in zip(rows, positions, strict=True)
         ]
         if self._decode_graphs is not None:
             size = self._decode_graphs.size_for(len(rows))
@@ -483,6 +522,13 @@ class _RowsBatch:
 
     def stale(self) -> _RowsBatch:
         return _RowsBatch((), self.slots_B[:0], self.page_table_BP[:0])
+
+
+def _positions_of(plan: StepPlan) -> list[int]:
+    assert plan.num_drafts == 0, "this engine was built without drafts"
+    positions = [row.position for row in plan.rows if row.position is not None]
+    assert len(positions) == len(plan.rows), "without drafts a row's position is known"
+    return positions
 
 
 def _bytes_of_rows(hidden_ND: Tensor | None) -> list[bytes]:

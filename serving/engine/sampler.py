@@ -80,11 +80,16 @@ class Sampler:
         return self._recipe(slots).plain
 
     def sample(
-        self, slots: tuple[int, ...], logits_BV: Tensor, positions: Sequence[int]
+        self,
+        slots: tuple[int, ...],
+        logits_BV: Tensor,
+        positions: Sequence[int] | Tensor,
+        counted_B: Tensor | None = None,
     ) -> tuple[Tensor, Logprobs | None]:
         """Token ids int64 [B], and logprobs where asked. fp32 logits [B, >= vocab_size], which may be overwritten.
 
-        `positions`: index of the token to be drawn in its sequence; with the seed it decides the random number.
+        `positions`: index of the token to be drawn in its sequence (int64 [B] where only the device knows it); with the
+        seed it decides the random number. `counted_B` bool: whose token penalties will count from now on; None: all.
         """
         recipe = self._recipe(slots)
         logits_BV = logits_BV[:, : self.vocab_size]
@@ -98,12 +103,43 @@ class Sampler:
             self._penalise(logits_BV, recipe.penalties)
         token_ids_B = ops.argmax(logits_BV)
         if recipe.draws is not None:
-            drawn_positions = [positions[row] for row in recipe.draws.host_rows]
-            drawn_N = _draw(logits_BV, ids(drawn_positions, self.device), recipe.draws)
-            token_ids_B.index_copy_(0, recipe.draws.rows, drawn_N)
+            if isinstance(positions, Tensor):
+                positions_N = positions.index_select(0, recipe.draws.rows)
+            else:
+                positions_N = ids([positions[row] for row in recipe.draws.host_rows], self.device)
+            token_ids_B.index_copy_(0, recipe.draws.rows, _draw(logits_BV, positions_N, recipe.draws))
         if recipe.penalties is not None:
-            self._counts.add(recipe.penalties.table_rows, token_ids_B.index_select(0, recipe.penalties.rows))
+            rows_N = recipe.penalties.rows
+            counted_N = None if counted_B is None else counted_B.index_select(0, rows_N)
+            self._counts.add(recipe.penalties.table_rows, token_ids_B.index_select(0, rows_N), counted_N)
         return token_ids_B, _logprobs(logits_BV, token_ids_B, recipe.logprobs)
+
+    def sample_drafted(
+        self, slots: tuple[int, ...], logits_NV: Tensor, positions_B: Tensor, drafts_BK: Tensor
+    ) -> tuple[Tensor, list[Logprobs]]:
+        """Token ids int64 [B, T], T = K + 1, for as many positions of each slot, those of a slot side by side in logits_NV.
+
+        `positions_B`: of the first token to be drawn of each slot. Token t counts for the penalties of those after it, and
+        of later steps, if the t drafts before it are the tokens drawn. Logprobs name rows of logits_NV.
+        """
+        num_tokens = drafts_BK.shape[1] + 1
+        positions_BT = positions_B[:, None] + torch.arange(num_tokens, device=self.device)
+        if self._recipe(slots).penalties is None:
+            each = tuple(slot for slot in slots for _ in range(num_tokens))
+            token_ids_N, logprobs = self.sample(each, logits_NV, positions_BT.flatten())
+            return token_ids_N.view(-1, num_tokens), [logprobs] if logprobs is not None else []
+        logits_BTV = logits_NV.unflatten(0, (-1, num_tokens))
+        drawn: list[Tensor] = []
+        found: list[Logprobs] = []
+        counted_B = torch.ones_like(positions_B, dtype=torch.bool)
+        for t in range(num_tokens):
+            if t > 0:
+                counted_B = counted_B & (drawn[-1] == drafts_BK[:, t - 1])
+            token_ids_B, logprobs = self.sample(slots, logits_BTV[:, t], positions_BT[:, t], counted_B)
+            drawn.append(token_ids_B)
+            if logprobs is not None:
+                found.append(replace(logprobs, rows=tuple(row * num_tokens + t for row in logprobs.rows)))
+        return torch.stack(drawn, dim=1), found
 
     def _recipe(self, slots: tuple[int, ...]) -> Recipe:
         recipe = self._recipes.get(slots)
@@ -111,8 +147,8 @@ class Sampler:
             params = [self._params[slot] for slot in slots]
             known = [param for param in params if param is not None]
             assert len(known) == len(slots), f"slots {slots} include one that is not open"
-            # Two: a step that ends a prompt has a row more than its neighbours.
-            if len(self._recipes) >= 2:
+            # Two: a step that ends a prompt has a row more than its neighbours. Two more: with drafts and without.
+            if len(self._recipes) >= 4:
                 self._recipes.clear()
             biases = [self._biases[slot] for slot in slots]
             recipe = self._recipes[slots] = make_recipe(

@@ -58,14 +58,14 @@ def attend_reference(
 class DecodeGroup:
     """Sequences of similar length, attended together.
 
-    `members`: int64 [G], rows of the batch, None for all of it in order. `slots_GS`: int64, the slot of each position;
-    positions a sequence has not reached repeat its current slot. `bias_GS`: 0 where attended, -inf elsewhere, None
-    where every position counts.
+    `members`: int64 [G], sequences of the batch, None for all of it in order. `slots_GS`: int64, the slot of each
+    position; positions a sequence has not reached repeat its current slot. `bias_GTS`, of its T tokens: 0 where
+    attended, -inf elsewhere, None where every position counts.
     """
 
     members: Tensor | None
     slots_GS: Tensor
-    bias_GS: Tensor | None
+    bias_GTS: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,13 +83,20 @@ class PagedPlan:
 
 
 def plan_decode(
-    kv_pool: Tensor, row_ids_B: Tensor, page_table_BP: Tensor, context_lens_B: Tensor, *, first: int = 0
+    kv_pool: Tensor,
+    row_ids_B: Tensor,
+    page_table_BP: Tensor,
+    context_lens_B: Tensor,
+    *,
+    first: int = 0,
+    num_tokens: int = 1,
 ) -> tuple[DecodeGroup, ...] | PagedPlan:
     """What every layer of a decode step reads; made once a step. Positions `[first, context_len)` are attended.
 
-    On a GPU nothing is read back, so a plan may be made inside a captured graph, and every row is found through the page
-    table. On CPU every length is above `first`, lengths are read to cut the batch (a group's shortest is at least half
-    its longest, its copy bounded), and a sequence's last row is `row_ids_B`.
+    `num_tokens`: the T last tokens of each sequence are queries. On a GPU nothing is read back, so a plan may be made
+    inside a captured graph, and every row is found through the page table. On CPU every length is above
+    `first + T - 1`, lengths are read to cut the batch (a group's shortest is at least half its longest, its copy
+    bounded), and a sequence's last row is `row_ids_B`.
     """
     if kv_pool.device.type == "cuda":
         from serving.kernels.triton.mla_decode import cut_pages
@@ -97,11 +104,16 @@ def plan_decode(
         lens_B = context_lens_B.to(torch.int32)
         cut = cut_pages(lens_B, torch.cuda.get_device_properties(kv_pool.device).multi_processor_count)
         return PagedPlan(page_table_BP=page_table_BP.to(torch.int32), context_lens_B=lens_B, first=first, cut=cut)
-    return _plan_groups(kv_pool, row_ids_B, page_table_BP, context_lens_B, first)
+    return _plan_groups(kv_pool, row_ids_B, page_table_BP, context_lens_B, first, num_tokens)
 
 
 def _plan_groups(
-    kv_pool: Tensor, row_ids_B: Tensor, page_table_BP: Tensor, context_lens_B: Tensor, first: int
+    kv_pool: Tensor,
+    row_ids_B: Tensor,
+    page_table_BP: Tensor,
+    context_lens_B: Tensor,
+    first: int,
+    num_tokens: int,
 ) -> tuple[DecodeGroup, ...]:
     lens = context_lens_B.tolist()
     order = sorted(range(len(lens)), key=lens.__getitem__, reverse=True)
@@ -115,12 +127,12 @@ def _plan_groups(
         else:
             cuts.append([index])
     if len(cuts) == 1:
-        return (_plan_group(kv_pool, row_ids_B, page_table_BP, context_lens_B, None, first, lens),)
+        return (_plan_group(kv_pool, row_ids_B, page_table_BP, context_lens_B, None, first, num_tokens, lens),)
     groups = []
     for cut in cuts:
         members = torch.tensor(sorted(cut), device=row_ids_B.device)
         parts = row_ids_B[members], page_table_BP[members], context_lens_B[members]
-        groups.append(_plan_group(kv_pool, *parts, members, first, [lens[index] for index in sorted(cut)]))
+        groups.append(_plan_group(kv_pool, *parts, members, first, num_tokens, [lens[index] for index in sorted(cut)]))
     return tuple(groups)
 
 
@@ -131,6 +143,7 @@ def _plan_group(
     context_lens_G: Tensor,
     members: Tensor | None,
     first: int,
+    num_tokens: int,
     lens: list[int],
 ) -> DecodeGroup:
     longest = max(lens)
@@ -140,10 +153,11 @@ def _plan_group(
     rows_GS = pages_GP.repeat_interleave(PAGE_TOKENS, dim=1)[:, first:longest] * PAGE_TOKENS + positions_S % PAGE_TOKENS
     rows_GS = torch.where(positions_S < context_lens_G[:, None] - 1, rows_GS, row_ids_G[:, None])
     bias = None
-    if min(lens) < longest:
-        unseen = positions_S >= context_lens_G[:, None]
-        bias = torch.zeros_like(rows_GS, dtype=kv_pool.dtype).masked_fill_(unseen, float("-inf"))
-    return DecodeGroup(members=members, slots_GS=slots(kv_pool, rows_GS), bias_GS=bias)
+    if num_tokens > 1 or min(lens) < longest:
+        before_T = torch.arange(num_tokens - 1, -1, -1, device=row_ids_G.device)
+        unseen_GTS = positions_S >= (context_lens_G[:, None] - before_T)[:, :, None]
+        bias = torch.zeros(unseen_GTS.shape, dtype=kv_pool.dtype).masked_fill_(unseen_GTS, float("-inf"))
+    return DecodeGroup(members=members, slots_GS=slots(kv_pool, rows_GS), bias_GTS=bias)
 
 
 def decode_latent(
@@ -158,9 +172,9 @@ def decode_latent(
     """Absorbed attention over cached rows of `layer`: out `[..., C]` in q's dtype, lse (natural log).
 
     `q` `[B, H, W]` is [W_uk^T q_nope ; q_rope], as wide as a row; the first C = `latent` values of a row are also its
-    value; out `[B, H, C]`, lse `[B, H]`. On a GPU `q` may hold the T <= 4 last tokens of each sequence, `[B, T, H, W]`:
-    token t sees the first context_len - (T - 1) + t rows; out `[B, T, H, C]`, lse `[B, T, H]`; lse is fp32 and the pool
-    may hold FP8 rows.
+    value; out `[B, H, C]`, lse `[B, H]`. `q` may hold the T <= 4 last tokens of each sequence, `[B, T, H, W]`: token t
+    sees the first context_len - (T - 1) + t rows; out `[B, T, H, C]`, lse `[B, T, H]`. On a GPU lse is fp32 and the
+    pool may hold FP8 rows.
     """
     if isinstance(plan, PagedPlan):
         from serving.kernels.triton.mla_decode import decode_paged
@@ -174,13 +188,13 @@ def decode_latent(
     rows_NW = layer_rows(kv_pool, layer)
     if len(plan) == 1 and plan[0].members is None:
         return _decode_group(q, rows_NW, plan[0], latent, scale)
-    out_BHC = q.new_empty(*q.shape[:2], latent)
-    lse_BH = q.new_empty(q.shape[:2])
+    out = q.new_empty(*q.shape[:-1], latent)
+    lse = q.new_empty(q.shape[:-1])
     for group in plan:
         assert group.members is not None
-        out, lse = _decode_group(q[group.members], rows_NW, group, latent, scale)
-        out_BHC[group.members], lse_BH[group.members] = out, lse
-    return out_BHC, lse_BH
+        parts = _decode_group(q[group.members], rows_NW, group, latent, scale)
+        out[group.members], lse[group.members] = parts
+    return out, lse
 
 
 def decode_latent_reference(
@@ -209,15 +223,16 @@ def decode_latent_reference(
     return torch.stack(outs).to(q_BTHW.dtype), torch.stack(lses)
 
 
-def _decode_group(
-    q_GHW: Tensor, rows_NW: Tensor, group: DecodeGroup, latent: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _decode_group(q: Tensor, rows_NW: Tensor, group: DecodeGroup, latent: int, scale: float) -> tuple[Tensor, Tensor]:
+    """`q` [G, H, W] or [G, T, H, W]; X is H or all heads of the T tokens."""
     size, longest = group.slots_GS.shape
-    keys_GSW = rows_NW.index_select(0, group.slots_GS.view(-1)).view(size, longest, -1).to(q_GHW.dtype)
-    scores_GHS = torch.bmm(q_GHW, keys_GSW.transpose(1, 2)).mul_(scale)
-    if group.bias_GS is not None:
-        scores_GHS += group.bias_GS[:, None]
-    shares_GHS = scores_GHS.softmax(dim=-1)
+    q_GXW = q.reshape(size, -1, q.shape[-1])
+    keys_GSW = rows_NW.index_select(0, group.slots_GS.view(-1)).view(size, longest, -1).to(q.dtype)
+    scores_GXS = torch.bmm(q_GXW, keys_GSW.transpose(1, 2)).mul_(scale)
+    if group.bias_GTS is not None:
+        scores_GXS.view(size, group.bias_GTS.shape[1], -1, longest).add_(group.bias_GTS[:, :, None])
+    shares_GXS = scores_GXS.softmax(dim=-1)
     # The largest share is exp(largest score - lse): cheaper on CPU than a second pass of exponentials.
-    lse_GH = scores_GHS.amax(dim=-1) - shares_GHS.amax(dim=-1).log()
-    return torch.bmm(shares_GHS, keys_GSW[:, :, :latent]), lse_GH
+    lse_GX = scores_GXS.amax(dim=-1) - shares_GXS.amax(dim=-1).log()
+    out_GXC = torch.bmm(shares_GXS, keys_GSW[:, :, :latent])
+    return out_GXC.view(*q.shape[:-1], latent), lse_GX.view(q.shape[:-1])

@@ -42,10 +42,11 @@ class PrefillBatch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecodeBatch:
-    """One token of each of B sequences. int64 tensors [B]; `page_table_BP` int32 or int64 [B, P].
+    """The next token, or the T <= 4 next ones, of each of B sequences. `page_table_BP` int32 or int64 [B, P].
 
-    `context_lens_B` counts the current token. Entries of the page table past `ceil(context_len / 64)` may hold anything.
-    A padding row points at scratch (`row_ids_B` and its first page) and has context length 1.
+    int64 tensors: `context_lens_B` [B] counts a sequence's last token here; the others are [B], and with T tokens
+    [B * T], those of a sequence side by side. Entries of the page table past `ceil(context_len / 64)` may hold anything.
+    A padding row points at scratch (`row_ids_B` and its first page) and has context length T.
     """
 
     token_ids_B: Tensor
@@ -53,3 +54,4 @@ class DecodeBatch:
     row_ids_B: Tensor
     page_table_BP: Tensor
     context_lens_B: Tensor
+    num_tokens: int = 1

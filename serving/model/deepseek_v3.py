@@ -127,11 +127,15 @@ class Attention:
                 merge_into(out_THV[own], lse_TH[own], *before)
         return linear(out_THV.flatten(1), self.out)
 
-    def decode(self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, plan: Plan, kv_pool: Tensor) -> Tensor:
-        """Absorbed form over the cached rows, this token's own among them."""
+    def decode(
+        self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, plan: Plan, kv_pool: Tensor, num_tokens: int = 1
+    ) -> Tensor:
+        """Absorbed form over the cached rows, this token's own among them. `num_tokens` rows of x are of one sequence."""
         latent = self.config.kv_lora_rank
         q_BHW = self._absorbed_query(x_BD, rope_B, slots_B, kv_pool)
-        out_BHC, _ = mla.decode_latent(q_BHW, kv_pool, self.layer, plan, latent=latent, scale=self.config.softmax_scale)
+        q = q_BHW if num_tokens == 1 else q_BHW.unflatten(0, (-1, num_tokens))
+        out, _ = mla.decode_latent(q, kv_pool, self.layer, plan, latent=latent, scale=self.config.softmax_scale)
+        out_BHC = out if num_tokens == 1 else out.flatten(0, 1)
         if not kv_pool.is_cuda:
             out_HBV = torch.bmm(out_BHC.transpose(0, 1), self.w_uv_HVC.transpose(1, 2))
             return linear(out_HBV.transpose(0, 1).flatten(1), self.out)
@@ -241,10 +245,17 @@ class Block:
         return self._feed_forward(self.attention.prefill(x, rope_T, slots_T, batch, kv_pool), sum_TD)
 
     def decode(
-        self, x_BD: Tensor, sum_BD: Tensor | None, rope_B: Tensor, slots_B: Tensor, plan: Plan, kv_pool: Tensor
+        self,
+        x_BD: Tensor,
+        sum_BD: Tensor | None,
+        rope_B: Tensor,
+        slots_B: Tensor,
+        plan: Plan,
+        kv_pool: Tensor,
+        num_tokens: int = 1,
     ) -> tuple[Tensor, Tensor]:
         x, sum_BD = self._attention_input(x_BD, sum_BD)
-        return self._feed_forward(self.attention.decode(x, rope_B, slots_B, plan, kv_pool), sum_BD)
+        return self._feed_forward(self.attention.decode(x, rope_B, slots_B, plan, kv_pool, num_tokens), sum_BD)
 
     def store(self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
         """Only this layer's latent rows of these inputs."""
@@ -339,13 +350,17 @@ class DeepseekV3:
 
     @torch.inference_mode()
     def decode(self, batch: DecodeBatch, kv_pool: Tensor) -> Tensor:
-        """One token a sequence: store its latents, return hidden states [B, D] after the final norm."""
-        plan = mla.plan_decode(kv_pool, batch.row_ids_B, batch.page_table_BP, batch.context_lens_B)
+        """Store the latents of the tokens, return their hidden states [B, D] (or [B * T, D]) after the final norm."""
+        num_tokens = batch.num_tokens
+        last_rows_B = batch.row_ids_B[num_tokens - 1 :: num_tokens]
+        plan = mla.plan_decode(
+            kv_pool, last_rows_B, batch.page_table_BP, batch.context_lens_B, num_tokens=batch.num_tokens
+        )
         rope_B = self.rope.at(batch.positions_B)
         slots_B = slots(kv_pool, batch.row_ids_B)
         x_BD, sum_BD = F.embedding(batch.token_ids_B, self.embed), None
         for block in self.blocks:
-            x_BD, sum_BD = block.decode(x_BD, sum_BD, rope_B, slots_B, plan, kv_pool)
+            x_BD, sum_BD = block.decode(x_BD, sum_BD, rope_B, slots_B, plan, kv_pool, num_tokens)
         return self._final_norm(x_BD, sum_BD)
 
     @torch.inference_mode()

@@ -72,10 +72,27 @@ class Mtp:
         The first four as `store_rows`; `context_lens_B` counts slots up to and with token i+1's, so i + 2. Rows of slots
         1 to i must be stored. Positions of one text may be rows of one batch if all their rows were stored before.
         """
+        hidden_BD = self.hidden(
+            hidden_prev_BD, token_ids_B, positions_B, row_ids_B, page_table_BP, context_lens_B, kv_pool
+        )
+        return self.head.logits(hidden_BD)
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        hidden_prev_BD: Tensor,
+        token_ids_B: Tensor,
+        positions_B: Tensor,
+        row_ids_B: Tensor,
+        page_table_BP: Tensor,
+        context_lens_B: Tensor,
+        kv_pool: Tensor,
+    ) -> Tensor:
+        """As `draft`, before the head: [B, D] after the layer's norm. Taken for h_{i+1}, the layer drafts token i+3."""
         plan = mla.plan_decode(kv_pool, row_ids_B, page_table_BP, context_lens_B, first=1)
         x_BD = self._join(hidden_prev_BD, token_ids_B)
         parts = self.block.decode(x_BD, None, self.rope.at(positions_B), slots(kv_pool, row_ids_B), plan, kv_pool)
-        return self.head.logits(add_rms_norm(*parts, self.norm, self.eps)[0])
+        return add_rms_norm(*parts, self.norm, self.eps)[0]
 
     def _join(self, hidden_prev_TD: Tensor, token_ids_T: Tensor) -> Tensor:
         embedded = rms_norm(F.embedding(token_ids_T, self.embed), self.embed_norm, self.eps)

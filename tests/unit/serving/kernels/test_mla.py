@@ -129,3 +129,23 @@ def test_context_slots_follow_the_pages_and_look_at_no_more_than_needed() -> Non
     want = slots(pool, torch.tensor([5 * 64 + 60 + i for i in range(4)] + [2 * 64 + i for i in range(4)]))
     assert torch.equal(found, want)
     assert math.prod(context_slots(pool, pages, 0, 128).shape) == 128
+
+
+@pytest.mark.parametrize("lens", [[4], [64, 65], [130, 70, 128, 5, 6]])
+@pytest.mark.parametrize("num_tokens", [2, 4])
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_last_tokens_of_a_sequence_each_see_what_lies_before_them(
+    lens: list[int], num_tokens: int, first: int
+) -> None:
+    pool = Pool([n + first for n in lens])
+    q = randn(len(lens) * num_tokens, HEADS, LATENT + ROPE, seed=5).unflatten(0, (-1, num_tokens))
+    plan = mla.plan_decode(pool.tensor, pool.last_rows, pool.table, pool.lens, first=first, num_tokens=num_tokens)
+    out, lse = mla.decode_latent(q, pool.tensor, 1, plan, latent=LATENT, scale=SCALE)
+    for i, rows in enumerate(pool.rows):
+        for t in range(num_tokens):
+            seen = rows[first : len(rows) - num_tokens + 1 + t]
+            want_out, want_lse = wanted(q[i, t], seen)
+            torch.testing.assert_close(out[i, t], want_out)
+            torch.testing.assert_close(lse[i, t], want_lse)
+        want_out, _ = wanted(q[i, 0], rows[first:])
+        assert not torch.allclose(out[i, 0], want_out, atol=1e-3)
