@@ -20,12 +20,26 @@ MASK_64 = 2**64 - 1
 
 
 def create_engine(
-    folder: Path, *, num_pages: int = 96, max_num_seqs: int = 32, seed: int = 0, **overrides: Any
+    folder: Path,
+    *,
+    num_pages: int = 96,
+    max_num_seqs: int = 32,
+    seed: int = 0,
+    draft_tokens: str = "0",
+    **overrides: Any,
 ) -> Engine:
     """fp32 on the CPU; every page is NaN until somebody writes it. `overrides` go into config.json."""
     if not (folder / "config.json").exists():
         make_checkpoint(folder, seed, **overrides)
-    engine = build_engine(folder, max_num_seqs=max_num_seqs, num_pages=num_pages, dtype="float32", device="cpu")
+    engine = build_engine(
+        folder,
+        max_num_seqs=max_num_seqs,
+        num_pages=num_pages,
+        dtype="float32",
+        device="cpu",
+        draft_tokens=draft_tokens,
+    )
+    engine.runner.warm_up(max_batched_tokens=0, decodes=True)
     engine.pool.poison_all()
     return engine
 

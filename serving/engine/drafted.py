@@ -23,7 +23,7 @@ from serving.engine.staging import ids, to_host
 # Logits of every captured size stay in memory: 2 GB of these at a vocabulary of 100,000.
 _MOST_CAPTURED_TOKENS = 128
 _TIMED_POSITION = 8
-_NUM_TIMED = 3
+_NUM_TIMED = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -217,6 +217,35 @@ def test_a_decode_pool_that_is_too_small_pre_empts_and_the_text_goes_on(
     workers.client.wait(workers.is_quiet, 2.0)
 
 
+@pytest.fixture(scope="module")
+def drafting(engines: tuple[Engine, Engine], folder: Path) -> Engine:
+    """A decode engine that drafts; steps cost it nothing, so that it always does."""
+    engine = create_engine(folder, num_pages=256, draft_tokens="3")
+    engine.runner.step_s = lambda num_rows, num_drafts: 1.0  # type: ignore[method-assign]
+    return engine
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_with_drafts_the_text_is_the_same_through_hand_offs_and_pre_emptions(
+    engines: tuple[Engine, Engine], drafting: Engine, run_ahead: bool
+) -> None:
+    prompts = random_prompts([1, 60, 61, 62, 63, 64, 65, 120], 51)
+    wanted = expected(engines[0], prompts, 80)
+    config = create_config(expected_new_tokens=1)
+    workers = WorkerPair(engines[0], drafting, config=config, num_decode_pages=9, run_ahead=run_ahead)
+    try:
+        requests = [workers.client.submit(prompt, 80) for prompt in prompts]
+        assert workers.client.finish(requests) == wanted
+        assert sum(request.num_preempted for request in requests) > 0
+        num_drafted = workers.decode.metric("baton_spec_draft_tokens_total")
+        num_accepted = workers.decode.metric("baton_spec_accepted_tokens_total")
+        assert 0 < num_accepted < num_drafted
+        assert all("first_step" in request.stages for request in requests)
+        workers.client.wait(workers.is_quiet, 2.0)
+    finally:
+        workers.close()
+
+
 def test_the_stages_of_the_gap_are_reported_once_a_request(pair: Callable[..., WorkerPair]) -> None:
     workers = pair()
     request = workers.client.submit(random_prompts([130], 61)[0], 6)

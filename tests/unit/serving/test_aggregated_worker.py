@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,20 @@ def serving(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Serving]
     running = Running(worker)
     client = WireClient(worker.address, None)
     yield worker, running, client
+    client.close()
+    running.close()
+
+
+def test_drafts_are_counted_and_change_no_text(engine: Engine, tmp_path: Path) -> None:
+    drafting = create_engine(tmp_path / "tiny", num_pages=64, draft_tokens="2")
+    drafting.runner.step_s = lambda num_rows, num_drafts: 1.0  # type: ignore[method-assign]
+    prompts = random_prompts(LENGTHS, 1)
+    wanted = create_loop(engine, prefix_cache=False).generate(prompts, GREEDY, 30)
+    worker = AggregatedWorker(create_spec("both-0", "both", create_config()), engine=drafting, run_ahead=True)
+    running = Running(worker)
+    client = WireClient(worker.address, None)
+    assert client.finish([client.submit(prompt, 30) for prompt in prompts]) == wanted
+    assert worker.metric("baton_spec_draft_tokens_total") > worker.metric("baton_spec_accepted_tokens_total")
     client.close()
     running.close()
 

@@ -1,0 +1,112 @@
+"""Drafts on a GPU: captured steps with any number of them draw what steps without draw."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcache.manager import KVManager
+from serving.aggregated import Aggregated
+from serving.core.request import SamplingParams
+from serving.engine.build import Engine, build_engine
+from serving.engine.drafting import Drafting
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+DEMO = Path(__file__).parents[2] / "serving" / "demo" / "model"
+GREEDY = SamplingParams(temperature=0.0)
+NEW_TOKENS = 24
+
+
+def engine_on(device: str, draft_tokens: str) -> Engine:
+    engine = build_engine(
+        DEMO, max_num_seqs=6, num_pages=256, dtype="float32", device=device, draft_tokens=draft_tokens
+    )
+    engine.runner.warm_up(max_batched_tokens=0, decodes=True)
+    engine.pool.poison_all()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def drafting() -> Engine:
+    return engine_on("cuda", "3")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(2, 256) for _ in range(rng.choice([1, 5, 63, 64, 65, 128, 200]))] for _ in range(30)]
+
+
+def _sampling(index: int) -> SamplingParams:
+    if index % 3 == 0:
+        return GREEDY
+    if index % 3 == 1:
+        return SamplingParams(temperature=0.8, seed=index, top_p=0.9)
+    return SamplingParams(temperature=0.9, seed=index, frequency_penalty=0.5, repetition_penalty=1.1, logprobs=1)
+
+
+class Turns(Drafting):
+    """Another number of drafts in each step, or always the same."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        super().__init__(3, lambda num_rows, num_drafts: 1.0)
+        self._numbers, self._next = numbers, 0
+
+    def choose(self, num_rows: int, most: int) -> int:
+        self._next += 1
+        return self._numbers[self._next % len(self._numbers)]
+
+
+def texts_of(
+    engine: Engine, prompts: list[list[int]], numbers: list[int], *, greedy: bool, run_ahead: bool = True
+) -> list[list[int]]:
+    loop = Aggregated(
+        engine.runner,
+        KVManager(engine.pool.num_pages, prefix_cache=False, on_free=engine.pool.poison),
+        num_slots=engine.max_num_seqs,
+        max_batched_tokens=256,
+        max_model_len=engine.max_model_len,
+        run_ahead=run_ahead,
+        drafting=Turns(numbers) if numbers else None,
+    )
+    asked = [GREEDY if greedy else _sampling(i) for i in range(len(prompts))]
+    return loop.generate(prompts, asked, NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def texts(prompts: list[list[int]]) -> dict[bool, list[list[int]]]:
+    engine = engine_on("cpu", "0")
+    return {greedy: texts_of(engine, prompts, [], greedy=greedy) for greedy in (True, False)}
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize(
+    ("numbers", "run_ahead"), [([0], True), ([1], True), ([2], False), ([3], True), ([3, 0, 1, 2, 2, 0, 3], True)]
+)
+def test_text_in_fp32_is_the_cpus_without_drafts(
+    drafting: Engine,
+    prompts: list[list[int]],
+    texts: dict[bool, list[list[int]]],
+    greedy: bool,
+    numbers: list[int],
+    run_ahead: bool,
+) -> None:
+    assert texts_of(drafting, prompts, numbers, greedy=greedy, run_ahead=run_ahead) == texts[greedy]
+
+
+def test_captured_steps_say_what_the_same_steps_say_piece_by_piece(drafting: Engine, prompts: list[list[int]]) -> None:
+    captured = texts_of(drafting, prompts, [3, 1], greedy=False)
+    drafted = drafting.runner._drafted
+    assert drafted is not None
+    graphs, drafted._graphs = drafted._graphs, []
+    try:
+        assert texts_of(drafting, prompts, [3, 1], greedy=False) == captured
+    finally:
+        drafted._graphs = graphs
