@@ -111,7 +111,7 @@ class Answer(Response, ABC):
         first = {id(choice.prepared): choice for choice in reversed(self._choices)}.values()
         return Usage(
             num_prompt_tokens=sum(len(choice.prepared.prompt_ids) for choice in first),
-            num_completion_tokens=sum(len(choice.generation.token_ids) for choice in self._choices),
+            num_completion_tokens=sum(choice.num_tokens for choice in self._choices),
             num_cached_tokens=sum(choice.generation.num_cached_tokens for choice in first),
         )
 

@@ -80,18 +80,31 @@ class Choice:
     def read(self) -> tuple[OutputDelta, list[int], list[TokenLogprobs]]:
         """What is new: the pieces, and the shown tokens with their logprobs. The end-of-sequence token is not shown."""
         generation = self.generation
-        shown = self._num_shown()
-        start, end = self._num_read, max(self._num_read, shown)
-        self._num_read = end
-        ids = generation.token_ids[start:end]
-        delta = self._reader.push(ids) if ids else OutputDelta()
+        start = self._num_read
+        delta = self._push(generation.token_ids[start : self._num_shown()])
+        end = self._num_read
         if self._reader.stop_hit is not None:
             self._stop(generation)
         if generation.outcome is Outcome.FINISHED and not self.ended:
             if self._reader.stop_hit is None:
                 delta = _joined(delta, self._reader.flush())
             self.finish_reason = self._reason()
-        return delta, ids, generation.logprobs[start:end]
+        return delta, generation.token_ids[start:end], generation.logprobs[start:end]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the answer, its end-of-sequence token among them; not those drawn after a stop string."""
+        return self._num_read if self._reader.stop_hit is not None else len(self.generation.token_ids)
+
+    def _push(self, ids: list[int]) -> OutputDelta:
+        """One by one where a stop string may end the text among them: a step may bring several."""
+        delta = OutputDelta()
+        pieces = [[token_id] for token_id in ids] if self.prepared.stops else [ids] if ids else []
+        for piece in pieces:
+            if self._reader.stop_hit is None:
+                delta = _joined(delta, self._reader.push(piece))
+                self._num_read += len(piece)
+        return delta
 
     def _num_shown(self) -> int:
         """A stop token ends the text and is no part of it."""

@@ -57,7 +57,10 @@ class Job:
 
 @dataclass(eq=False)
 class ScriptedWorker:
-    """`heard` is every message it got but heartbeats. `before_token(job)` returns preempt, fail, refuse, overload, die, hold or None."""
+    """`heard` is every message it got but heartbeats. `before_token(job)` returns preempt, fail, refuse, overload, die, hold or None.
+
+    `num_each`: tokens of a step, fewer in its last.
+    """
 
     worker_id: str
     role: str
@@ -65,6 +68,7 @@ class ScriptedWorker:
     num_pages: int = 100
     step_s: float = 0.002
     num_cached: int = 0
+    num_each: int = 1
     mute: bool = False
     ready: bool = True
     before_token: Callable[[Job], str | None] = lambda job: None
@@ -284,20 +288,23 @@ class ScriptedCluster:
         return False
 
     def _emit(self, worker: ScriptedWorker, job: Job) -> bool:
-        """Sends the next token; True when it was the last."""
+        """Sends the next tokens; True when the last was among them."""
         message = job.message
         answer = self.script(message.token_ids[: message.num_prompt_tokens])
-        token_id = answer[job.next] if job.next < len(answer) else ord("~")
-        job.next += 1
-        made = job.next - (len(message.token_ids) - message.num_prompt_tokens)
-        finish = FinishReason.LENGTH if made >= message.max_new_tokens else None
-        finish = FinishReason.STOP if token_id in message.sampling.stop_token_ids else finish
+        token_ids: list[int] = []
+        finish: FinishReason | None = None
+        while finish is None and len(token_ids) < worker.num_each:
+            token_ids.append(answer[job.next] if job.next < len(answer) else ord("~"))
+            job.next += 1
+            made = job.next - (len(message.token_ids) - message.num_prompt_tokens)
+            finish = FinishReason.LENGTH if made >= message.max_new_tokens else None
+            finish = FinishReason.STOP if token_ids[-1] in message.sampling.stop_token_ids else finish
         wanted = message.sampling.logprobs
-        noted = None if wanted is None else [TokenLogprobs(-0.5, [token_id] * wanted, [-0.5] * wanted)]
+        noted = [TokenLogprobs(-0.5, [token_id] * (wanted or 0), [-0.5] * (wanted or 0)) for token_id in token_ids]
         news = JobTokens(
             job_id=job.job_id,
-            token_ids=[token_id],
-            logprobs=noted,
+            token_ids=token_ids,
+            logprobs=noted if wanted is not None else None,
             finish=finish,
             num_cached_tokens=worker.num_cached,
         )

@@ -128,6 +128,27 @@ async def test_a_stop_string_ends_the_text_and_the_job(front: Callable[..., Any]
         assert f.ended("cancelled") == 0
 
 
+@pytest.mark.parametrize("num_each", [2, 3, 4])
+async def test_a_step_with_several_tokens_changes_no_text_no_logprobs_and_no_usage(
+    front: Callable[..., Any], num_each: int
+) -> None:
+    bodies = [
+        chat_body(stop=[" three"], logprobs=True, top_logprobs=1),
+        chat_body(stop=["wo", "x"]),
+        chat_body(max_tokens=6, logprobs=True, top_logprobs=1),
+        chat_body(stop_token_ids=byte_ids("h")),
+    ]
+    answers = []
+    for several in (1, num_each):
+        workers = [ScriptedWorker("prefill-0", "prefill"), ScriptedWorker("decode-0", "decode", num_each=several)]
+        async with front(saying("one two three " * 100), workers) as f:
+            whole = [(await f.client.post(CHAT, json=body)).json() for body in bodies]
+            chunks = await stream(f.client, **bodies[0], stream_options={"include_usage": True})
+        listed = [entry for c in chunks[:-1] for entry in (c["choices"][0]["logprobs"] or {"content": []})["content"]]
+        answers.append(([(answer["choices"], answer["usage"]) for answer in whole], listed, chunks[-1]["usage"]))
+    assert answers[0] == answers[1]
+
+
 async def test_end_of_sequence_is_not_shown_even_when_it_is_an_ordinary_token(front: Callable[..., Any]) -> None:
     async with front(saying("abc|def")) as f:
         body = chat_body(stop_token_ids=byte_ids("|"))
