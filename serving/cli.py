@@ -22,6 +22,7 @@ _BENCHMARKS = {
     "kernels": "every kernel at DeepSeek-V3's shapes, beside the machine's ceilings and installed peers",
     "engine": "the engine alone, beside peers on the same weights",
     "served": "what HTTP, router and two workers cost over the engine alone",
+    "drafts": "the embedded model with drafts of its MTP layer and without",
     "idle": "CPU of a server without requests",
     "memory": "peak memory of the workers, against what they must hold",
     "ask": "how often the embedded model answers right through the API",
