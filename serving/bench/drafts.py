@@ -112,16 +112,17 @@ def _engine(options: argparse.Namespace, draft_tokens: str) -> Engine:
 
 
 def _measure(plain: Engine, drafting: Engine, streams: int, options: argparse.Namespace) -> Iterator[Figure]:
-    """Every mode once before the repeats, uncounted."""
+    """Every mode once before the repeats, uncounted; what the engine has learnt of acceptance then, it keeps."""
     waves = list(_waves(streams, options.ask, options.seed))
+    drafting_of = {mode: _drafting(mode, drafting) for mode in _MODES}
     runs: dict[str, list[tuple[_Run, list[list[int]], tuple[int, int]]]] = {mode: [] for mode in _MODES}
     for repeat in range(options.repeats + 1):
         for mode in _MODES:
-            engine = plain if mode == "none" else drafting
-            chosen = _drafting(mode, engine)
-            run, texts = _answer(engine, chosen, waves)
+            chosen = drafting_of[mode]
+            run, texts = _answer(plain if chosen is None else drafting, chosen, waves)
+            counted = chosen.take_counts() if chosen is not None else (0, 0)
             if repeat:
-                runs[mode].append((run, texts, chosen.take_counts() if chosen is not None else (0, 0)))
+                runs[mode].append((run, texts, counted))
     rates = {
         mode: (
             statistics.median(run.num_tokens / run.seconds for run, *_ in of_mode),
