@@ -50,6 +50,19 @@ def test_the_pool_is_sized_from_free_memory_when_no_number_is_given(folder: Path
         _build(folder, num_pages=0, memory_fraction=1e-12)
 
 
+def test_drafts_need_the_layer_that_makes_them(folder: Path) -> None:
+    assert [_build(folder, draft_tokens=wanted).draft_tokens for wanted in ("0", "1", "3", "auto")] == [0, 1, 3, 0]
+    assert _build(folder, draft_tokens="auto", mtp=False).draft_tokens == 0
+    with pytest.raises(ConfigError, match=r"decode\.draft_tokens is 2, but there is no MTP layer"):
+        _build(folder, draft_tokens="2", mtp=False)
+    engine = _build(folder, draft_tokens="1")
+    assert engine.identity == _build(folder).identity
+    assert [engine.runner.step_s(1, number) for number in (0, 1)] == [1.0, float("inf")], "nothing is measured yet"
+    engine.runner.warm_up(max_batched_tokens=0, decodes=True)
+    assert all(0 < engine.runner.step_s(rows, number) < 5 for rows in (1, 2) for number in (0, 1))
+    assert engine.runner.step_s(3, 1) == float("inf"), "there are two slots"
+
+
 def test_a_copy_of_the_folder_has_the_same_identity_and_anything_else_another(folder: Path, tmp_path: Path) -> None:
     layout = PageLayout(num_layers=3, num_mtp_layers=1, row_width=48, element_bytes=4)
 
