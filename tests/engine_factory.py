@@ -39,7 +39,8 @@ def create_engine(
         device="cpu",
         draft_tokens=draft_tokens,
     )
-    engine.runner.warm_up(max_batched_tokens=0, decodes=True)
+    if engine.draft_tokens:
+        engine.runner.warm_up(max_batched_tokens=0, decodes=True)
     engine.pool.poison_all()
     return engine
 
