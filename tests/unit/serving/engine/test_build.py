@@ -146,7 +146,7 @@ def test_a_gpus_pool_leaves_room_for_the_largest_steps_and_for_who_shares_it(mon
 def test_a_pool_that_would_be_empty_says_what_is_missing() -> None:
     layout = PageLayout(num_layers=1, num_mtp_layers=0, row_width=4, element_bytes=4)
     assert _num_pages(layout, 0.5, 3 * layout.page_bytes) == 1
-    with pytest.raises(ConfigError, match="memory_fraction 0.9 of 0 MiB holds no page"):
+    with pytest.raises(ConfigError, match=r"memory_fraction 0\.9 of 0 MiB holds no page"):
         _num_pages(layout, 0.9, -5)
 
 
@@ -157,5 +157,7 @@ def test_a_pool_that_does_not_fit_a_gpu_names_the_settings(monkeypatch: pytest.M
     Gpu(monkeypatch, total=1 << 30, free=5 << 20, reserved=0)
     monkeypatch.setattr("serving.engine.build.KVPool", full)
     layout = PageLayout(num_layers=1, num_mtp_layers=0, row_width=1024, element_bytes=4)
-    with pytest.raises(ConfigError, match="100 pages takes 25 MiB, and the GPU has 5 MiB left; lower kv.prefill_pages"):
+    with pytest.raises(
+        ConfigError, match=r"100 pages takes 25 MiB, and the GPU has 5 MiB left; lower kv\.prefill_pages"
+    ):
         _pool(layout, 100, torch.float32, torch.device("cuda"))
