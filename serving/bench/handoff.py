@@ -199,11 +199,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _start(config: Config, model_dir: Path, gpus: int, stack: ExitStack) -> tuple[Client, dict[str, Route]]:
-    """All workers load at once; what they share of a GPU is sized by pages."""
+    """All workers load at once."""
     secret = secrets.token_bytes(32)
-    placed = (
-        {"prefill": 0, "decode": min(1, gpus - 1), "both": 0} if gpus else dict.fromkeys(("prefill", "decode", "both"))
-    )
+    placed = {"prefill": 0, "decode": min(1, gpus - 1), "both": 0}
     workers = {}
     for role, gpu in placed.items():
         spec = WorkerSpec(
@@ -215,8 +213,9 @@ def _start(config: Config, model_dir: Path, gpus: int, stack: ExitStack) -> tupl
             model_dir=str(model_dir),
             num_threads=num_threads(config, role, num_cores=len(os.sched_getaffinity(0)), num_workers=2),
             config=_mode(config, role),
+            gpu_share=1 / list(placed.values()).count(gpu),
         )
-        workers[role] = stack.enter_context(WorkerProcess(spec, gpu=gpu))
+        workers[role] = stack.enter_context(WorkerProcess(spec, gpu=gpu if gpus else None))
     routes = {
         APART: Route(prefill=workers["prefill"].address, decode=workers["decode"].address),
         TOGETHER: Route(prefill=workers["both"].address, decode=None),

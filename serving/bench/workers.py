@@ -74,6 +74,7 @@ class WorkerProcess:
 
 def _live(pipe: Connection, parent_pid: int, spec: WorkerSpec, gpu: int | None) -> None:
     end_with_parent(parent_pid, signal.SIGKILL)
+    os.environ["UCX_NET_DEVICES"] = "lo"  # as under `baton serve`: everything is on this host
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # before anything asks CUDA; as Ray does for a rank
     try:
