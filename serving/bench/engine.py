@@ -7,6 +7,8 @@ Every system generates greedily from the same prompts; t(n) is the wall time for
 Systems take turns within each repeat, so that a busy machine is busy for all of them; figures are medians over repeats.
 A turn begins with a pause and a prefill that is not counted: threads of the system before may spin for 0.2 s after its
 last step, and t(1) alone would pay for that and for caches that hold another's weights.
+
+On a GPU, or where --prefill or --decode is given, points are measured instead: `serving.bench.points`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,8 +27,21 @@ from typing import Any
 
 import torch
 
-from serving.bench.foreign import FOREIGN, foreign
+from serving.bench.foreign import FOREIGN, Foreign, foreign
 from serving.bench.options import count, counts
+from serving.bench.points import (
+    GPU_DECODE,
+    GPU_PREFILL,
+    STEP_TOKENS,
+    Point,
+    batches_of_prompts,
+    idle_share,
+    measure_points,
+    point_line,
+    point_ratios,
+    points_of,
+    ratio_table,
+)
 from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES, random_prompts, write_checkpoint
 from serving.bench.systems import Baton, System, Transformers
@@ -34,6 +50,10 @@ from serving.model.config import ModelConfig
 
 _PAUSE_S = 0.3
 _PEERS = sorted([Transformers.name, *FOREIGN])
+# Peers that say when their steps ended.
+_TIMED_PEERS = {"vllm"}
+_IDLE_POINT = Point(kind="decode", batch=64, prompt_tokens=512)
+_NUM_IDLE_STEPS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +77,14 @@ def main(argv: Sequence[str]) -> int:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-bench-"))
         model_dir, model = _model(options, Path(scratch))
         report = provenance(["baton", "bench", "engine", *argv]) | {"model": model, "settings": _settings(options)}
-        systems = _systems(options, model_dir, stack)
+        baton, peers = _systems(options, model_dir, stack)
+        systems: list[System] = [baton, *peers]
         report["versions"] |= {system.name: system.version for system in systems[1:]}
         vocab_size = ModelConfig.from_folder(model_dir).vocab_size
+        if options.points:
+            timed = [peer for peer in peers if isinstance(peer, Foreign)]
+            _measure_points(options, baton, timed, vocab_size, report)
+            return 0
         figures, agreement = measure(
             systems, options.batch, vocab_size, options.prompt_tokens, options.new_tokens, options.repeats, options.seed
         )
@@ -121,6 +146,35 @@ def ratios(figures: Sequence[Figure]) -> dict[str, dict[str, float]]:
     }
 
 
+def _measure_points(
+    options: argparse.Namespace,
+    baton: Baton,
+    peers: Sequence[Foreign],
+    vocab_size: int,
+    report: dict[str, Any],
+) -> None:
+    """Fills the report and writes it; tables on standard error."""
+    figures = measure_points(
+        [baton, *peers],
+        options.points,
+        vocab_size=vocab_size,
+        num_steps=options.new_tokens - 1,
+        step_tokens=options.max_batched_tokens,
+        repeats=options.repeats,
+        seed=options.seed,
+        told=lambda figure: print(point_line(figure), file=sys.stderr, flush=True),
+    )
+    report["results"] = [asdict(figure) for figure in figures]
+    report["ratios"] = point_ratios(figures, baton.name)
+    print(ratio_table(report["ratios"]), file=sys.stderr)
+    write_report(report, options.out)
+    if options.idle:
+        share = idle_share(baton, _IDLE_POINT, vocab_size=vocab_size, num_steps=_NUM_IDLE_STEPS, seed=options.seed)
+        report["idle"] = {"point": _IDLE_POINT.name, "steps": _NUM_IDLE_STEPS, "share": share}
+        print(f"the device idles {share:.2%} of {_IDLE_POINT.name}", file=sys.stderr)
+        write_report(report, options.out)
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="baton bench engine", description=__doc__.split("\n")[0] if __doc__ else None)
     model = parser.add_mutually_exclusive_group()
@@ -134,10 +188,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every system")
     parser.add_argument("--batch", type=counts, default=[1, 8], help="sequences at once, comma-separated")
     parser.add_argument("--prompt-tokens", type=count, default=128)
-    parser.add_argument("--new-tokens", type=count, default=65, help="at least 2")
+    parser.add_argument("--new-tokens", type=count, default=65, help="at least 2; of a point: steps + 1")
     parser.add_argument(
         "--max-batched-tokens", type=count, default=0, help="prefill tokens of one step; if not given, as served"
     )
+    parser.add_argument(
+        "--prefill", type=batches_of_prompts, metavar="BxL,...", help="points: batches of prompts of L tokens"
+    )
+    parser.add_argument(
+        "--decode", type=batches_of_prompts, metavar="BxL,...", help="points: batches behind such prompts"
+    )
+    parser.add_argument("--idle", action="store_true", help="profile how long the GPU idles at 64 sequences")
     parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--peer", action="append", choices=_PEERS, default=[], help="measure this one too")
@@ -153,6 +214,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.new_tokens < 2:
         parser.error("--new-tokens must be at least 2: the first token is the prefill's")
+    if options.idle and options.device != "cuda":
+        parser.error("--idle needs --device cuda")
+    if options.prefill is None and options.decode is None and options.device == "cuda":
+        options.prefill, options.decode = GPU_PREFILL, GPU_DECODE
+    options.points = points_of(options.prefill or (), options.decode or ())
+    if options.points:
+        options.max_batched_tokens = options.max_batched_tokens or STEP_TOKENS
+        if set(options.peer) - _TIMED_PEERS:
+            parser.error(f"--peer: beside points of a GPU only {', '.join(sorted(_TIMED_PEERS))} can be measured")
     return options
 
 
@@ -164,8 +234,8 @@ def _interpreter(text: str) -> tuple[str, Path]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("device", "dtype", "threads", "prompt_tokens", "new_tokens", "max_batched_tokens", "repeats", "seed")
-    return {name: getattr(options, name) for name in names}
+    names = ["device", "dtype", "threads", "new_tokens", "max_batched_tokens", "repeats", "seed"]
+    return {name: getattr(options, name) for name in names + ([] if options.points else ["prompt_tokens"])}
 
 
 def _model(options: argparse.Namespace, scratch: Path) -> tuple[Path, dict[str, Any]]:
@@ -173,35 +243,57 @@ def _model(options: argparse.Namespace, scratch: Path) -> tuple[Path, dict[str, 
     if options.model is not None:
         config = asdict(ModelConfig.from_folder(options.model))
         return options.model, {"name": options.model.name, "config": config}
-    num_parameters = write_checkpoint(scratch, options.shape, options.seed)
+    num_parameters = write_checkpoint(scratch, options.shape, options.seed, device=options.device)
     return scratch, {"name": options.shape, "num_parameters": num_parameters, "config": SHAPES[options.shape]}
 
 
-def _systems(options: argparse.Namespace, model_dir: Path, stack: ExitStack) -> list[System]:
-    """Baton first. `stack` ends the processes of peers."""
-    longest = options.prompt_tokens + options.new_tokens
+def _systems(
+    options: argparse.Namespace, model_dir: Path, stack: ExitStack
+) -> tuple[Baton, list[Transformers | Foreign]]:
+    """Baton and its peers. `stack` ends the processes of peers."""
+    batches = [(batch, options.prompt_tokens, options.new_tokens) for batch in options.batch]
+    if options.points:
+        batches = [
+            (p.batch, p.prompt_tokens, p.num_new_tokens(options.new_tokens - 1, options.max_batched_tokens))
+            for p in [*options.points, *([_IDLE_POINT] if options.idle else [])]
+        ]
+    longest = max(prompt_tokens + new_tokens for _, prompt_tokens, new_tokens in batches)
+    most = max(batch for batch, _, _ in batches)
     limit = ModelConfig.from_folder(model_dir).max_position_embeddings
     if longest > limit:
         raise ConfigError(f"--prompt-tokens and --new-tokens come to {longest}; the model's limit is {limit}")
-    baton = Baton(
-        model_dir,
-        dtype=options.dtype,
-        device=options.device,
-        max_num_seqs=max(options.batch),
-        max_tokens=longest,
-        max_batched_tokens=options.max_batched_tokens,
-    )
-    return [baton, *(_peer(name, options, model_dir, longest, stack) for name in options.peer)]
+
+    def baton() -> Baton:
+        return Baton(
+            model_dir,
+            dtype=options.dtype,
+            device=options.device,
+            max_num_seqs=most,
+            max_tokens=longest,
+            max_batched_tokens=options.max_batched_tokens,
+        )
+
+    def peers() -> list[Transformers | Foreign]:
+        return [_peer(name, options, model_dir, most, longest, stack) for name in options.peer]
+
+    if options.device == "cpu":
+        return baton(), peers()
+    # Each takes a minute or two, most of it compiling; memory is for both.
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(peers)
+        return baton(), loading.result()
 
 
-def _peer(name: str, options: argparse.Namespace, model_dir: Path, longest: int, stack: ExitStack) -> System:
+def _peer(
+    name: str, options: argparse.Namespace, model_dir: Path, most: int, longest: int, stack: ExitStack
+) -> Transformers | Foreign:
     if name == Transformers.name:
         return Transformers(model_dir, dtype=options.dtype, device=options.device)
     peer, own_settings = FOREIGN[name]
     settings = {
         "model_dir": str(model_dir),
         "dtype": options.dtype,
-        "max_num_seqs": max(options.batch),
+        "max_num_seqs": most,
         "max_tokens": longest,
         "threads": options.threads if options.device == "cpu" else None,
     }

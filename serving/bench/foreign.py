@@ -18,6 +18,7 @@ from typing import IO, TypeVar
 
 import msgspec
 
+from serving.bench.systems import Run
 from serving.core.errors import ConfigError
 
 _FOLDER = Path(__file__).with_name("peers")
@@ -42,7 +43,13 @@ class _Texts(msgspec.Struct):
     token_ids: list[list[int]]
 
 
-_Answer = TypeVar("_Answer", _Loaded, _Texts)
+class _TimedTexts(msgspec.Struct):
+    token_ids: list[list[int]]
+    steps_s: list[float]
+    last_steps: list[int]
+
+
+_Answer = TypeVar("_Answer", _Loaded, _Texts, _TimedTexts)
 
 
 @contextmanager
@@ -82,11 +89,20 @@ class Foreign:
         self.version = loaded.version
 
     def generate(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> list[list[int]]:
-        texts = self._ask({"prompts": prompts, "num_new_tokens": num_new_tokens}, _Texts).token_ids
+        asked = {"prompts": prompts, "num_new_tokens": num_new_tokens}
+        return self._checked(self._ask(asked, _Texts).token_ids, len(prompts), num_new_tokens)
+
+    def timed(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Run:
+        asked = {"prompts": prompts, "num_new_tokens": num_new_tokens, "timed": True}
+        texts = self._ask(asked, _TimedTexts)
+        token_ids = self._checked(texts.token_ids, len(prompts), num_new_tokens)
+        return Run(token_ids=token_ids, steps_s=texts.steps_s, last_steps=texts.last_steps)
+
+    def _checked(self, texts: list[list[int]], num_prompts: int, num_new_tokens: int) -> list[list[int]]:
         lengths = [len(text) for text in texts]
-        if lengths != [num_new_tokens] * len(prompts):
+        if lengths != [num_new_tokens] * num_prompts:
             raise ConfigError(
-                f"--peer {self.name}: asked for {num_new_tokens} tokens after each of {len(prompts)} prompts it wrote "
+                f"--peer {self.name}: asked for {num_new_tokens} tokens after each of {num_prompts} prompts it wrote "
                 f"{lengths}; a figure would mean nothing: leave the peer out, or use another version of it"
             )
         return texts

@@ -7,7 +7,9 @@ is measured outside. A peer is imported only when it is asked for; one of anothe
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +20,7 @@ from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.core.errors import ConfigError
 from serving.core.request import SamplingParams
+from serving.core.request import Sequence as Job
 from serving.engine.build import build_engine
 
 
@@ -30,6 +33,21 @@ class System(Protocol):
     def generate(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> list[list[int]]: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a system wrote, and its steps: seconds from the beginning until each ended, and which brought each text's last token."""
+
+    token_ids: list[list[int]]
+    steps_s: list[float]
+    last_steps: list[int]
+
+
+class TimedSystem(System, Protocol):
+    """Prompts of one length, a token a step of each sequence from its first one on."""
+
+    def timed(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Run: ...
+
+
 class Baton:
     """Prefill and decode over one engine, run-ahead on; no prefix cache, so that a repeat computes everything again."""
 
@@ -38,7 +56,8 @@ class Baton:
     def __init__(
         self, model_dir: Path, *, dtype: str, device: str, max_num_seqs: int, max_tokens: int, max_batched_tokens: int
     ) -> None:
-        self.version = importlib.metadata.version("baton-serving")
+        # None: run from its folder, on a machine where nothing is installed.
+        self.version = installed_version("baton-serving") or "not installed"
         num_pages = max_num_seqs * num_pages_for(max_tokens)
         engine = build_engine(
             model_dir,
@@ -60,6 +79,31 @@ class Baton:
 
     def generate(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> list[list[int]]:
         return self._loop.generate(prompts, SamplingParams(temperature=0.0), num_new_tokens)
+
+    def timed(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Run:
+        texts: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+        last_steps: dict[str, int] = {}
+        steps_s: list[float] = []
+        begin = time.perf_counter()
+        for job_id, prompt in zip(texts, prompts, strict=True):
+            self._loop.add(
+                Job(
+                    job_id=job_id,
+                    token_ids=list(prompt),
+                    num_prompt_tokens=len(prompt),
+                    sampling=SamplingParams(temperature=0.0),
+                    max_new_tokens=num_new_tokens,
+                    deadline_s=float("inf"),
+                )
+            )
+        while self._loop.has_work:
+            events = self._loop.step(0.0).events
+            if events:
+                steps_s.append(time.perf_counter() - begin)
+            for event in events:
+                texts[event.sequence.job_id].append(event.token_id)
+                last_steps[event.sequence.job_id] = len(steps_s) - 1
+        return Run(token_ids=list(texts.values()), steps_s=steps_s, last_steps=[last_steps[job_id] for job_id in texts])
 
 
 class Transformers:

@@ -4,7 +4,11 @@
 
     in    settings of load: {"model_dir": ..., "dtype": ..., ...}            out   {"version": ...}, once it is loaded
           {"prompts": [[token id, ...], ...], "num_new_tokens": N}                 {"token_ids": [[token id, ...], ...]}
+          the same with "timed": true                        beside token_ids, "steps_s": [...], "last_steps": [...]
           end of file: exit
+
+Steps: seconds from the request on until each step ended, and which one brought each prompt's last token. They are asked
+for where a peer may have a GPU: `generate` returns a dictionary then.
 
 A package that is not there is answered with {"missing": NAME}; any other failure ends the process with its traceback.
 """
@@ -36,7 +40,8 @@ def main(peer: str) -> None:
         return
     answer({"version": version})
     for line in sys.stdin:
-        answer({"token_ids": generate(**json.loads(line))})
+        texts = generate(**json.loads(line))
+        answer(texts if isinstance(texts, dict) else {"token_ids": texts})
 
 
 if __name__ == "__main__":
