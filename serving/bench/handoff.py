@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcache.layout import num_pages_for
-from serving.bench.options import count
+from serving.bench.options import count, counts
 from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES, random_prompts, write_checkpoint
 from serving.bench.streams import percentile
@@ -48,6 +48,7 @@ class Single:
     """Prompts one at a time, nothing else running. Medians, in seconds; `stages_s`: what the workers measured of themselves."""
 
     system: str
+    prompt_tokens: int
     ttft_s: float
     gap_s: float
     tpot_s: float
@@ -103,7 +104,7 @@ class Contest:
                     answers[name].append(answer)
         texts = zip(*([answer.token_ids for answer in each] for each in answers.values()), strict=True)
         same = [all(text == first for text in others) for first, *others in texts]
-        return [single_of(name, each) for name, each in answers.items()], sum(same) / len(same)
+        return [single_of(name, prompt_tokens, each) for name, each in answers.items()], sum(same) / len(same)
 
     def streams(
         self, name: str, num_streams: int, prompt_tokens: int, new_tokens: int, load_tokens: int, load_depth: int
@@ -131,11 +132,19 @@ class Contest:
         return random_prompts(number, num_tokens, self._vocab_size, self._seed * 1_000_003 + self._num_drawn)
 
 
-def single_of(name: str, answers: Sequence[Answer]) -> Single:
+def single_of(name: str, prompt_tokens: int, answers: Sequence[Answer]) -> Single:
     raw = [(answer.ttft_s, answer.gap_s, answer.tpot_s()) for answer in answers]
     ttft_s, gap_s, tpot_s = (statistics.median(column) for column in zip(*raw, strict=True))
     stages = {stage: statistics.median(a.stages[stage] for a in answers) for stage in answers[0].stages}
-    return Single(system=name, ttft_s=ttft_s, gap_s=gap_s, tpot_s=tpot_s, stages_s=stages, raw_s=raw)
+    return Single(
+        system=name,
+        prompt_tokens=prompt_tokens,
+        ttft_s=ttft_s,
+        gap_s=gap_s,
+        tpot_s=tpot_s,
+        stages_s=stages,
+        raw_s=raw,
+    )
 
 
 def streams_of(name: str, streams: Sequence[Answer], load: Sequence[Answer], first: int, *, loaded: bool) -> Streams:
@@ -159,7 +168,8 @@ def streams_of(name: str, streams: Sequence[Answer], load: Sequence[Answer], fir
 
 
 def limits(singles: Sequence[Single], streams: Sequence[Streams]) -> list[Limit]:
-    single = {figure.system: figure for figure in singles}
+    """Of the first two singles: both systems at one length."""
+    single = {figure.system: figure for figure in singles[:2]}
     alone = {figure.system: figure for figure in streams if not figure.loaded}
     loaded = {figure.system: figure for figure in streams if figure.loaded}
     apart, together = single[APART], single[TOGETHER]
@@ -186,8 +196,12 @@ def main(argv: Sequence[str]) -> int:
         report["settings"] = {key: value for key, value in vars(options).items() if key not in ("out", "model")}
         client, routes = _start(config, model_dir, gpus, stack)
         contest = Contest(client, routes, model.vocab_size, options.seed)
-        singles, same = contest.single(options.prompt_tokens, options.new_tokens, options.repeats)
-        sizes = (options.streams, options.stream_prompt_tokens, options.stream_tokens, options.prompt_tokens)
+        singles: list[Single] = []
+        same: dict[int, float] = {}
+        for prompt_tokens in options.prompt_tokens:
+            measured, same[prompt_tokens] = contest.single(prompt_tokens, options.new_tokens, options.repeats)
+            singles += measured
+        sizes = (options.streams, options.stream_prompt_tokens, options.stream_tokens, options.prompt_tokens[0])
         figures = [contest.streams(name, *sizes, depth) for name in routes for depth in (0, options.load_depth)]
     judged = limits(singles, figures)
     passed = gpus < 2 or all(limit.figure <= limit.gate for limit in judged)
@@ -247,7 +261,7 @@ def _checkpoint(options: argparse.Namespace, stack: ExitStack) -> Path:
 
 def _settings(options: argparse.Namespace, model: ModelConfig) -> list[str]:
     """Pages and slots for what is measured, and no more; nothing is cached, so that every prompt is computed and sent."""
-    longest = options.prompt_tokens + options.new_tokens
+    longest = max(options.prompt_tokens) + options.new_tokens
     stream = options.stream_prompt_tokens + options.stream_tokens
     if max(longest, stream) > model.max_position_embeddings:
         raise ConfigError(
@@ -286,7 +300,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument(
-        "--prompt-tokens", type=count, default=4096, help="of the prompts asked one at a time, and of the load"
+        "--prompt-tokens",
+        type=counts,
+        default=[4096],
+        help="of the prompts asked one at a time, comma-separated; the first is what the limits are for, and the load's",
     )
     parser.add_argument("--new-tokens", type=count, default=33, help="of each; at least 3")
     parser.add_argument("--repeats", type=count, default=9, help="prompts to each system")
@@ -305,12 +322,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _table(singles: Sequence[Single], figures: Sequence[Streams], judged: Sequence[Limit], same: float) -> str:
-    lines = [f"{'one prompt at a time':<24}{'TTFT ms':>10}{'gap ms':>10}{'TPOT ms':>10}   stages ms"]
+def _table(
+    singles: Sequence[Single], figures: Sequence[Streams], judged: Sequence[Limit], same: dict[int, float]
+) -> str:
+    lines = [f"{'one prompt at a time':<22}{'tokens':>6}{'TTFT ms':>10}{'gap ms':>10}{'TPOT ms':>10}   stages ms"]
     for single in singles:
         stages = ", ".join(f"{stage} {1e3 * seconds:.2f}" for stage, seconds in single.stages_s.items())
         times = "".join(f"{1e3 * seconds:>10.2f}" for seconds in (single.ttft_s, single.gap_s, single.tpot_s))
-        lines.append(f"{single.system:<24}{times}   {stages}")
+        lines.append(f"{single.system:<22}{single.prompt_tokens:>6}{times}   {stages}")
     lines.append(
         f"{'streams':<16}{'prefills':>8}{'TPOT p50':>10}{'p99':>10}{'step p50':>10}{'p99 ms':>10}   TTFT, gap of the prefills"
     )
@@ -319,4 +338,5 @@ def _table(singles: Sequence[Single], figures: Sequence[Streams], judged: Sequen
         load = [f"{1e3 * s:.1f}" for s in (f.prefill_ttft_p50_s, f.prefill_gap_p50_s) if s is not None]
         lines.append(f"{f.system:<16}{f.num_prefills:>8}{times}   {', '.join(load)}")
     lines += [f"{limit.what:<44}{limit.figure:>8.3f}   gate {limit.gate:g}, goal {limit.goal:g}" for limit in judged]
-    return "\n".join([*lines, f"same text: {same:.0%}"])
+    texts = ", ".join(f"{share:.0%} of those of {num_tokens}" for num_tokens, share in same.items())
+    return "\n".join([*lines, f"same text: {texts}"])

@@ -21,7 +21,7 @@ def stream(begin_s: float, step_s: float, num_tokens: int) -> Answer:
 
 def test_first_token_gap_and_step_are_told_apart() -> None:
     slow = answer(1.0, 1.5, 2.5, 2.6, 2.7, stages={"prefill": 0.4})
-    single = single_of(APART, [slow, answer(0.0, 0.1, 0.3, 0.4, 0.5, stages={"prefill": 0.2}), slow])
+    single = single_of(APART, 100, [slow, answer(0.0, 0.1, 0.3, 0.4, 0.5, stages={"prefill": 0.2}), slow])
     assert (single.ttft_s, single.gap_s, single.tpot_s) == pytest.approx((0.5, 1.0, 0.1))
     assert single.stages_s == {"prefill": 0.4}
     assert single.raw_s[1] == pytest.approx((0.1, 0.2, 0.1))
@@ -41,8 +41,8 @@ def test_only_tokens_that_came_under_load_count() -> None:
 
 def test_the_limits_compare_what_the_issue_compares() -> None:
     singles = [
-        single_of(APART, [answer(0.0, 0.0445, 0.0545, 0.0575, 0.0605)]),
-        single_of(TOGETHER, [answer(0.0, 0.043, 0.046, 0.049, 0.052)]),
+        single_of(APART, 100, [answer(0.0, 0.0445, 0.0545, 0.0575, 0.0605)]),
+        single_of(TOGETHER, 100, [answer(0.0, 0.043, 0.046, 0.049, 0.052)]),
     ]
     streams = [
         streams_of(name, [stream(0.0, step_s, 20)], [answer(0.0, 1.0, 2.0)] * loaded, 2, loaded=loaded)
