@@ -231,12 +231,16 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _num_pages(layout: PageLayout, memory_fraction: float, free_bytes: int) -> int:
     num_pages = int(free_bytes * memory_fraction) // layout.page_bytes
-    if num_pages < 1:
+    if num_pages >= 1:
+        return num_pages
+    if free_bytes >= layout.page_bytes:
         raise ConfigError(
-            f"kv.memory_fraction {memory_fraction} of {max(free_bytes, 0) >> 20} MiB holds no page of {layout.page_bytes} bytes; raise it, "
-            "or free memory"
+            f"kv.memory_fraction {memory_fraction} of {free_bytes >> 20} MiB holds no page of {layout.page_bytes} bytes; raise it"
         )
-    return num_pages
+    raise ConfigError(
+        f"beside the model and its largest steps {max(free_bytes, 0) >> 20} MiB are left, and a page takes {layout.page_bytes} bytes; free "
+        "memory, start fewer workers on the device, or lower prefill.max_batched_tokens"
+    )
 
 
 def _free_gpu_bytes(device: torch.device, share: float, try_steps: Callable[[], None]) -> int:

@@ -144,9 +144,13 @@ def test_a_gpus_pool_leaves_room_for_the_largest_steps_and_for_who_shares_it(mon
 
 
 def test_a_pool_that_would_be_empty_says_what_is_missing() -> None:
-    layout = PageLayout(num_layers=1, num_mtp_layers=0, row_width=4, element_bytes=4)
+    layout = PageLayout(num_layers=1, num_mtp_layers=0, row_width=4096, element_bytes=4)
     assert _num_pages(layout, 0.5, 3 * layout.page_bytes) == 1
-    with pytest.raises(ConfigError, match=r"memory_fraction 0\.9 of 0 MiB holds no page"):
+    with pytest.raises(
+        ConfigError, match=r"kv\.memory_fraction 0\.1 of 5 MiB holds no page of 1048576 bytes; raise it"
+    ):
+        _num_pages(layout, 0.1, 5 << 20)
+    with pytest.raises(ConfigError, match="largest steps 0 MiB are left"):
         _num_pages(layout, 0.9, -5)
 
 
