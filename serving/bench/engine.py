@@ -154,6 +154,7 @@ def _measure_points(
     report: dict[str, Any],
 ) -> None:
     """Fills the report and writes it; tables on standard error."""
+    report["device"] = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     figures = measure_points(
         [baton, *peers],
         options.points,

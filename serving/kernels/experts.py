@@ -23,8 +23,9 @@ def grouped_mlp(
     down_EDI: Tensor | list[Tensor] | Fp8Weight,
     experts_TK: Tensor,
     weights_TK: Tensor,
+    added_TD: Tensor | None = None,
 ) -> Tensor:
-    """Sum over each token's experts of weight * down(silu(gate x) * up x); [T, D] in the dtype of x, bf16 from FP8 weights.
+    """`added_TD`, and over each token's experts weight * down(silu(gate x) * up x); [T, D] in the dtype of x, bf16 from FP8 weights.
 
     `gate_up_EID` is [E, 2I, D], gate above up, `down_EDI` [E, D, I], both plain or both FP8, or on CPU a list of E packed
     matrices; `experts_TK` int64, all below E; `weights_TK` fp32. `x_TD` may come quantised where the weights are FP8. On a
@@ -36,13 +37,15 @@ def grouped_mlp(
 
         assert not isinstance(gate_up_EID, list)
         assert not isinstance(down_EDI, list)
-        return experts.grouped_mlp(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
+        return experts.grouped_mlp(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, added_TD)
     if isinstance(gate_up_EID, Fp8Weight):
         assert isinstance(down_EDI, Fp8Weight)
-        return grouped_mlp_fp8_reference(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
-    assert isinstance(x_TD, Tensor)
-    assert not isinstance(down_EDI, Fp8Weight)
-    return grouped_mlp_reference(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
+        routed_TD = grouped_mlp_fp8_reference(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
+    else:
+        assert isinstance(x_TD, Tensor)
+        assert not isinstance(down_EDI, Fp8Weight)
+        routed_TD = grouped_mlp_reference(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
+    return routed_TD if added_TD is None else routed_TD.add_(added_TD)
 
 
 def grouped_mlp_reference(

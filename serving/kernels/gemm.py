@@ -14,6 +14,8 @@ from serving.kernels.quant import (
     dequantise_block_fp8,
     quantise_rows_fp8,
     quantise_rows_fp8_reference,
+    silu_mul,
+    silu_mul_quantise,
 )
 
 
@@ -27,7 +29,32 @@ def linear(x_MK: Tensor | QuantisedRows, weight_NK: Tensor | Fp8Weight) -> Tenso
     assert isinstance(x_MK, Tensor), "quantised rows are for an FP8 weight"
     if weight_NK.is_mkldnn:
         return packed_linear(x_MK, weight_NK)
+    if weight_NK.is_cuda:
+        from serving.kernels.triton.product import linear as device_linear
+
+        return device_linear(x_MK, weight_NK)
     return F.linear(x_MK, weight_NK)
+
+
+def linear_fp32(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """x W^T, [M, N], plain, in fp32 from factors of one dtype, bf16 or fp32."""
+    if weight_NK.is_cuda and weight_NK.dtype == torch.bfloat16:
+        from serving.kernels.triton.product import linear as device_linear
+
+        return device_linear(x_MK, weight_NK, dtype=torch.float32)
+    return linear(x_MK.to(torch.float32), weight_NK.to(torch.float32))
+
+
+def linear_silu_mul(x_MK: Tensor | QuantisedRows, weight_NK: Tensor | Fp8Weight) -> Tensor | QuantisedRows:
+    """silu(x gate^T) * (x up^T), [M, N / 2], the weight gate above up. FP8 rows from an FP8 weight, else as `linear`."""
+    if isinstance(weight_NK, Fp8Weight):
+        return silu_mul_quantise(linear(x_MK, weight_NK))
+    assert isinstance(x_MK, Tensor), "quantised rows are for an FP8 weight"
+    if not weight_NK.is_cuda:
+        return silu_mul(linear(x_MK, weight_NK))
+    from serving.kernels.triton.product import linear_silu_mul as device_linear_silu_mul
+
+    return device_linear_silu_mul(x_MK, weight_NK)
 
 
 def linear_fp8_reference(x_MK: Tensor | QuantisedRows, weight_NK: Fp8Weight) -> Tensor:

@@ -129,23 +129,46 @@ class Attention:
 
     def decode(self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, plan: Plan, kv_pool: Tensor) -> Tensor:
         """Absorbed form over the cached rows, this token's own among them."""
-        q_BHQ, _ = self._query_and_latent(x_BD, rope_B, slots_B, kv_pool)
-        nope, latent = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        q_HBC = torch.bmm(q_BHQ[:, :, :nope].transpose(0, 1), self.w_uk_HNC)
-        q_BHW = torch.cat([q_HBC.transpose(0, 1), q_BHQ[:, :, nope:]], dim=-1)
+        latent = self.config.kv_lora_rank
+        q_BHW = self._absorbed_query(x_BD, rope_B, slots_B, kv_pool)
         out_BHC, _ = mla.decode_latent(q_BHW, kv_pool, self.layer, plan, latent=latent, scale=self.config.softmax_scale)
-        out_HBV = torch.bmm(out_BHC.transpose(0, 1), self.w_uv_HVC.transpose(1, 2))
-        return linear(out_HBV.transpose(0, 1).flatten(1), self.out)
+        if not kv_pool.is_cuda:
+            out_HBV = torch.bmm(out_BHC.transpose(0, 1), self.w_uv_HVC.transpose(1, 2))
+            return linear(out_HBV.transpose(0, 1).flatten(1), self.out)
+        out_BHV = out_BHC.new_empty(*out_BHC.shape[:2], self.config.v_head_dim)
+        torch.bmm(out_BHC.transpose(0, 1), self.w_uv_HVC.transpose(1, 2), out=out_BHV.transpose(0, 1))
+        return linear(out_BHV.flatten(1), self.out)
 
     def store(self, x_TD: Activations, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
         """Only the latent rows of these tokens, nothing attended."""
         latent_TW = linear(x_TD, self.qkv_a)[:, self.query_rows :]
         norm_rope_store(latent_TW, self.kv_norm, _LATENT_NORM_EPS, rope_T, kv_pool, self.layer, slots_T)
 
+    def _absorbed_query(self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, kv_pool: Tensor) -> Tensor:
+        """[W_uk^T q_nope ; q_rope], [B, H, W]; the latent rows are stored."""
+        config = self.config
+        nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
+        if not kv_pool.is_cuda:
+            q_BHQ, _ = self._query_and_latent(x_BD, rope_B, slots_B, kv_pool)
+            q_HBC = torch.bmm(q_BHQ[:, :, :nope].transpose(0, 1), self.w_uk_HNC)
+            return torch.cat([q_HBC.transpose(0, 1), q_BHQ[:, :, nope:]], dim=-1)
+        # Both parts are written where they belong: a launch costs a GPU more than what it copies.
+        q_BHW = self.w_uk_HNC.new_empty(len(slots_B), config.num_heads, config.latent_width)
+        q_BHQ, _ = self._query_and_latent(x_BD, rope_B, slots_B, kv_pool, q_rope_out=q_BHW[:, :, latent:])
+        torch.bmm(q_BHQ[:, :, :nope].transpose(0, 1), self.w_uk_HNC, out=q_BHW[:, :, :latent].transpose(0, 1))
+        return q_BHW
+
     def _query_and_latent(
-        self, x_TD: Activations, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor, *, keep: bool = False
+        self,
+        x_TD: Activations,
+        rope_T: Tensor,
+        slots_T: Tensor,
+        kv_pool: Tensor,
+        *,
+        q_rope_out: Tensor | None = None,
+        keep: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """q [T, H, Q] with its rope part turned; the latent rows are stored, and returned [T, W] to `keep` them."""
+        """q [T, H, Q] with its rope part turned, or turned into `q_rope_out`; the latent rows are stored, and returned [T, W] to `keep` them."""
         both = linear(x_TD, self.qkv_a)
         q_TX = both[:, : self.query_rows]
         if self.q_b is not None and self.q_norm is not None:
@@ -160,6 +183,7 @@ class Attention:
             self.layer,
             slots_T,
             q_rope_THR=q_THQ[:, :, self.config.qk_nope_head_dim :],
+            q_out_THR=q_rope_out,
             keep=keep,
         )
         return q_THQ, latent_TW

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp
-from serving.kernels.gemm import linear
+from serving.kernels.gemm import linear, linear_fp32, linear_silu_mul
 from serving.kernels.packed import pack
-from serving.kernels.quant import Fp8Weight, QuantisedRows, silu_mul, silu_mul_quantise
+from serving.kernels.quant import QuantisedRows
 from serving.kernels.topk import gate_topk
 from serving.model.config import ModelConfig
 from serving.model.weight import Weight, expert_of, new_weight
@@ -30,10 +30,7 @@ class Mlp:
 
     def forward(self, x: Tensor | QuantisedRows) -> Tensor:
         """[T, D]; FP8 weights take rows that are quantised already."""
-        if isinstance(self.gate_up, Fp8Weight):
-            return linear(silu_mul_quantise(linear(x, self.gate_up)), self.down)
-        assert isinstance(x, Tensor)
-        return linear(silu_mul(linear(x, self.gate_up)), self.down)
+        return linear(linear_silu_mul(x, self.gate_up), self.down)
 
 
 class Moe:
@@ -81,10 +78,11 @@ class Moe:
 
     def forward(self, x_TD: Tensor, rows: QuantisedRows | None = None) -> Tensor:
         """`rows`: x quantised, for FP8 weights."""
-        experts_TK, weights_TK = self.choose(x_TD)
         x = x_TD if rows is None else rows
-        routed_TD = grouped_mlp(x, self.gate_up, self.down, experts_TK, weights_TK)
-        return routed_TD.add_(self.shared.forward(x))
+        if not x_TD.is_cuda:
+            routed_TD = grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD))
+            return routed_TD.add_(self.shared.forward(x))
+        return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), self.shared.forward(x))
 
     def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, K] and their weights fp32 [T, K]."""
@@ -100,5 +98,5 @@ class Moe:
 
     def _gate_logits(self, x_TD: Tensor) -> Tensor:
         if self.gate.dtype == torch.bfloat16:
-            return torch.mm(x_TD, self.gate.t(), out_dtype=torch.float32)
+            return linear_fp32(x_TD, self.gate)
         return linear(x_TD.to(torch.float32), self.gate)

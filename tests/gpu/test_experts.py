@@ -56,6 +56,10 @@ def test_plain_experts(
     assert got.dtype == dtype
     assert error(got, want) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
     assert torch.equal(replayed(lambda: grouped_mlp(x, gate_up, down, experts, weights)), got)
+    added = randn(num_tokens, width, seed=5).to(dtype)
+    more = grouped_mlp(x, gate_up, down, experts, weights, added)
+    assert error(more, want + added.double()) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
+    assert error(more, want) > 0.05
     assert error(grouped_mlp(x, gate_up.roll(1, dims=0), down, experts, weights), want) > 0.5
 
 

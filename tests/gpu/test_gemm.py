@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from serving.kernels.gemm import linear, linear_fp8_reference
-from serving.kernels.quant import Fp8Weight, QuantisedRows, quantise_block_fp8, quantise_rows_fp8
+from serving.kernels.quant import (
+    Fp8Weight,
+    QuantisedRows,
+    quantise_block_fp8,
+    quantise_rows_fp8,
+    silu_mul_quantise_reference,
+)
 from serving.kernels.triton.gemm import FewRows, few_rows
 from tests.gpu.graphs import replayed
 
@@ -80,3 +86,13 @@ def test_every_cut_gives_the_product(many: bool, num_splits: int) -> None:
     for out in outs:
         assert isinstance(out, Tensor)
         assert error(out, want) < 3e-3
+
+
+def test_rows_that_end_within_a_tile_leave_the_other_scales_alone() -> None:
+    from serving.kernels.gluon.gemm import ManyRows, many_rows
+
+    x, w = operands(200, 1024, 512)
+    got, want = many_rows(x, w, ManyRows(), silu=True), silu_mul_quantise_reference(linear_fp8_reference(x, w))
+    assert isinstance(got, QuantisedRows)
+    assert error(got.dequantise(torch.float32), want.dequantise(torch.float32)) < 2e-2
+    assert error(got.dequantise(torch.float32), want.dequantise(torch.float32).roll(1, dims=0)) > 0.5

@@ -159,8 +159,9 @@ def test_pages_past_2_31_elements(dtype: torch.dtype) -> None:
     assert error(decode(near, q, layer=61)[0], want) > 0.5
 
 
-def test_a_sequence_without_rows_gives_zeros_whatever_its_table_holds() -> None:
-    pool = make_pool([70, 300], torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+def test_a_sequence_without_rows_gives_zeros_whatever_its_table_holds(dtype: torch.dtype) -> None:
+    pool = make_pool([70, 300], dtype)
     pool.lens[0] = 0
     pool.table[0] = (1 << 31) - 1
     q = torch.randn(2, 32, WIDTH, device="cuda", dtype=torch.bfloat16)
@@ -168,3 +169,21 @@ def test_a_sequence_without_rows_gives_zeros_whatever_its_table_holds() -> None:
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert torch.isneginf(lse[0]).all()
     assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("power", [-40, 0, 14])
+def test_fp8_rows_and_queries_of_any_size(power: int) -> None:
+    # Scales of rows differ by 2^20 within a page, queries by 2^8 between heads.
+    pool = make_pool([64, 200, 900], torch.uint8)
+    scales = pool.tensor.view(torch.float32)[..., LATENT // 4 : LATENT // 4 + 4]
+    sizes = torch.randint(-20, 1, scales.shape, device="cuda") + power
+    scales.copy_(torch.ldexp(scales, sizes))
+    q = torch.randn(3, 32, WIDTH, device="cuda") * torch.logspace(-6, 2, 32, 2.0, device="cuda")[:, None]
+    q[..., :LATENT] = torch.ldexp(q[..., :LATENT], torch.tensor(-power, device="cuda"))
+    q = q.bfloat16()
+    out, lse = decode(pool, q)
+    want_out, want_lse = reference(pool, q)
+    assert error(out.double() * 2.0**-power, want_out.double() * 2.0**-power) < 6e-3
+    torch.testing.assert_close(lse, want_lse, atol=1e-2, rtol=0)
+    other_layer, _ = decode(pool, q, layer=0)
+    assert error(other_layer.double() * 2.0**-power, want_out.double() * 2.0**-power) > 0.1

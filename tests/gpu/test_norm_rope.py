@@ -34,7 +34,8 @@ def test_graph_and_eager_equal_the_reference(width: int, dtype: torch.dtype) -> 
     rows, kept, again = replayed(lambda: rms_norm_quantise(x, weight, 1e-6, residual_TD=residual, keep=True))
     assert kept is not None
     assert again is not None
-    assert torch.equal(kept, normed)
+    # Another number of warps adds the squares in another order; bf16 does not show it.
+    torch.testing.assert_close(kept, normed, rtol=0 if dtype == torch.bfloat16 else 1e-6, atol=0)
     assert torch.equal(again, summed)
     blocks = torch.nn.functional.pad(kept.float(), (0, -width % 128)).unflatten(1, (-1, 128))
     torch.testing.assert_close(rows.scales, blocks.abs().amax(2) / 448, rtol=1e-6, atol=0)

@@ -239,7 +239,7 @@ def _multiply(
                 largest = gl.max(gl.abs(hidden), axis=1)
                 scale = gl.where(largest > 0, largest / FP8_MAX, 1.0)
                 hidden = hidden * (1.0 / scale)[:, None]
-                gl.store(out_scale_ptr + done_n * out_scale_stride + done_rows, scale)
+                gl.store(out_scale_ptr + done_n * out_scale_stride + done_rows, scale, mask=done_rows < num_rows)
             tma.store_wait(0)
             out_smem.index(half).store(hidden.to(out_desc.dtype))
             fence_async_shared()
@@ -256,7 +256,7 @@ def _multiply(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows", "x_scale_stride", "out_scale_stride"])
 def product_kernel(
     x_desc,
     w_desc,

@@ -21,11 +21,14 @@ from serving.kernels.triton.gemm import Tiles
 from serving.kernels.triton.product import grouped_tile, product
 from serving.kernels.triton.quant import quantise
 
-# Up to so many pairs every program counts all of them: one launch instead of two.
+# Up to so many pairs each token's program counts all of them: one launch instead of three.
 _COUNTED_BY_ALL = 1024
+# Numbers of pairs counted at once by a program that looks at all; few, so that few kernels are compiled.
+_COUNTED_AT_ONCE = (128, _COUNTED_BY_ALL)
+_STEP = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "steps"])
 def count_kernel(
     experts_ptr, counts_ptr, num_pairs, steps, NUM_BINS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr = False
 ):
@@ -43,6 +46,18 @@ def count_kernel(
 
 
 @triton.jit
+def _store_tiles(
+    tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, num_programs, NUM_BINS: tl.constexpr
+):  # fmt: skip
+    """The program's share of the expert of each tile, and the number of tiles; `tiles` of each expert, which end at `tile_end`."""
+    if program == 0:
+        tl.store(num_tiles_ptr, tl.sum(tiles, axis=0))
+    bins = tl.arange(0, NUM_BINS)
+    for tile in range(program, tl.max(tiles, axis=0), num_programs):
+        tl.store(tile_expert_ptr + tile_end - tiles + tile, bins, mask=tile < tiles)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "steps"])
 def place_kernel(
     experts_ptr,
     counts_ptr,
@@ -53,14 +68,13 @@ def place_kernel(
     steps,
     NUM_BINS: tl.constexpr,
     STEP: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    ALL_PAIRS: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """The slot of each pair, the expert of each tile, the number of tiles.
+    """The slot of each pair, the tiles and their number. Counts are read ROWS programs at a time.
 
-    NUM_BINS is a power of two from the number of experts. ALL_PAIRS, if not 0, is one from num_pairs: each program then counts
-    all pairs itself, and `steps` is 1.
+    NUM_BINS is a power of two from the number of experts.
     """
     if PDL:
         gdc_wait()
@@ -69,21 +83,15 @@ def place_kernel(
     program = tl.program_id(0)
     total = tl.zeros([NUM_BINS], tl.int32)
     before = tl.zeros([NUM_BINS], tl.int32)
-    if ALL_PAIRS:
-        every = tl.arange(0, ALL_PAIRS)
-        chosen = tl.load(experts_ptr + every, mask=every < num_pairs, other=0).to(tl.int32)
-        total = tl.histogram(chosen, NUM_BINS, mask=every < num_pairs)
-        before = tl.histogram(chosen, NUM_BINS, mask=every < program * STEP)
-    else:
-        for first in range(0, tl.num_programs(0), 8):
-            other = first + tl.arange(0, 8)
-            counts = tl.load(
-                counts_ptr + other[:, None] * NUM_BINS + bins[None, :],
-                mask=(other < tl.num_programs(0))[:, None],
-                other=0,
-            )
-            total += tl.sum(counts, axis=0)
-            before += tl.sum(tl.where((other < program)[:, None], counts, 0), axis=0)
+    for first in range(0, tl.num_programs(0), ROWS):
+        other = first + tl.arange(0, ROWS)
+        counts = tl.load(
+            counts_ptr + other[:, None] * NUM_BINS + bins[None, :],
+            mask=(other < tl.num_programs(0))[:, None],
+            other=0,
+        )
+        total += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where((other < program)[:, None], counts, 0), axis=0)
     tiles = (total + TILE - 1) // TILE
     tile_end = tl.cumsum(tiles, axis=0)
     next_slot = (tile_end - tiles) * TILE + before
@@ -95,13 +103,69 @@ def place_kernel(
         rank = tl.sum(same.to(tl.int32), axis=1)
         tl.store(slots_ptr + pair, tl.gather(next_slot, expert, 0) + rank, mask=pair < num_pairs)
         next_slot += tl.histogram(expert, NUM_BINS, mask=pair < num_pairs)
-    if program == 0:
-        tl.store(num_tiles_ptr, tl.sum(tiles, axis=0))
-    for tile in range(program, tl.max(tiles, axis=0), tl.num_programs(0)):
-        tl.store(tile_expert_ptr + tile_end - tiles + tile, bins, mask=tile < tiles)
+    _store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, tl.num_programs(0), NUM_BINS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "x_stride", "x_scale_stride", "out_scale_stride"])
+def send_kernel(
+    experts_ptr,
+    x_ptr,
+    x_scale_ptr,
+    slots_ptr,
+    tile_expert_ptr,
+    num_tiles_ptr,
+    out_ptr,
+    out_scale_ptr,
+    num_pairs,
+    width,
+    x_stride,
+    x_scale_stride,
+    out_stride,
+    out_scale_stride,
+    NUM_BINS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """`place_kernel` and `scatter_kernel` in one, for at most PAIRS pairs; a token a program."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0)
+    bins = tl.arange(0, NUM_BINS)
+    every = tl.arange(0, PAIRS)
+    chosen = tl.load(experts_ptr + every, mask=every < num_pairs, other=0).to(tl.int32)
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    mask = column < width
+    has_group = group * 128 < width
+    x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
+    if QUANTISE:
+        x, scale = quantise(x.to(tl.float32))
+    elif SCALED:
+        scale = tl.load(x_scale_ptr + group * x_scale_stride + token, mask=has_group, other=0.0)
+    total = tl.histogram(chosen, NUM_BINS, mask=every < num_pairs)
+    tiles = (total + TILE - 1) // TILE
+    tile_end = tl.cumsum(tiles, axis=0)
+    first_slot = (tile_end - tiles) * TILE
+    for k in tl.static_range(TOP_K):
+        pair = token * TOP_K + k
+        expert = tl.load(experts_ptr + pair).to(tl.int32)
+        rank = tl.sum(((chosen == expert) & (every < pair)).to(tl.int32), axis=0)
+        slot = (tl.sum(tl.where(bins == expert, first_slot, 0), axis=0) + rank).to(tl.int64)
+        tl.store(slots_ptr + pair, slot.to(tl.int32), mask=tl.program_id(1) == 0)
+        tl.store(out_ptr + slot * out_stride + column, x, mask=mask)
+        if QUANTISE or SCALED:
+            tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
+    if tl.program_id(1) == 0:
+        _store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, token, tl.num_programs(0), NUM_BINS)
+
+
+@triton.jit(do_not_specialize=["x_stride", "x_scale_stride", "out_scale_stride"])
 def scatter_kernel(
     x_ptr,
     x_scale_ptr,
@@ -145,15 +209,18 @@ def combine_kernel(
     y_ptr,
     slots_ptr,
     weights_ptr,
+    added_ptr,
     out_ptr,
     width,
     y_stride,
+    added_stride,
     out_stride,
     TOP_K: tl.constexpr,
+    ADDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """Sum of a token's rows by their routing weights, in the order of K whatever the batch; fp32."""
+    """Sum of a token's rows by their routing weights, in the order of K whatever the batch, and of what is ADDED; fp32."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -161,6 +228,9 @@ def combine_kernel(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = column < width
     total = tl.zeros([BLOCK_D], tl.float32)
+    if ADDED:
+        added = added_ptr + token.to(tl.int64) * added_stride + column
+        total = tl.load(added, mask=mask, other=0.0).to(tl.float32)
     for k in tl.static_range(TOP_K):
         slot = tl.load(slots_ptr + token * TOP_K + k).to(tl.int64)
         weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
@@ -178,80 +248,115 @@ class Slots:
 
 
 def place(experts_TK: Tensor, num_experts: int, tile: int) -> Slots:
-    """Slots for pairs of token and expert (int64 [T, K], all below `num_experts`), in tiles of `tile`. Two launches, or one if few."""
+    """Slots for pairs of token and expert (int64 [T, K], all below `num_experts`), in tiles of `tile`. Two launches."""
+    slots = _new_slots(experts_TK, num_experts, tile)
+    num_pairs, device, tiles = experts_TK.numel(), experts_TK.device, slots.tiles
+    num_bins = triton.next_power_of_2(num_experts)
+    num_steps = triton.cdiv(num_pairs, _STEP)
+    steps = triton.cdiv(num_steps, 2 * num_processors(device))
+    programs = triton.cdiv(num_steps, steps)
+    counts = torch.empty(programs, num_bins, dtype=torch.int32, device=device)
+    shape = {"NUM_BINS": num_bins, "STEP": _STEP}
+    count_kernel[(programs,)](experts_TK, counts, num_pairs, steps, **shape, **overlap(device))
+    place_kernel[(programs,)](
+        experts_TK, counts, slots.slots_TK, tiles.expert, tiles.num_used, num_pairs, steps,
+        **shape, ROWS=max(8, 8192 // num_bins), TILE=tile, **overlap(device),
+    )  # fmt: skip
+    return slots
+
+
+def _new_slots(experts_TK: Tensor, num_experts: int, tile: int) -> Slots:
+    """To be filled by a kernel; for the most tiles there may be."""
     assert experts_TK.is_contiguous()
     num_pairs, device = experts_TK.numel(), experts_TK.device
     max_tiles = (num_pairs + min(num_experts, num_pairs) * (tile - 1)) // tile
-    num_bins = triton.next_power_of_2(num_experts)
-    all_pairs = max(16, triton.next_power_of_2(num_pairs)) if num_pairs <= _COUNTED_BY_ALL else 0
-    step = min(128, all_pairs) if all_pairs else 128
-    num_steps = triton.cdiv(num_pairs, step)
-    steps = 1 if all_pairs else triton.cdiv(num_steps, num_processors(device))
-    programs = triton.cdiv(num_steps, steps)
-    slots_TK = torch.empty(experts_TK.shape, dtype=torch.int32, device=device)
-    tile_expert = torch.empty(max_tiles, dtype=torch.int32, device=device)
-    num_tiles = torch.empty(1, dtype=torch.int32, device=device)
-    counts = torch.empty(programs, num_bins, dtype=torch.int32, device=device)
-    shape = {"NUM_BINS": num_bins, "STEP": step}
-    if not all_pairs:
-        count_kernel[(programs,)](experts_TK, counts, num_pairs, steps, **shape, **overlap(device))
-    place_kernel[(programs,)](
-        experts_TK,
-        counts,
-        slots_TK,
-        tile_expert,
-        num_tiles,
-        num_pairs,
-        steps,
-        **shape,
-        TILE=tile,
-        ALL_PAIRS=all_pairs,
-        **overlap(device),
+    tiles = Tiles(
+        expert=torch.empty(max_tiles, dtype=torch.int32, device=device),
+        num_used=torch.empty(1, dtype=torch.int32, device=device),
+        max_tiles=max_tiles,
+        num_rows=tile,
     )
-    tiles = Tiles(expert=tile_expert, num_used=num_tiles, max_tiles=max_tiles, num_rows=tile)
+    slots_TK = torch.empty(experts_TK.shape, dtype=torch.int32, device=device)
     return Slots(slots_TK=slots_TK, num_slots=max_tiles * tile, tiles=tiles)
+
+
+def send(
+    x_TD: Tensor | QuantisedRows, experts_TK: Tensor, num_experts: int, tile: int, *, quantise: bool
+) -> tuple[Slots, Tensor | QuantisedRows]:
+    """`place`, and `scatter` to there; one launch for few pairs."""
+    num_pairs, device = experts_TK.numel(), experts_TK.device
+    if num_pairs > _COUNTED_BY_ALL:
+        slots = place(experts_TK, num_experts, tile)
+        return slots, scatter(x_TD, slots, quantise=quantise)
+    slots = _new_slots(experts_TK, num_experts, tile)
+    ends = _Ends.of(x_TD, slots, quantise=quantise)
+    tiles, (values, x_scales, target, scales) = slots.tiles, ends.tensors
+    num_tokens, width = values.shape
+    send_kernel[(num_tokens, ends.num_blocks)](
+        experts_TK, values, x_scales, slots.slots_TK, tiles.expert, tiles.num_used, target, scales,
+        num_pairs, width, values.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
+        NUM_BINS=triton.next_power_of_2(num_experts), PAIRS=next(n for n in _COUNTED_AT_ONCE if n >= num_pairs),
+        TOP_K=experts_TK.shape[1], TILE=tile, **ends.form, **overlap(device),
+    )  # fmt: skip
+    return slots, ends.out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ends:
+    """Where rows come from and go to: values and scales of both (absent scales replaced by something to point at)."""
+
+    out: Tensor | QuantisedRows
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    num_blocks: int
+    form: dict[str, int]
+
+    @classmethod
+    def of(cls, x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> _Ends:
+        """`out`: rows [num_slots, D] by slot, a copy of `x_TD`, or FP8 if it is that already or `quantise`."""
+        scaled = isinstance(x_TD, QuantisedRows)
+        values, x_scales = (x_TD.values, x_TD.scales) if isinstance(x_TD, QuantisedRows) else (x_TD, x_TD)
+        assert values.stride(1) == 1, "rows must be contiguous"
+        width, device = values.shape[1], values.device
+        out: Tensor | QuantisedRows
+        if scaled or quantise:
+            out = empty_rows(slots.num_slots, width, device)
+            target, scales = out.values, out.scales
+        else:
+            target = scales = out = torch.empty(slots.num_slots, width, dtype=values.dtype, device=device)
+        block_g = min(8, triton.next_power_of_2(triton.cdiv(width, BLOCK)))
+        return cls(
+            out=out,
+            tensors=(values, x_scales, target, scales),
+            num_blocks=triton.cdiv(width, BLOCK * block_g),
+            form={"QUANTISE": quantise and not scaled, "SCALED": scaled, "BLOCK_G": block_g},
+        )
 
 
 def scatter(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Tensor | QuantisedRows:
     """Rows [num_slots, D] by slot: a copy of `x_TD`, or FP8 if it is that already or `quantise`."""
-    values = x_TD.values if isinstance(x_TD, QuantisedRows) else x_TD
-    scaled = isinstance(x_TD, QuantisedRows)
-    x_scales = x_TD.scales if isinstance(x_TD, QuantisedRows) else values
-    assert values.stride(1) == 1, "rows must be contiguous"
+    ends = _Ends.of(x_TD, slots, quantise=quantise)
+    values, x_scales, target, scales = ends.tensors
     num_tokens, width = values.shape
-    out: Tensor | QuantisedRows
-    if scaled or quantise:
-        out = empty_rows(slots.num_slots, width, values.device)
-        target, scales = out.values, out.scales
-    else:
-        target = scales = out = torch.empty(slots.num_slots, width, dtype=values.dtype, device=values.device)
-    block_g = min(8, triton.next_power_of_2(triton.cdiv(width, BLOCK)))
-    scatter_kernel[(num_tokens, triton.cdiv(width, BLOCK * block_g))](
+    scatter_kernel[(num_tokens, ends.num_blocks)](
         values, x_scales, slots.slots_TK, target, scales, width, values.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
-        TOP_K=slots.slots_TK.shape[1], QUANTISE=quantise and not scaled, SCALED=scaled, BLOCK_G=block_g, **overlap(target.device),
+        TOP_K=slots.slots_TK.shape[1], **ends.form, **overlap(target.device),
     )  # fmt: skip
-    return out
+    return ends.out
 
 
-def combine(y_SD: Tensor, slots: Slots, weights_TK: Tensor) -> Tensor:
-    """[T, D] in the dtype of y: the sum over K of weight and row."""
+def combine(y_SD: Tensor, slots: Slots, weights_TK: Tensor, added_TD: Tensor | None = None) -> Tensor:
+    """[T, D] in the dtype of y: the sum over K of weight and row, and of `added_TD`."""
     assert weights_TK.is_contiguous()
     num_tokens, top_k = weights_TK.shape
     width = y_SD.shape[1]
     out = torch.empty(num_tokens, width, dtype=y_SD.dtype, device=y_SD.device)
     block = min(1024, triton.next_power_of_2(width))
+    added = y_SD if added_TD is None else added_TD
+    assert added.stride(1) == 1, "rows must be contiguous"
     combine_kernel[(num_tokens, triton.cdiv(width, block))](
-        y_SD,
-        slots.slots_TK,
-        weights_TK,
-        out,
-        width,
-        y_SD.stride(0),
-        out.stride(0),
-        TOP_K=top_k,
-        BLOCK_D=block,
-        **overlap(out.device),
-    )
+        y_SD, slots.slots_TK, weights_TK, added, out, width, y_SD.stride(0), added.stride(0), out.stride(0),
+        TOP_K=top_k, ADDED=added_TD is not None, BLOCK_D=block, **overlap(out.device),
+    )  # fmt: skip
     return out
 
 
@@ -261,6 +366,7 @@ def grouped_mlp(
     down_EDI: Tensor | Fp8Weight,
     experts_TK: Tensor,
     weights_TK: Tensor,
+    added_TD: Tensor | None = None,
 ) -> Tensor:
     fp8 = isinstance(gate_up_EID, Fp8Weight)
     values = x_TD.values if isinstance(x_TD, QuantisedRows) else x_TD
@@ -269,9 +375,8 @@ def grouped_mlp(
         return torch.empty(0, down_EDI.shape[1], dtype=dtype, device=values.device)
     num_experts = gate_up_EID.shape[0]
     tile = grouped_tile(experts_TK.numel(), num_experts, torch.float8_e4m3fn if fp8 else values.dtype)
-    slots = place(experts_TK, num_experts, tile)
-    x_SD = scatter(x_TD, slots, quantise=fp8)
+    slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8)
     hidden_SI = product(x_SD, gate_up_EID, silu=True, tiles=slots.tiles)
     y_SD = product(hidden_SI, down_EDI, tiles=slots.tiles)
     assert isinstance(y_SD, Tensor)
-    return combine(y_SD, slots, weights_TK)
+    return combine(y_SD, slots, weights_TK, added_TD)

@@ -21,7 +21,7 @@ from serving.kernels.triton.device import overlap
 from serving.kernels.triton.quant import quantise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "x_scale_stride", "out_scale_stride"])
 def few_rows_kernel(
     x_desc,
     w_desc,
@@ -112,7 +112,7 @@ def few_rows_kernel(
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "out_scale_stride"])
 def sum_splits_kernel(
     part_ptr,
     out_ptr,

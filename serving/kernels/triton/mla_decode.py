@@ -4,11 +4,11 @@
     _decode_kernel   any latent and rope width, bf16, fp32 (exact products) or FP8 rows
     _merge_kernel    parts of a sequence that several workers attended -> its output, by log-sum-exp
 
-The kernel that is fast at the published widths is `serving.kernels.gluon.mla_decode`; it reads the same plan and writes
-the same parts. The pages of all sequences are counted through one after the other: worker w attends flat pages
-`[bounds[w], bounds[w + 1])`. A kernel with K blocks of columns runs G = W // K groups of workers a block; what a group
-attends of one sequence is a part, and part (group, sequence) has row `group + sequence` of the partial results, which no
-other part has: from one part to the next at least one of the two grows.
+The kernels that are fast at the published widths are `serving.kernels.gluon.mla_decode` and `mla_decode_fp8`; they read
+the same plan and write the same parts. The pages of all sequences are counted through one after the other: worker w
+attends flat pages `[bounds[w], bounds[w + 1])`. A kernel with K blocks of columns runs G = W // K groups of workers a
+block; what a group attends of one sequence is a part, and part (group, sequence) has row `group + sequence` of the
+partial results, which no other part has: from one part to the next at least one of the two grows.
 
 B sequences, P pages of a sequence, T query tokens, H heads, X = T * H query columns, C latent, R rope.
 """
@@ -254,7 +254,7 @@ def _merge_kernel(
 
 
 class Config(NamedTuple):
-    """`gluon`: constants of the Gluon kernel, empty for the general one. `columns`: N, query columns of one program."""
+    """`gluon`: constants of a Gluon kernel, empty for the general one. `columns`: N, query columns of one program."""
 
     columns: int
     num_warps: int
@@ -262,30 +262,29 @@ class Config(NamedTuple):
 
 
 def config_for(num_columns: int, dtype: torch.dtype, latent: int, rope: int) -> Config:
-    """Measured on an H200 at contexts of 4,096; the Gluon kernel is for the published widths on sm_90."""
-    # Wideners leave no registers for the sums of 64 columns.
-    columns = 16 if num_columns <= 16 else 32 if num_columns <= 32 or dtype == torch.uint8 else 64
+    """Measured on an H200 at contexts of 4,096; the Gluon kernels are for the published widths on sm_90."""
     published = latent == 512 and rope == 64 and dtype in (torch.bfloat16, torch.uint8)
     if not (published and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9):
         return Config(16, 4, {})
-    return _GLUON[columns, dtype == torch.uint8]
+    table = _FP8 if dtype == torch.uint8 else _BF16
+    return next((config for config in table if num_columns <= config.columns), table[-1])
 
 
-def _gluon(ring: int, ropes: int, shares: int, *, raws: int = 0, score_regs: int) -> dict[str, int]:
-    return {
-        "CHUNK": 128, "RING": ring, "ROPES": ropes, "RAWS": raws, "SHARES": shares,
-        "SCORE_REGS": score_regs, "WIDEN_REGS": 72,
-    }  # fmt: skip
+def _bf16(*, ring: int, ropes: int, shares: int, score_regs: int) -> dict[str, int]:
+    return {"CHUNK": 128, "RING": ring, "ROPES": ropes, "SHARES": shares, "SCORE_REGS": score_regs}
 
 
-# By N and whether rows are FP8. Rings fill the 227 KB of shared memory; at 64 columns they hold two pages, just enough.
-_GLUON = {
-    (16, False): Config(16, 4, _gluon(10, 3, 2, score_regs=152)),
-    (32, False): Config(32, 4, _gluon(9, 3, 2, score_regs=168)),
-    (64, False): Config(64, 8, _gluon(8, 2, 1, score_regs=160)),
-    (16, True): Config(16, 4, _gluon(7, 3, 2, raws=8, score_regs=112)),
-    (32, True): Config(32, 4, _gluon(8, 2, 2, raws=4, score_regs=112)),
-}
+# Rings fill the 227 KB of shared memory; at 64 columns of bf16 they hold two pages, just enough. Registers are for no
+# spills inside the loops: with them the compiler also makes each product wait for the one before.
+_BF16 = (
+    Config(16, 4, _bf16(ring=10, ropes=3, shares=2, score_regs=152)),
+    Config(32, 4, _bf16(ring=9, ropes=3, shares=2, score_regs=168)),
+    Config(64, 8, _bf16(ring=8, ropes=2, shares=1, score_regs=160)),
+)
+_FP8 = (
+    Config(16, 4, {"PAGES": 4, "SHARES": 2, "SCORE_REGS": 176}),
+    Config(32, 4, {"PAGES": 4, "SHARES": 1, "SCORE_REGS": 232}),
+)
 
 
 def decode_paged(
@@ -363,8 +362,9 @@ def _launch_gluon(
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from serving.kernels.gluon.mla_decode import mla_decode_kernel, shared_layout
+    from serving.kernels.gluon.mla_decode_fp8 import mla_decode_fp8_kernel
 
-    chunk, fp8 = config.gluon["CHUNK"], rows.dtype == torch.uint8
+    bf16 = torch.bfloat16
     row_size = rows.shape[-1]
     page_rows = rows.stride(0) // row_size
     # One tensor map over all rows of the pool that lie a row apart; pages of other layers are among them.
@@ -374,18 +374,19 @@ def _launch_gluon(
     def describe(tensor: Tensor, dtype: torch.dtype, block: list[int]) -> Any:
         return TensorDescriptor.from_tensor(tensor.view(dtype), block, shared_layout(block, dtype))
 
-    bf16 = torch.bfloat16
-    columns = q.view(-1, q.shape[-1])
-    q_descs = describe(columns, bf16, [config.columns, chunk]), describe(columns, bf16, [config.columns, 64])
-    if fp8:
-        row_descs = (
-            describe(flat, torch.float8_e4m3fn, [64, chunk]),
-            describe(flat, bf16, [64, 64]),
-            describe(flat, torch.float32, [64, 4]),
-        )
+    kernel: Any
+    inputs: tuple[Any, ...]
+    if rows.dtype == torch.uint8:
+        kernel = mla_decode_fp8_kernel
+        scales, rope = describe(flat, torch.float32, [64, latent // 128]), describe(flat, bf16, [64, 64])
+        inputs = q, describe(flat, torch.float8_e4m3fn, [64, 128]), rope, scales
     else:
-        row_descs = describe(flat, bf16, [64, chunk]), describe(flat, bf16, [64, 64]), describe(flat, bf16, [64, 64])
-    mla_decode_kernel[(grid[1] * grid[2],)](
-        *q_descs, *row_descs, *outputs, *cut[:4], lens, table, table.stride(0), page_rows, *grid[:2], *query,
-        C=latent, N=config.columns, FP8=fp8, **config.gluon, num_warps=config.num_warps, launch_pdl=True,
+        kernel = mla_decode_kernel
+        columns = q.view(-1, q.shape[-1])
+        blocks = [config.columns, config.gluon["CHUNK"]], [config.columns, 64]
+        row_blocks = [64, config.gluon["CHUNK"]], [64, 64]
+        inputs = *(describe(columns, bf16, b) for b in blocks), *(describe(flat, bf16, b) for b in row_blocks)
+    kernel[(grid[1] * grid[2],)](
+        *inputs, *outputs, *cut[:4], lens, table, table.stride(0), page_rows, *grid[:2], *query,
+        C=latent, N=config.columns, **config.gluon, num_warps=config.num_warps, launch_pdl=True,
     )  # fmt: skip

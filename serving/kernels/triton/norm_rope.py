@@ -11,8 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from serving.kernels.quant import BLOCK, QuantisedRows, empty_rows
+from serving.kernels.triton.device import overlap
 
 
 def norm(
@@ -48,6 +50,7 @@ def norm(
             KEEP=keep,
             QUANTISE=quantise,
             num_warps=warps_for(width, quantise),
+            **overlap(x_TD.device),
         )
     return out_TD, sum_TD, rows
 
@@ -87,8 +90,12 @@ def _norm_kernel(
     ADD: tl.constexpr,
     KEEP: tl.constexpr,
     QUANTISE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """A row a program, as [GROUPS, 128]."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from serving.kernels.quant import Fp8Weight, QuantisedRows
-from serving.kernels.triton import gemm
+from serving.kernels.triton import gemm, quant
 from serving.kernels.triton.device import num_processors
 from serving.kernels.triton.gemm import FewRows, Tiles
+from serving.kernels.triton.thin import MOST_COLUMNS, MOST_ROWS, thin_product
 
 # Up to so many rows the weights' bytes are the bound and rows are the narrow side of a tile.
 _FEW = 64
@@ -18,6 +20,32 @@ _MANY = 128
 _STAYS_IN_L2_BYTES = 16 << 20
 # Microseconds of `many_rows`: a step of 128 bytes of K of a tile of 256 columns, of 128, and a megabyte of parts of a split.
 _WIDE_STEP_US, _NARROW_STEP_US, _SPLIT_MB_US = 0.82, 0.52, 1.0
+# From so many tiles on the library's product and a SiLU-mul behind it take longer than one kernel.
+_FUSED_TILES = 4 * 132
+
+
+def linear(x: Tensor, w: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """x W^T [M, N], plain; in `dtype`, fp32, from bf16."""
+    if is_thin(x, w):
+        return thin_product(x, w, dtype=dtype)
+    return F.linear(x, w) if dtype in (None, x.dtype) else torch.mm(x, w.t(), out_dtype=dtype)
+
+
+def linear_silu_mul(x: Tensor, w: Tensor) -> Tensor:
+    """See `serving.kernels.gemm.linear_silu_mul`; plain."""
+    if is_thin(x, w):
+        return thin_product(x, w, silu=True)
+    num_tiles = triton.cdiv(x.shape[0], _MANY) * triton.cdiv(w.shape[0], 256)
+    if x.dtype == torch.bfloat16 and num_tiles >= _FUSED_TILES:
+        hidden = product(x, w, silu=True)
+        assert isinstance(hidden, Tensor)
+        return hidden
+    return quant.silu_mul(F.linear(x, w))
+
+
+def is_thin(x: Tensor, w: Tensor) -> bool:
+    """Whether `thin_product` is the quickest."""
+    return x.dim() == 2 and 0 < x.shape[0] <= MOST_ROWS and x.shape[1] <= MOST_COLUMNS and x.dtype != torch.float64
 
 
 def product(

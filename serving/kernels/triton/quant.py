@@ -22,7 +22,7 @@ def quantise(x_R128):
     return (x_R128 / scale_R[:, None]).to(tl.float8e4nv), scale_R
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "scale_stride"])
 def rows_kernel(
     x_ptr,
     out_ptr,

@@ -10,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from serving.kernels.triton.device import overlap
 
 
 def gate_topk(
@@ -45,6 +48,7 @@ def gate_topk(
             K=triton.next_power_of_2(top_k),
             RENORMALISE=renormalise,
             num_warps=1,
+            **overlap(logits_TE.device),
         )
     return experts_TK, weights_TK
 
@@ -75,8 +79,12 @@ def _gate_kernel(
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     RENORMALISE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
     """A token a program, its experts as [GROUPS, SIZE]; both are padded to powers of two."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     lowest: tl.constexpr = -0x8000000000000000
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)

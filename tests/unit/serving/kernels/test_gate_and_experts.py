@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp
-from serving.kernels.gemm import linear
+from serving.kernels.gemm import linear, linear_fp32
 from serving.kernels.packed import pack, row_pieces
 from serving.kernels.quant import silu_mul
 from serving.kernels.topk import gate_topk
@@ -111,3 +111,10 @@ def test_padded_rows_leave_no_trace_in_a_product(num_rows: int) -> None:
     torch.testing.assert_close(out, x @ weight.T)
     x[-1] += 1
     assert not torch.allclose(linear(x, pack(weight))[-1], out[-1])
+
+
+def test_sums_of_bf16_factors_are_fp32() -> None:
+    x, w = randn(3, 200).bfloat16(), randn(5, 200, seed=1).bfloat16()
+    want = x.double() @ w.double().T
+    torch.testing.assert_close(linear_fp32(x, w).double(), want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose((x @ w.T).double(), want, rtol=1e-5, atol=1e-5)

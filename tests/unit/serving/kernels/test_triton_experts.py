@@ -35,15 +35,10 @@ def fp8_stack(*parts: Tensor) -> Fp8Weight:
     )
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "top_k", "tile"), [(1, 6, 3, 16), (5, 6, 3, 16), (200, 7, 3, 16), (600, 9, 2, 128)]
-)
-def test_pairs_lie_by_expert_and_in_the_order_of_tokens(
-    num_tokens: int, num_experts: int, top_k: int, tile: int
-) -> None:
-    experts = choices(num_tokens, num_experts, top_k)
-    placed = device.place(experts, num_experts, tile)
-    slots, chosen, num_used = placed.slots_TK.view(-1).long(), experts.view(-1), int(placed.tiles.num_used)
+def check_slots(placed: device.Slots, experts: Tensor, num_experts: int) -> None:
+    """Each expert's pairs together, in the order of tokens, from a tile's beginning on; each met by a tile of that expert."""
+    tile, num_used = placed.tiles.num_rows, int(placed.tiles.num_used)
+    slots, chosen = placed.slots_TK.view(-1).long(), experts.view(-1)
     counts = torch.bincount(chosen, minlength=num_experts)
     assert num_used == int((counts + tile - 1).div(tile, rounding_mode="floor").sum()) <= placed.tiles.max_tiles
     assert slots.unique().numel() == slots.numel()
@@ -56,6 +51,28 @@ def test_pairs_lie_by_expert_and_in_the_order_of_tokens(
             assert torch.equal(own - own[0], torch.arange(own.numel()))
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "tile"), [(1, 6, 3, 16), (5, 6, 3, 16), (200, 7, 3, 16), (600, 9, 2, 128)]
+)
+def test_pairs_lie_by_expert_and_in_the_order_of_tokens(
+    num_tokens: int, num_experts: int, top_k: int, tile: int
+) -> None:
+    experts = choices(num_tokens, num_experts, top_k)
+    check_slots(device.place(experts, num_experts, tile), experts, num_experts)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "tile"), [(1, 6, 3, 16), (40, 7, 3, 16), (130, 9, 2, 32)]
+)
+def test_few_pairs_are_placed_and_sent_at_once(num_tokens: int, num_experts: int, top_k: int, tile: int) -> None:
+    x, experts = randn(num_tokens, 200), choices(num_tokens, num_experts, top_k)
+    placed, sent = device.send(x, experts, num_experts, tile, quantise=False)
+    check_slots(placed, experts, num_experts)
+    assert isinstance(sent, Tensor)
+    assert torch.equal(sent[placed.slots_TK.long()], x[:, None].expand(-1, top_k, -1))
+    assert torch.equal(placed.slots_TK, device.place(experts, num_experts, tile).slots_TK)
+
+
 @pytest.mark.parametrize(("num_tokens", "width", "inner"), [(1, 64, 48), (5, 64, 48), (20, 100, 160), (40, 36, 20)])
 def test_fp32_experts_are_the_cpus(num_tokens: int, width: int, inner: int) -> None:
     x, gate_up, down = randn(num_tokens, width), randn(6, 2 * inner, width, seed=1), randn(6, width, inner, seed=2)
@@ -63,6 +80,10 @@ def test_fp32_experts_are_the_cpus(num_tokens: int, width: int, inner: int) -> N
     want = grouped_mlp(x, gate_up, down, experts, weights)
     got = device.grouped_mlp(x, gate_up, down, experts, weights)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
+    added = randn(num_tokens, width, seed=4)
+    got = device.grouped_mlp(x, gate_up, down, experts, weights, added)
+    torch.testing.assert_close(got, grouped_mlp(x, gate_up, down, experts, weights, added), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(got, want + added, rtol=1e-3, atol=1e-2)
     down[int(experts[-1, 0])] += 0.5
     assert not torch.allclose(device.grouped_mlp(x, gate_up, down, experts, weights), want, rtol=1e-3, atol=1e-2)
 
