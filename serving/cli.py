@@ -22,6 +22,7 @@ _BENCHMARKS = {
     "kernels": "every kernel at DeepSeek-V3's shapes, beside the machine's ceilings and installed peers",
     "engine": "the engine alone, beside peers on the same weights",
     "handoff": "prefill and decode on devices of their own, beside one worker that does both",
+    "transfer": "pages of one prompt from one pool to another: NIXL, NCCL, the link",
     "served": "what HTTP, router and two workers cost over the engine alone",
     "idle": "CPU of a server without requests",
     "memory": "peak memory of the workers, against what they must hold",
