@@ -88,7 +88,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
-        "q_lora_rank": None,
+        "q_lora_rank": 16,
         "kv_lora_rank": 16,
         "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8,

@@ -53,7 +53,7 @@ class PrefillTable:
     max_num_seqs: int = _key(16, "sequences being prefilled or handed off at once", low=1)
     max_batched_tokens: int = _key(
         0,
-        "tokens of one step; a longer prompt is computed in chunks; 0: 512 on a CPU, 8192 on a GPU",
+        "tokens of one step; a longer prompt is computed in chunks; 0: 256 on a CPU, 8192 on a GPU",
         low=64,
         or_zero=True,
     )

@@ -30,7 +30,7 @@ from serving.model.weights import Progress, load_weights
 _SAMPLE_BYTES = 64 << 10
 _COMPUTE_CAPABILITY = 9
 # Long enough for the products to reach their rate; a CPU's step is also what a newcomer waits for.
-_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+_BATCHED_TOKENS = {"cpu": 256, "cuda": 8192}
 # A CPU's memory is everybody's; a GPU is there to be filled, but for what longer contexts than those of the warm-up need.
 _MEMORY_FRACTION = {"cpu": 0.1, "cuda": 0.9}
 

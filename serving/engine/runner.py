@@ -22,7 +22,9 @@ from serving.engine.plan import DecodeRow, Launched, PrefillChunk, SampledToken,
 from serving.engine.sampler import Logprobs, Sampler
 from serving.engine.staging import ids, to_device, to_host
 from serving.kernels import sampling
+from serving.kernels.packed import PIECES, row_pieces
 from serving.model.batch import DecodeBatch, PrefillBatch, SeqChunk
+from serving.model.heap import blocks_returned
 
 _MAX_IN_FLIGHT = 2
 # Larger prefill steps keep the device busy for longer than the host needs to launch their parts one by one.
@@ -105,20 +107,23 @@ class Runner:
         self._num_in_flight = 0
 
     def warm_up(self, *, max_batched_tokens: int, decodes: bool, told: Callable[[str], None] = lambda _: None) -> None:
-        """Compile and capture what a GPU will run, so that no request waits for it. `told` hears what comes next.
+        """Compile what steps will run, and on a GPU capture them, so that no request waits for it. `told` hears what comes next.
 
         `max_batched_tokens`: of a prefill step; 0: there are none. `decodes`: whether there are decode steps.
         """
-        if self._decode_graphs is None:
-            return
-        with torch.inference_mode():
+        # What is compiled stays: beside each other on pages of its own, not in the heap between activations that go.
+        with torch.inference_mode(), blocks_returned():
             if max_batched_tokens:
                 self._compile_prefill(max_batched_tokens, told)
                 self._capture_prefill(max_batched_tokens, told)
-            for size in reversed(self._decode_graphs.sizes) if decodes else ():
-                told(f"capturing a decode step of {size} rows")
-                self._decode_graphs.capture(size)
-        torch.cuda.synchronize(self.device)
+            if decodes and self._decode_graphs is None:
+                self._compile_decode(told)
+            if decodes and self._decode_graphs is not None:
+                for size in reversed(self._decode_graphs.sizes):
+                    told(f"capturing a decode step of {size} rows")
+                    self._decode_graphs.capture(size)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _capture_prefill(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
         """Every size that a step of so many tokens may take."""
@@ -131,9 +136,10 @@ class Runner:
                 self._prefill_graphs.capture(size)
 
     def _compile_prefill(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
-        """Steps that are not captured: many tokens, or a part of the context cached."""
+        """Steps that are not captured: many tokens, or a part of the context cached; and each number of rows that has code of its own."""
         most = self._page_table_SP.shape[1] * PAGE_TOKENS
-        for num_tokens in (max_batched_tokens, PAGE_TOKENS):
+        small = (1, 2, 16, 32, PAGE_TOKENS) if self.device.type == "cuda" else PIECES
+        for num_tokens in sorted({max_batched_tokens, *(size for size in small if size < max_batched_tokens)}):
             told(f"compiling prefill of {num_tokens} tokens")
             end = min(PAGE_TOKENS + num_tokens, most)
             chunk = PrefillChunk(
@@ -148,6 +154,13 @@ class Runner:
                 last_ND, _ = self._run_chunks((chunk,))
                 sampling.argmax(self.model.logits(last_ND))
         self._set_pages(self._scratch_slot, [])
+
+    def _compile_decode(self, told: Callable[[str], None]) -> None:
+        for size in PIECES:
+            if size <= row_pieces(self._scratch_slot)[0]:
+                told(f"compiling a decode step of {size} rows")
+                slots_B, positions_B, row_ids_B = self._ids(self._idle_rows(size)).view(3, size).unbind()
+                self._decode(slots_B, positions_B, row_ids_B, self._page_table_SP.index_select(0, slots_B))
 
     def open_slot(self, slot: int, spec: SlotSpec) -> None:
         self._set_pages(slot, spec.page_ids)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from serving.kernels.mla import attend, attend_reference
-from serving.kernels.mla import merge as merge_reference
 
 
 def attend_varlen(
@@ -72,27 +71,44 @@ def _attend_each(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """A sequence at a time; reads the lengths on the host. lse is fp64 where the queries are."""
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+
+    def attended(own: slice, keys: slice) -> tuple[Tensor, Tensor]:
+        rope = k_rope_SR[keys, None].expand(-1, k_SHN.shape[1], -1)
+        k = torch.cat([k_SHN[keys], rope], dim=-1)
+        return attend_one(q_THQ[own], k, v_SHV[keys], scale=scale, causal=causal)
+
+    spans = [(slice(*starts_q[i : i + 2]), slice(*starts_k[i : i + 2])) for i in range(len(starts_q) - 1)]
+    spans = [(own, keys) for own, keys in spans if own.start < own.stop and keys.start < keys.stop]
+    if len(spans) == 1 and spans[0][0] == slice(0, q_THQ.shape[0]):
+        return attended(*spans[0])
     lse_dtype = torch.promote_types(q_THQ.dtype, torch.float32)
     out_THV = q_THQ.new_zeros(*q_THQ.shape[:2], v_SHV.shape[2])
     lse_TH = torch.full(q_THQ.shape[:2], -torch.inf, dtype=lse_dtype, device=q_THQ.device)
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
-    for seq in range(len(starts_q) - 1):
-        own, keys = slice(*starts_q[seq : seq + 2]), slice(*starts_k[seq : seq + 2])
-        if own.start == own.stop or keys.start == keys.stop:
-            continue
-        rope = k_rope_SR[keys, None].expand(-1, k_SHN.shape[1], -1)
-        k = torch.cat([k_SHN[keys], rope], dim=-1)
-        out_THV[own], lse_TH[own] = attend_one(q_THQ[own], k, v_SHV[keys], scale=scale, causal=causal)
+    for own, keys in spans:
+        out_THV[own], lse_TH[own] = attended(own, keys)
     return out_THV, lse_TH
 
 
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys from the parts: out [..., V] of one dtype, lse fp32 [...]."""
+def merge_into(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """Makes a the attention over the union of two disjoint sets of keys: out [..., V] of one dtype, lse fp32 [...]."""
     if not out_a.is_cuda or out_a.dtype == torch.float64:
-        return merge_reference(out_a, lse_a, out_b, lse_b)
+        merge_into_reference(out_a, lse_a, out_b, lse_b)
+        return
     from serving.kernels.triton import attention as device
 
-    return device.merge(out_a, lse_a, out_b, lse_b)
+    out, lse = device.merge(out_a, lse_a, out_b, lse_b)
+    out_a.copy_(out)
+    lse_a.copy_(lse)
+
+
+def merge_into_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    share_b = torch.sigmoid(lse_b - lse_a)[..., None]
+    if out_a.dtype == share_b.dtype:
+        out_a.lerp_(out_b, share_b)
+    else:
+        out_a.copy_(torch.lerp(out_a.to(share_b.dtype), out_b.to(share_b.dtype), share_b))
+    torch.logaddexp(lse_a, lse_b, out=lse_a)
 
 
 def has_kernel(nope: int, rope: int, v_width: int, dtype: torch.dtype) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels.gemm import linear
@@ -57,19 +58,25 @@ def grouped_mlp_reference(
 ) -> Tensor:
     """As `grouped_mlp`. Pairs of token and expert are sorted by expert, so each chosen expert's weights are read once. The
     counts are read on the host, which an accelerator's kernel must not do."""
-    num_tokens, top_k = experts_TK.shape
+    top_k = experts_TK.shape[1]
     by_expert = experts_TK.view(-1).argsort(stable=True)
     counts = torch.bincount(experts_TK.view(-1), minlength=len(gate_up_EID)).tolist()
-    x_ND = x_TD.index_select(0, by_expert // top_k)
-    chosen = [(expert, count) for expert, count in enumerate(counts) if count]
-    parts = x_ND.split([count for _, count in chosen])
-    hidden_NI = silu_mul(torch.cat([linear(x, gate_up_EID[e]) for x, (e, _) in zip(parts, chosen, strict=True)]))
-    parts = hidden_NI.split([count for _, count in chosen])
-    out_ND = torch.cat([linear(h, down_EDI[e]) for h, (e, _) in zip(parts, chosen, strict=True)])
-    out_ND = out_ND.mul_(weights_TK.view(-1, 1).index_select(0, by_expert))
-    # Back to token order, so that the sum over K has one order whatever the batch.
-    out_TKD = torch.empty_like(out_ND).index_copy_(0, by_expert, out_ND).view(num_tokens, top_k, -1)
-    return out_TKD.sum(dim=1)
+    hidden_NI = silu_mul(_grouped_linear(x_TD.index_select(0, by_expert // top_k), gate_up_EID, counts))
+    out_ND = _grouped_linear(hidden_NI, down_EDI, counts)
+    # Gathered in token order, so that the sum over K has one order whatever the batch.
+    places_TK = torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(by_expert.numel(), device=x_TD.device))
+    weights_TK = weights_TK.to(out_ND.dtype)
+    return F.embedding_bag(places_TK.view(-1, top_k), out_ND, mode="sum", per_sample_weights=weights_TK)
+
+
+def _grouped_linear(x_NK: Tensor, weights_EMK: Tensor | list[Tensor], counts: list[int]) -> Tensor:
+    """[N, M]: the first `counts[0]` rows times expert 0's matrix, the next `counts[1]` times expert 1's, and so on."""
+    out_NM = x_NK.new_empty(x_NK.shape[0], weights_EMK[0].shape[0])
+    chosen = [expert for expert, count in enumerate(counts) if count]
+    sizes = [count for count in counts if count]
+    for expert, x, out in zip(chosen, x_NK.split(sizes), out_NM.split(sizes), strict=True):
+        out.copy_(linear(x, weights_EMK[expert]))
+    return out_NM
 
 
 def grouped_mlp_fp8_reference(

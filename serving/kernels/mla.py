@@ -32,7 +32,8 @@ def attend(q_THQ: Tensor, k_SHQ: Tensor, v_SHV: Tensor, *, scale: float, causal:
         return attend_reference(q_THQ, k_SHQ, v_SHV, scale=scale, causal=causal)
     width, v_width = max(q_THQ.shape[-1], v_SHV.shape[-1]), v_SHV.shape[-1]
     # The fused CPU kernel wants one width for q, k and v: zeros change neither scores nor the kept part of the output.
-    q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(0, 1)[None] for x in (q_THQ, k_SHQ, v_SHV))
+    padded = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q_THQ, k_SHQ, v_SHV))
+    q, k, v = (x.transpose(0, 1)[None] for x in padded)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out[0].transpose(0, 1)[..., :v_width], lse[0].transpose(0, 1)
 
@@ -51,13 +52,6 @@ def attend_reference(
         outs.append(torch.einsum("hts,shv->thv", scores_HTS.softmax(dim=-1), v_SHV))
         lses.append(scores_HTS.logsumexp(dim=-1).transpose(0, 1))
     return torch.cat(outs), torch.cat(lses)
-
-
-def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from the parts; out [..., V], lse [...] (fp32)."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    part_a, part_b = (lse_a - lse).exp()[..., None], (lse_b - lse).exp()[..., None]
-    return (out_a * part_a + out_b * part_b).to(out_a.dtype), lse
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

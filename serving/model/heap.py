@@ -1,4 +1,4 @@
-"""Gives memory back to the system while weights are loaded and packed.
+"""Gives memory back to the system while weights are loaded and packed, and steps compiled.
 
 Every weight exists twice for a moment, plain and packed. glibc keeps freed blocks of that size for itself, and the packed
 copies do not fit the holes, so without this a loaded model holds a quarter more than its weights.
@@ -7,6 +7,7 @@ copies do not fit the holes, so without this a loaded model holds a quarter more
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ _AFTERWARDS_BYTES = 32 << 20
 # A threshold set by hand ends glibc's adjustment of when free memory at the top of the heap is given back, too: at its 128 KiB a worker's
 # thread faulted the same pages in again at every step (85,000 faults a second, a quarter of the decode rate).
 _KEPT_BYTES = 512 << 20
+
+
+# MKL's own pool never shrinks; without it a product's buffers come from the heap, as fast. Read at the first product.
+os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.kernels.attention import attend_varlen, attend_varlen_reference, merge, merge_reference
+from serving.kernels.attention import attend_varlen, attend_varlen_reference, merge_into, merge_into_reference
 from tests.gpu.graphs import replayed
 
 pytestmark = pytest.mark.gpu
@@ -75,8 +75,9 @@ def test_merged_parts_equal_the_reference() -> None:
     outs = torch.randn(2, 300, 16, 128, device="cuda", dtype=torch.bfloat16)
     lses = 3 * torch.randn(2, 300, 16, device="cuda")
     lses[0, 5] = -math.inf
-    got = merge(outs[0], lses[0], outs[1], lses[1])
-    want = merge_reference(outs[0].double(), lses[0].double(), outs[1].double(), lses[1].double())
+    got, want = (outs[0].clone(), lses[0].clone()), (outs[0].double(), lses[0].double())
+    merge_into(*got, outs[1], lses[1])
+    merge_into_reference(*want, outs[1].double(), lses[1].double())
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-5)
     assert torch.equal(got[0][5], outs[1][5])

@@ -113,7 +113,7 @@ def _rows(x_SHW: Tensor, rows: int) -> TensorDescriptor:
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """See `serving.kernels.attention.merge`; contiguous inputs. Bound: the three outputs' bytes."""
+    """The result of `serving.kernels.attention.merge_into`, as new tensors; contiguous inputs. Bound: the bytes."""
     out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
     num_rows, width = lse_a.numel(), out_a.shape[-1]
     rows = max(1, 2048 // triton.next_power_of_2(width))

@@ -105,7 +105,7 @@ def test_a_gpu_that_the_kernels_are_not_for_is_left_alone(folder: Path, monkeypa
 
 def test_a_prefill_step_has_the_tokens_asked_for_or_what_suits_the_device(folder: Path) -> None:
     assert _build(folder, max_batched_tokens=64).max_batched_tokens == 64
-    assert _build(folder).max_batched_tokens == 512
+    assert _build(folder).max_batched_tokens == 256
 
 
 class Gpu:

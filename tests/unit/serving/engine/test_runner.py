@@ -70,6 +70,23 @@ def _rows(engine: Engine, pages: list[int], num_tokens: int) -> torch.Tensor:
     return engine.pool.tensor[pages].transpose(0, 1).flatten(1, 2)[:, :num_tokens]
 
 
+def test_warming_up_touches_no_page_of_anybody_and_changes_no_text(engine: Engine) -> None:
+    first = _prefill(engine, 0, PAGES, [64])
+    text = _decode(engine, 0, first.token_id)
+    engine.runner.close_slot(0)
+    # As bits: most of the pool is NaN.
+    bits = engine.pool.tensor.view(torch.int32)
+    before = bits.clone()
+    told: list[str] = []
+    engine.runner.warm_up(max_batched_tokens=100, decodes=True, told=told.append)
+    assert torch.equal(bits[:-1], before[:-1])
+    assert not torch.equal(bits[-1], before[-1]), "nothing ran"
+    assert told[0] == "compiling prefill of 1 tokens"
+    assert "compiling prefill of 100 tokens" in told
+    assert told[-1] == "compiling a decode step of 4 rows"
+    assert _decode(engine, 0, _prefill(engine, 0, PAGES, [64]).token_id) == text
+
+
 @pytest.mark.parametrize("borders", [[64], [1], [50, 51, 149], [64, 128]])
 def test_chunks_store_the_same_rows_and_draw_the_same_token_as_one_piece(engine: Engine, borders: list[int]) -> None:
     whole = _prefill(engine, 0, PAGES, [])
