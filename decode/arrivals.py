@@ -17,7 +17,7 @@ from decode.notices import Notices
 from kvcache.layout import PAGE_TOKENS
 from kvcache.manager import Binding, KVManager
 from kvcache.pool import KVPool
-from kvcache.transfer.manifest import WriteNotice, checked_pages, decode_notice, page_checksum, rows_of_page
+from kvcache.transfer.manifest import WriteNotice, checked_pages, decode_notice, page_checksums, rows_of_page
 from serving.core.config import TransferTable
 from serving.core.errors import ManifestError, PeerError, StaleError
 from serving.core.messages import KVBind, KVClose, KVReady, KVRefused, KVTicket
@@ -125,7 +125,7 @@ class Arrivals:
         self._arrivals: dict[str, _Arrival] = {}
         self._early: dict[str, _Bind] = {}
         self._closing: dict[str, _Closing] = {}
-        self._num_watched = 0
+        self._watched = (0, 0)
         self._outcomes: list[Outcome] = []
 
     def __contains__(self, job_id: str) -> bool:
@@ -203,6 +203,7 @@ class Arrivals:
         arrival.ready = message
         arrival.ready_s = arrival.moved_s = now_s
         self._accept_if_complete(arrival, now_s)
+        self._watch()
 
     def notice(self, data: bytes, now_s: float) -> None:
         """A write has arrived. Raises StaleError if it is of an earlier use of its pages, PeerError if it is none."""
@@ -373,10 +374,13 @@ class Arrivals:
         _require(len(ready.hidden) == self._hidden_bytes, f"a hidden state of {len(ready.hidden)} bytes")
         for index in sorted(checked_pages(arrival.job_id, num_pages, self._config.checksum)):
             _require(index in ready.checksums, f"page {index} has no checksum; set transfer.checksum alike everywhere")
-        for index, announced in ready.checksums.items() if self._config.checksum != "off" else ():
+        checked = ready.checksums if self._config.checksum != "off" else {}
+        for index in checked:
             _require(0 <= index < num_pages, f"a checksum of page {index} of {num_pages}")
-            num_rows = rows_of_page(arrival.binding.first_page + index, num_tokens)
-            found = page_checksum(self._pool, arrival.binding.page_ids[index], num_rows)
+        first_page, page_ids = arrival.binding.first_page, arrival.binding.page_ids
+        rows = {index: (page_ids[index], rows_of_page(first_page + index, num_tokens)) for index in checked}
+        for index, found in page_checksums(self._pool, rows).items():
+            announced = checked[index]
             _require(found == announced, f"page {index} has checksum {found:08x}, announced is {announced:08x}")
 
     def _fail(self, arrival: _Arrival, reason: str, *, now_s: float, no_room: bool = False) -> None:
@@ -409,12 +413,13 @@ class Arrivals:
         self._mailbox.post(bind.writer.worker_id, refusal)
 
     def _watch(self) -> None:
-        """Tell the I/O thread how many jobs may still be written to by somebody who is there."""
-        num = sum(arrival.binding is not None for arrival in self._arrivals.values())
-        num += sum(not closing.quarantined for closing in self._closing.values())
-        if num != self._num_watched:
-            self._num_watched = num
-            self._mailbox.call(lambda: self._notices.watch(num))
+        """Tell the I/O thread how many jobs may still be written to by somebody who is there, and how many await their last writes."""
+        exposed = [arrival for arrival in self._arrivals.values() if arrival.binding is not None]
+        num = len(exposed) + sum(not closing.quarantined for closing in self._closing.values())
+        num_due = sum(arrival.ready is not None for arrival in exposed) if self._notices.hurries else 0
+        if (num, num_due) != self._watched:
+            self._watched = (num, num_due)
+            self._mailbox.call(lambda: self._notices.watch(num, num_due))
 
 
 def _require(holds: bool, found: str) -> None:

@@ -7,6 +7,7 @@ write may need both ends to move) and hands on what its notifications say.
 from __future__ import annotations
 
 from kvcache.transfer.base import PageTarget
+from serving.mailbox import PAUSE_S
 
 
 class Notices:
@@ -15,15 +16,21 @@ class Notices:
     def __init__(self, target: PageTarget) -> None:
         self._target = target
         self._num_watched = 0
+        self._num_due = 0
         self.agent = target.agent
+        self.hurries = target.pause_s < PAUSE_S
 
     @property
     def busy(self) -> bool:
         return self._num_watched > 0
 
-    def watch(self, num_jobs: int) -> None:
-        """So many jobs may be written to from now on."""
-        self._num_watched = num_jobs
+    @property
+    def pause_s(self) -> float:
+        return self._target.pause_s if self._num_due else PAUSE_S
+
+    def watch(self, num_jobs: int, num_due: int = 0) -> None:
+        """So many jobs may be written to from now on; the last writes of `num_due` of them have been posted."""
+        self._num_watched, self._num_due = num_jobs, num_due
 
     def poll(self) -> list[bytes]:
         return self._target.notifications()

@@ -21,7 +21,7 @@ from kvcache.transfer.manifest import (
     WriteNotice,
     checked_pages,
     encode_notice,
-    page_checksum,
+    page_checksums,
     rows_of_page,
 )
 from prefill.writes import WriteDone, WriteOrder, Writes
@@ -245,9 +245,11 @@ class Handoffs:
         """Pages [num_sent, end) of the ticket, as one transfer."""
         start, first_page = handoff.num_sent, ticket.first_page
         page_ids = handoff.sequence.page_ids[first_page + start : first_page + end]
-        for index in handoff.checked.intersection(range(start, end)):
-            num_rows = rows_of_page(first_page + index, handoff.num_tokens)
-            handoff.checksums[index] = page_checksum(self._pool, page_ids[index - start], num_rows)
+        rows = {
+            index: (page_ids[index - start], rows_of_page(first_page + index, handoff.num_tokens))
+            for index in handoff.checked.intersection(range(start, end))
+        }
+        handoff.checksums |= page_checksums(self._pool, rows)
         num_bytes = len(page_ids) * self._pool.layout.page_bytes
         notice = WriteNotice(handoff.job_id, handoff.num_writes, start, ticket.epochs[start:end], num_bytes)
         order = WriteOrder(

@@ -49,6 +49,10 @@ class Writes:
     def busy(self) -> bool:
         return bool(self._open or self._refused)
 
+    @property
+    def pause_s(self) -> float:
+        return self._source.pause_s
+
     def submit(self, order: WriteOrder) -> None:
         try:
             peer = self._source.connect(order.agent)

@@ -21,6 +21,8 @@ _BENCHMARKS = {
     "make-checkpoint": "a model of a named shape with random weights, to measure with",
     "kernels": "every kernel at DeepSeek-V3's shapes, beside the machine's ceilings and installed peers",
     "engine": "the engine alone, beside peers on the same weights",
+    "handoff": "prefill and decode on devices of their own, beside one worker that does both",
+    "transfer": "pages of one prompt from one pool to another: NIXL, NCCL, the link",
     "served": "what HTTP, router and two workers cost over the engine alone",
     "drafts": "the embedded model with drafts of its MTP layer and without",
     "idle": "CPU of a server without requests",

@@ -38,7 +38,8 @@ _EARLY, _LATE = 0.75, 1.1
 """Periods after which a heartbeat leaves with whatever wakes the thread, and by itself. As a rule a peer's heartbeat wakes it: who answers
 that one at once needs no timer of its own, and late is what keeps the two timers from racing."""
 
-_BUSY_POLL_MS = 1
+PAUSE_S = 1e-3
+"""Between two polls of a busy driver whose work takes milliseconds."""
 _LINGER_MS = 500
 _READS_A_TURN = 64
 """Frames of one socket before heartbeats and transfers have their turn again: a noisy peer must not starve them."""
@@ -81,6 +82,11 @@ class Driver(Protocol[T_co]):
 
     @property
     def busy(self) -> bool: ...
+
+    @property
+    def pause_s(self) -> float:
+        """Between two polls while it is busy, at most PAUSE_S."""
+        ...
 
     def poll(self) -> Iterable[T_co]: ...
 
@@ -211,7 +217,10 @@ class Mailbox(Generic[T]):
             self._close_all()
 
     def _turn(self) -> None:
-        ready = {source for source, _ in self._poller.poll(self._timeout_ms())}
+        timeout_ms = self._timeout_ms()
+        if timeout_ms == 0 and self._driver is not None and self._driver.busy and not self._commands:
+            time.sleep(self._driver.pause_s)  # ZeroMQ waits for whole milliseconds
+        ready = {source for source, _ in self._poller.poll(timeout_ms)}
         if self._wake_read.fileno() in ready:
             self._wake_read.recv(4096)
             self._awake = False
@@ -235,7 +244,7 @@ class Mailbox(Generic[T]):
         if self._closing or self._commands:
             return 0
         if self._driver is not None and self._driver.busy:
-            return _BUSY_POLL_MS
+            return int(1000 * self._driver.pause_s)
         if self._peers:
             due_s = min(self._beat_due_s, self._silence_due_s())
             return max(0, int((due_s - time.monotonic()) * 1000) + 1)

@@ -282,6 +282,10 @@ class WrappedSource:
     def num_open(self) -> int:
         return self._source.num_open
 
+    @property
+    def pause_s(self) -> float:
+        return self._source.pause_s
+
     def connect(self, agent: bytes) -> str:
         return self._source.connect(agent)
 

@@ -31,6 +31,11 @@ class PageSource(Protocol):
         """Writes not yet reported by `poll`."""
         ...
 
+    @property
+    def pause_s(self) -> float:
+        """What to wait between two polls while writes are open."""
+        ...
+
     def connect(self, agent: bytes) -> str:
         """The peer whose `PageTarget.agent` this is; idempotent. Raises PeerError if its pages cannot be written from here."""
         ...
@@ -43,6 +48,8 @@ class PageSource(Protocol):
         self, peer: str, source_page_ids: Sequence[int], target_page_ids: Sequence[int], notification: bytes
     ) -> int:
         """Posts whole pages, source i to target i, and returns a handle; never blocks, never raises for what a peer does.
+
+        What computed the source's pages has ended, on a GPU too: the backend waits for no stream.
 
         The target gets `notification` (not empty) once all pages have arrived.
         """
@@ -62,6 +69,11 @@ class PageTarget(Protocol):
 
     @property
     def agent(self) -> bytes: ...
+
+    @property
+    def pause_s(self) -> float:
+        """What to wait between two calls of `notifications` while one is due."""
+        ...
 
     def notifications(self) -> list[bytes]:
         """Drives the backend; what has arrived since the last call, each notification once."""

@@ -15,6 +15,8 @@ from kvcache.pool import KVPool
 from kvcache.transfer.base import Completed, runs
 from serving.core.errors import PeerError
 
+_PAUSE_S = 1e-3
+
 
 class LocalFabric:
     """Who can be written to, by name."""
@@ -50,6 +52,10 @@ class LocalTarget:
     def agent(self) -> bytes:
         return self._name.encode()
 
+    @property
+    def pause_s(self) -> float:
+        return _PAUSE_S
+
     def arrive(self, notification: bytes) -> None:
         self._arrived.append(notification)
 
@@ -72,6 +78,10 @@ class LocalSource:
     @property
     def num_open(self) -> int:
         return len(self._done)
+
+    @property
+    def pause_s(self) -> float:
+        return _PAUSE_S
 
     def connect(self, agent: bytes) -> str:
         name = agent.decode(errors="replace")

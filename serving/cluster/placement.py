@@ -5,6 +5,7 @@ config, cores, GPUs  ->  units of ranks, each rank with its id, role, threads an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from serving.core.config import Config
@@ -19,6 +20,11 @@ class RankPlan:
     num_threads: int
     bundle: dict[str, float]
 
+    @property
+    def gpu_share(self) -> float:
+        """Of one GPU's memory; 1.0 also where there is none."""
+        return self.bundle.get("GPU", 1.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnitPlan:
@@ -29,11 +35,12 @@ class UnitPlan:
 
 
 def plan_units(config: Config, *, num_cores: int, num_gpus: int) -> tuple[UnitPlan, ...]:
-    """One rank a unit for now (TP1). With fewer GPUs than ranks, ranks share them evenly."""
+    """One rank a unit for now (TP1). Ranks get GPUs in this order, prefill first; with fewer GPUs than ranks they share them."""
     roles = _roles(config)
     bundle = {"CPU": 1.0}
     if num_gpus:
-        bundle["GPU"] = min(1.0, num_gpus / len(roles))
+        # Whole ranks to a GPU: Ray cannot give a rank parts of two.
+        bundle["GPU"] = 1.0 / math.ceil(len(roles) / num_gpus)
     units = []
     for index, role in roles:
         name = f"{role}-{index}"

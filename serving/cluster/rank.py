@@ -95,7 +95,7 @@ class Rank:
     def _live(self, spec: WorkerSpec, events: queue.SimpleQueue[RankEvent | None]) -> None:
         pid = os.getpid()
         try:
-            worker = _build(spec, LoadProgress(events))
+            worker = build_worker(spec, LoadProgress(events))
             events.put(RankEvent(state="ready", pid=pid, detail=f"pid {pid}", address=worker.address))
             worker.run()
             events.put(RankEvent(state="ended", pid=pid, detail="drained"))
@@ -108,8 +108,8 @@ class Rank:
             events.put(None)
 
 
-def _build(spec: WorkerSpec, progress: LoadProgress) -> Worker:
-    """Imports only what the role needs."""
+def build_worker(spec: WorkerSpec, progress: LoadProgress | None = None) -> Worker:
+    """Imports only what the role needs. Raises BatonError."""
     if spec.role == "prefill":
         from prefill.worker import PrefillWorker
 

@@ -133,20 +133,8 @@ class Supervisor:
     def _start(self, rank: _Rank) -> None:
         rank.incarnation += 1
         rank.state, rank.detail, rank.endpoint, rank.pid, rank.restart_at_s = "starting", "placing", "", None, None
-        bundle = rank.plan.bundle
-        rank.actor = (
-            ray.remote(Rank)
-            .options(
-                name=f"{rank.plan.worker_id}/{rank.incarnation}",
-                namespace=NAMESPACE,
-                lifetime="detached",
-                max_restarts=0,
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(rank.group, rank.bundle_index),
-            )
-            .remote()
-        )
+        options = actor_options(rank.plan, rank.group, rank.bundle_index)
+        rank.actor = ray.remote(Rank).options(name=f"{rank.plan.worker_id}/{rank.incarnation}", **options).remote()
         spec = WorkerSpec(
             worker_id=rank.plan.worker_id,
             role=rank.plan.role,
@@ -156,6 +144,7 @@ class Supervisor:
             model_dir=self._spec.model_dir,
             num_threads=rank.plan.num_threads,
             config=self._spec.config,
+            gpu_share=rank.plan.gpu_share,
         )
         events = rank.actor.run.options(num_returns="streaming").remote(spec)
         watch = (rank.plan.worker_id, rank.incarnation, rank.actor, events)
@@ -274,6 +263,18 @@ class Supervisor:
                 ray.kill(rank.actor)
             remove_placement_group(rank.group)
         self._mailbox.close()
+
+
+def actor_options(plan: RankPlan, group: Any, bundle_index: int) -> dict[str, Any]:
+    """How Ray starts a rank. Ray hands GPUs out in order and shows the process those of its bundle alone (CUDA_VISIBLE_DEVICES)."""
+    return {
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": 0,
+        "num_cpus": plan.bundle["CPU"],
+        "num_gpus": plan.bundle.get("GPU", 0),
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle_index),
+    }
 
 
 def _first_line(error: Exception) -> str:

@@ -76,7 +76,11 @@ class DecodeTable:
 class KVTable:
     prefill_pages: int = _key(0, "pages of 64 tokens in a prefill worker; 0: sized from free memory", low=0)
     decode_pages: int = _key(0, "pages of 64 tokens in a decode worker; 0: sized from free memory", low=0)
-    memory_fraction: float = _key(0.1, "share of the memory that is free at start which one pool may take", low=0.0)
+    memory_fraction: float = _key(
+        0.0,
+        "share that one pool may take of the memory that is free when all else is loaded; 0: 0.1 on a CPU, 0.9 on a GPU",
+        low=0.0,
+    )
     prefix_cache: bool = _key(True, "keep full pages for later requests with the same beginning")
     expected_new_tokens: int = _key(256, "growth that a decode credit reserves, at most max_tokens", low=1)
 

@@ -113,8 +113,8 @@ class KVRefused(Message, frozen=True):
 class KVReady(Message, frozen=True):
     """The manifest: what the writes of this job amount to. Sent when the last one was posted; they complete by notification.
 
-    `num_writes` transfers carry `num_bytes` in all. `checksums` maps an index into the ticket's pages to the CRC-32 of that page's valid rows
-    (layer by layer, MTP last). `first_token` was sampled by the prefill worker and has been sent to the client. `hidden` is the main model's
+    `num_writes` transfers carry `num_bytes` in all. `checksums` maps an index into the ticket's pages to the checksum of that page's valid rows
+    (kvcache.transfer.manifest). `first_token` was sampled by the prefill worker and has been sent to the client. `hidden` is the main model's
     last hidden state, dtype of the model, for the MTP row of the first token; empty without MTP.
     """
 

@@ -12,7 +12,8 @@ class WorkerSpec:
     """One rank in one life. `host` is the address that peers reach it under; the worker binds a free port there and says which.
 
     role: prefill, decode or both. `incarnation` rises with every restart of the same `worker_id`. `secret` authenticates every frame.
-    `num_threads` are torch's; `model_dir` is resolved (the embedded model's folder if the configuration names none).
+    `num_threads` are torch's; `model_dir` is resolved (the embedded model's folder if the configuration names none). `gpu_share`: of the
+    memory of its GPU, if it has one; below 1 where ranks share it.
     """
 
     worker_id: str
@@ -23,3 +24,4 @@ class WorkerSpec:
     model_dir: str
     num_threads: int
     config: Config
+    gpu_share: float = 1.0

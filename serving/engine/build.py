@@ -6,8 +6,10 @@ Sizes that the caller leaves open (0, "auto") are settled here and can be read f
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,8 @@ _COMPUTE_CAPABILITY = 9
 # Long enough for the products to reach their rate; a CPU's step is also what a newcomer waits for.
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 8192}
 _AUTO_DRAFTS = {"cpu": 0, "cuda": 0}
+# A CPU's memory is everybody's; a GPU is there to be filled, but for what longer contexts than those of the warm-up need.
+_MEMORY_FRACTION = {"cpu": 0.1, "cuda": 0.9}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,18 +61,23 @@ def build_engine(
     max_num_seqs: int,
     max_batched_tokens: int = 0,
     num_pages: int = 0,
-    memory_fraction: float = 0.1,
+    memory_fraction: float = 0.0,
+    gpu_share: float = 1.0,
     max_model_len: int = 0,
     device: str = "auto",
     dtype: str = "auto",
     mtp: bool = True,
     draft_tokens: str = "0",
     num_threads: int = 0,
+    prefills: bool = True,
+    decodes: bool = True,
     progress: Progress | None = None,
 ) -> Engine:
     """Load `model_dir` and make everything a step needs. `max_num_seqs` slots; `num_threads` 0 leaves torch's own number.
 
     `draft_tokens`: "0" to "3", or "auto".
+    `num_pages` 0: `memory_fraction` (0: what suits the device) of the memory that is free then. On a GPU that is what `gpu_share` of it
+    leaves beside the weights and the largest steps, which are run to know what they take; `prefills`, `decodes`: which steps there will be.
 
     Raises ModelFolderError (also for a damaged tokenizer.json, whose size bounds what is sampled) and ConfigError.
     """
@@ -87,18 +96,34 @@ def build_engine(
         element_bytes=torch_dtype.itemsize,
     )
     model = load_weights(folder, config, torch_dtype, torch_device, progress=progress)
-    num_pages = num_pages or _num_pages(layout, memory_fraction, torch_device)
-    longest = min(max_model_len or config.max_position_embeddings, num_pages * PAGE_TOKENS)
-    pool = KVPool(layout, num_pages, torch_dtype, torch_device)
-    runner = Runner(
-        model,
-        pool.tensor,
-        num_slots=max_num_seqs,
-        max_pages=num_pages_for(longest),
-        vocab_size=min(config.vocab_size, tokenizer_size(folder) or config.vocab_size),
-        hidden_size=config.hidden_size,
-        draft_tokens=num_drafts,
-    )
+    longest = max_model_len or config.max_position_embeddings
+    max_batched_tokens = max_batched_tokens or _BATCHED_TOKENS[torch_device.type]
+    vocab_size = min(config.vocab_size, tokenizer_size(folder) or config.vocab_size)
+
+    def runner_of(pool: KVPool, longest: int) -> Runner:
+        return Runner(
+            model,
+            pool.tensor,
+            num_slots=max_num_seqs,
+            max_pages=num_pages_for(longest),
+            vocab_size=vocab_size,
+            hidden_size=config.hidden_size,
+            draft_tokens=num_drafts,
+        )
+
+    def try_steps() -> None:
+        told = progress.tell if progress is not None else lambda _: None
+        runner = runner_of(KVPool(layout, 1, torch_dtype, torch_device), longest)
+        runner.warm_up(max_batched_tokens=max_batched_tokens if prefills else 0, decodes=decodes, told=told)
+
+    if not num_pages:
+        fraction = memory_fraction or _MEMORY_FRACTION[torch_device.type]
+        on_gpu = torch_device.type == "cuda"
+        free = _free_gpu_bytes(torch_device, gpu_share, try_steps) if on_gpu else psutil.virtual_memory().available
+        num_pages = _num_pages(layout, fraction, free)
+    longest = min(longest, num_pages * PAGE_TOKENS)
+    pool = _pool(layout, num_pages, torch_dtype, torch_device)
+    runner = runner_of(pool, longest)
     return Engine(
         runner=runner,
         pool=pool,
@@ -107,32 +132,35 @@ def build_engine(
         identity=identity(folder, layout, dtype=torch_dtype, fp8=keeps_fp8(config, torch_dtype, torch_device)),
         max_model_len=longest,
         max_num_seqs=max_num_seqs,
-        max_batched_tokens=max_batched_tokens or _BATCHED_TOKENS[torch_device.type],
+        max_batched_tokens=max_batched_tokens,
         draft_tokens=num_drafts,
     )
 
 
 def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engine:
     """The engine of one worker, as large as its role says. Raises as `build_engine` does."""
-    config, prefills = spec.config, spec.role == "prefill"
-    engine = build_engine(
-        spec.model_dir,
-        max_batched_tokens=config.prefill.max_batched_tokens,
-        max_num_seqs=config.prefill.max_num_seqs if prefills else config.decode.max_num_seqs,
-        num_pages=config.kv.prefill_pages if prefills else config.kv.decode_pages,
-        memory_fraction=config.kv.memory_fraction,
-        max_model_len=config.model.max_model_len,
-        device=config.model.device,
-        dtype=config.model.dtype,
-        mtp=config.model.mtp,
-        draft_tokens="0" if prefills else config.decode.draft_tokens,
-        num_threads=spec.num_threads,
-        progress=progress,
-    )
+    config, prefills, decodes = spec.config, spec.role != "decode", spec.role != "prefill"
     try:
+        engine = build_engine(
+            spec.model_dir,
+            max_batched_tokens=config.prefill.max_batched_tokens,
+            max_num_seqs=config.decode.max_num_seqs if decodes else config.prefill.max_num_seqs,
+            num_pages=config.kv.decode_pages if decodes else config.kv.prefill_pages,
+            memory_fraction=config.kv.memory_fraction,
+            gpu_share=spec.gpu_share,
+            max_model_len=config.model.max_model_len,
+            device=config.model.device,
+            dtype=config.model.dtype,
+            mtp=config.model.mtp,
+            draft_tokens=config.decode.draft_tokens if decodes else "0",
+            num_threads=spec.num_threads,
+            prefills=prefills,
+            decodes=decodes,
+            progress=progress,
+        )
         engine.runner.warm_up(
-            max_batched_tokens=0 if spec.role == "decode" else engine.max_batched_tokens,
-            decodes=not prefills,
+            max_batched_tokens=engine.max_batched_tokens if prefills else 0,
+            decodes=decodes,
             told=progress.tell if progress is not None else lambda _: None,
         )
     except torch.OutOfMemoryError:
@@ -220,11 +248,41 @@ def _num_drafts(wanted: str, config: ModelConfig, device: torch.device) -> int:
     return int(wanted)
 
 
-def _num_pages(layout: PageLayout, memory_fraction: float, device: torch.device) -> int:
-    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+def _num_pages(layout: PageLayout, memory_fraction: float, free_bytes: int) -> int:
     num_pages = int(free_bytes * memory_fraction) // layout.page_bytes
-    if num_pages < 1:
+    if num_pages >= 1:
+        return num_pages
+    if free_bytes >= layout.page_bytes:
         raise ConfigError(
             f"kv.memory_fraction {memory_fraction} of {free_bytes >> 20} MiB holds no page of {layout.page_bytes} bytes; raise it"
         )
-    return num_pages
+    raise ConfigError(
+        f"beside the model and its largest steps {max(free_bytes, 0) >> 20} MiB are left, and a page takes {layout.page_bytes} bytes; free "
+        "memory, start fewer workers on the device, or lower prefill.max_batched_tokens"
+    )
+
+
+def _free_gpu_bytes(device: torch.device, share: float, try_steps: Callable[[], None]) -> int:
+    """What weights and the largest steps leave of `share` of the GPU's memory, whoever else uses it. May be below 0."""
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_reserved(device)
+    try_steps()
+    needed = torch.cuda.max_memory_reserved(device) - held
+    gc.collect()  # a runner and its captured steps hold each other
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    if share < 1:
+        # Who shares the GPU may not have taken its part yet.
+        free = min(free, int(total * share) - torch.cuda.memory_reserved(device))
+    return free - needed
+
+
+def _pool(layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device) -> KVPool:
+    try:
+        return KVPool(layout, num_pages, dtype, device)
+    except torch.OutOfMemoryError:
+        free = torch.cuda.mem_get_info(device)[0]
+        raise ConfigError(
+            f"a pool of {num_pages} pages takes {(num_pages + 1) * layout.page_bytes >> 20} MiB, and the GPU has {free >> 20} MiB left; "
+            "lower kv.prefill_pages and kv.decode_pages, or kv.memory_fraction where they are 0"
+        ) from None

@@ -13,7 +13,7 @@ import torch
 from decode.worker import DecodeWorker
 from kvcache.pool import KVPool
 from kvcache.transfer.local import LocalFabric
-from kvcache.transfer.manifest import WriteNotice, encode_notice, page_checksum, rows_of_page
+from kvcache.transfer.manifest import WriteNotice, encode_notice, page_checksums, rows_of_page
 from serving.core.messages import (
     Abort,
     Attach,
@@ -98,7 +98,7 @@ class DecodeStage(Stage[DecodeWorker]):
             "num_tokens": len(PROMPT),
             "num_writes": 1,
             "num_bytes": 2 * self.engine.layout.page_bytes,
-            "checksums": {i: page_checksum(self.pool, i, rows_of_page(i, len(PROMPT))) for i in (0, 1)},
+            "checksums": page_checksums(self.pool, {i: (i, rows_of_page(i, len(PROMPT))) for i in (0, 1)}),
             "first_token": 7,
             "hidden": bytes(4 * self.engine.model_config.hidden_size),
         }

@@ -14,7 +14,7 @@ import zmq
 
 from serving.core.errors import StartupError
 from serving.core.messages import Abort, Attach, Heartbeat, PeerAddress
-from serving.mailbox import PEER_TIMEOUT_S, Driven, Mailbox, PeerGone, Received
+from serving.mailbox import PAUSE_S, PEER_TIMEOUT_S, Driven, Mailbox, PeerGone, Received
 from serving.metrics import Metrics
 from serving.wire import Codec
 
@@ -184,9 +184,25 @@ def test_a_flood_of_a_stranger_starves_neither_transfers_nor_commands(make: Make
     context.destroy(linger=0)
 
 
+def test_a_driver_in_a_hurry_is_polled_more_often_than_zeromq_could_wait(make: Make) -> None:
+    driver = CountingDriver()
+    box = make("decode-0", driver=driver)
+
+    def polls_in(seconds: float, pause_s: float) -> int:
+        driver.pause_s = pause_s
+        box.call(lambda: driver.open(1_000_000))
+        before = driver.num_polls
+        time.sleep(seconds)
+        return driver.num_polls - before
+
+    assert polls_in(0.1, PAUSE_S) <= 100
+    assert max(polls_in(0.1, 5e-5) for _ in range(5)) > 120
+
+
 class CountingDriver:
     def __init__(self) -> None:
         self.num_polls = 0
+        self.pause_s = PAUSE_S
         self._left = 0
         self.on_poll: Callable[[], object] = lambda: None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from kvcache.transfer.base import Completed, PageSource, PageTarget, runs
 from kvcache.transfer.local import LocalFabric
-from kvcache.transfer.nixl import NixlSource, NixlTarget
+from kvcache.transfer.nixl import AgentInfo, NixlSource, NixlTarget
 from serving.core.errors import PeerError
 
 LAYOUT = PageLayout(num_layers=3, num_mtp_layers=1, row_width=24, element_bytes=4)
@@ -134,6 +135,17 @@ def test_pools_of_other_page_sizes_do_not_pair() -> None:
     source, target = NixlSource("prefill-other", numbered_pool()), NixlTarget("decode-other", numbered_pool(other))
     with pytest.raises(PeerError, match="bytes"):
         source.connect(target.agent)
+    source.close()
+    target.close()
+
+
+def test_a_pool_on_a_gpu_and_one_in_memory_do_not_pair() -> None:
+    source, target = NixlSource("prefill-here", numbered_pool()), NixlTarget("decode-there", numbered_pool())
+    info = msgspec.msgpack.decode(target.agent, type=AgentInfo)
+    there = msgspec.msgpack.encode(msgspec.structs.replace(info, memory="VRAM"))
+    with pytest.raises(PeerError, match=r"in VRAM, ours in DRAM; .* same model\.device"):
+        source.connect(there)
+    assert source.connect(target.agent)
     source.close()
     target.close()
 

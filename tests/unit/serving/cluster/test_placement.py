@@ -50,4 +50,15 @@ def test_without_gpus_nobody_asks_for_one():
 
 @pytest.mark.parametrize(("gpus", "share"), [(1, 0.5), (2, 1.0), (8, 1.0)])
 def test_ranks_share_gpus_only_where_there_are_too_few(gpus: int, share: float):
-    assert [rank.bundle["GPU"] for unit in plan(gpus=gpus) for rank in unit.ranks] == [share, share]
+    ranks = [rank for unit in plan(gpus=gpus) for rank in unit.ranks]
+    assert [rank.bundle["GPU"] for rank in ranks] == [share, share]
+    assert [rank.gpu_share for rank in ranks] == [share, share]
+
+
+def test_a_rank_is_never_given_parts_of_two_gpus():
+    units = plan("prefill.units=2", gpus=2)  # two thirds each would fit the sum, and no GPU
+    assert [rank.bundle["GPU"] for unit in units for rank in unit.ranks] == [0.5, 0.5, 0.5]
+
+
+def test_without_gpus_nobody_shares_one():
+    assert [rank.gpu_share for unit in plan() for rank in unit.ranks] == [1.0, 1.0]

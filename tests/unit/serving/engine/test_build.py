@@ -12,7 +12,7 @@ import torch
 
 from kvcache.layout import PageLayout
 from serving.core.errors import ConfigError, ModelFolderError
-from serving.engine.build import Engine, build_engine, identity, tokenizer_size
+from serving.engine.build import Engine, _free_gpu_bytes, _num_pages, _pool, build_engine, identity, tokenizer_size
 from tests.engine_factory import GREEDY, create_loop
 from tests.model_factory import make_checkpoint
 
@@ -119,3 +119,62 @@ def test_a_gpu_that_the_kernels_are_not_for_is_left_alone(folder: Path, monkeypa
 def test_a_prefill_step_has_the_tokens_asked_for_or_what_suits_the_device(folder: Path) -> None:
     assert _build(folder, max_batched_tokens=64).max_batched_tokens == 64
     assert _build(folder).max_batched_tokens == 256
+
+
+class Gpu:
+    """What torch says of one, while `build` sizes a pool on it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, total: int, free: int, reserved: int) -> None:
+        self.reserved = self.peak = reserved
+        for name, answer in {
+            "reset_peak_memory_stats": lambda device: None,
+            "memory_reserved": lambda device: self.reserved,
+            "max_memory_reserved": lambda device: self.peak,
+            "empty_cache": lambda: None,
+            "mem_get_info": lambda device: (free, total),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def test_a_gpus_pool_leaves_room_for_the_largest_steps_and_for_who_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+
+    def free_bytes(share: float, needed: int) -> int:
+        gpu = Gpu(monkeypatch, total=1000, free=700, reserved=250)
+        tried = []
+
+        def try_steps() -> None:
+            tried.append(True)
+            gpu.peak += needed
+
+        free = _free_gpu_bytes(device, share, try_steps)
+        assert tried == [True]
+        return free
+
+    assert free_bytes(1.0, 100) == 600
+    assert free_bytes(0.5, 100) == 500 - 250 - 100  # the other may not have loaded yet
+    assert free_bytes(1.0, 800) == -100
+
+
+def test_a_pool_that_would_be_empty_says_what_is_missing() -> None:
+    layout = PageLayout(num_layers=1, num_mtp_layers=0, row_width=4096, element_bytes=4)
+    assert _num_pages(layout, 0.5, 3 * layout.page_bytes) == 1
+    with pytest.raises(
+        ConfigError, match=r"kv\.memory_fraction 0\.1 of 5 MiB holds no page of 1048576 bytes; raise it"
+    ):
+        _num_pages(layout, 0.1, 5 << 20)
+    with pytest.raises(ConfigError, match="largest steps 0 MiB are left"):
+        _num_pages(layout, 0.9, -5)
+
+
+def test_a_pool_that_does_not_fit_a_gpu_names_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    Gpu(monkeypatch, total=1 << 30, free=5 << 20, reserved=0)
+    monkeypatch.setattr("serving.engine.build.KVPool", full)
+    layout = PageLayout(num_layers=1, num_mtp_layers=0, row_width=1024, element_bytes=4)
+    with pytest.raises(
+        ConfigError, match=r"100 pages takes 25 MiB, and the GPU has 5 MiB left; lower kv\.prefill_pages"
+    ):
+        _pool(layout, 100, torch.float32, torch.device("cuda"))
