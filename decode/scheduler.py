@@ -195,8 +195,8 @@ class DecodeScheduler:
         return min(sequence.num_tokens + sequence.max_new_tokens - sequence.num_new_tokens, self._max_model_len)
 
     def _choose_drafts(self) -> int:
-        """None for a text's last token, nor while pages are short: they reserve room that may not be needed."""
-        if self._drafting is None or self.num_stalled > 0 or not self._jobs:
+        """None for a text's last token, nor while not everyone could have a page more: drafts take none from anybody."""
+        if self._drafting is None or not self._jobs or self._manager.num_available < len(self._jobs):
             return 0
         most = max(
             self._longest(job.sequence) - job.sequence.num_tokens - job.num_in_flight - 1 for job in self._jobs.values()

@@ -17,15 +17,17 @@ class Audit:
         self._next_s = 0.0
 
     def after_turn(self, *, idle: bool) -> None:
-        """`idle`: no job is left here. The full check runs once each time that becomes true.
+        """`idle`: no job is left here. The full check runs once then.
 
         A pool of a GPU has so many pages that whoever asks next would wait for it (35 ms for 50,000): there it takes a hundredth of
         the time at most.
         """
         assert sum(self._manager.counts().values()) == self._manager.num_pages
-        if idle and not self._checked and (self._manager.num_pages <= _QUICK_PAGES or time.monotonic() >= self._next_s):
+        if not idle:
+            self._checked = False
+        elif not self._checked and (self._manager.num_pages <= _QUICK_PAGES or time.monotonic() >= self._next_s):
             begin_s = time.monotonic()
             self._manager.check()
             end_s = time.monotonic()
             self._next_s = end_s + (end_s - begin_s) / _SHARE
-        self._checked = idle
+            self._checked = True

@@ -22,6 +22,7 @@ from serving.core.errors import StartupError
 from serving.core.request import SamplingParams
 from serving.core.request import Sequence as Job
 from serving.engine.build import build_engine
+from serving.engine.drafting import Drafting
 
 _LOAD_TIMEOUT_S = 300.0
 
@@ -93,14 +94,17 @@ def _build(model_dir: Path, config: Config, num_threads: int) -> Aggregated:
         memory_fraction=config.kv.memory_fraction,
         device=config.model.device,
         dtype=config.model.dtype,
+        draft_tokens=config.decode.draft_tokens,
         num_threads=num_threads,
     )
+    engine.runner.warm_up(max_batched_tokens=engine.max_batched_tokens, decodes=True)
     return Aggregated(
         engine.runner,
         KVManager(engine.pool.num_pages, prefix_cache=config.kv.prefix_cache),
         num_slots=config.decode.max_num_seqs,
         max_batched_tokens=engine.max_batched_tokens,
         max_model_len=engine.max_model_len,
+        drafting=Drafting(engine.draft_tokens, engine.runner.step_s) if engine.draft_tokens else None,
     )
 
 

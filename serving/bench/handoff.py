@@ -74,7 +74,7 @@ class Streams:
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """A figure against what is asked for (issue 3), on two GPUs with prompts of 4096 tokens of `lite`."""
+    """A figure against what is asked for on two GPUs with prompts of 4096 tokens of `lite`."""
 
     what: str
     figure: float

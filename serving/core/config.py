@@ -66,7 +66,7 @@ class DecodeTable:
     max_num_seqs: int = _key(64, "sequences decoded together", low=1)
     draft_tokens: str = _key(
         "auto",
-        "most tokens drafted a step with the MTP layer, fewer where they do not pay; auto: what was measured to help",
+        "most tokens drafted a step with the MTP layer, fewer where they do not pay; auto: 0 as yet",
         choices=("auto", "0", "1", "2", "3"),
     )
     threads: int = _key(0, "CPU threads of a worker; 0: the cores shared evenly among the workers", low=0)

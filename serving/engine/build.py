@@ -24,6 +24,7 @@ from serving.core.spec import WorkerSpec
 from serving.engine.runner import Runner
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
+from serving.model.heap import products_use_the_heap
 from serving.model.weight import keeps_fp8
 from serving.model.weights import Progress, load_weights
 
@@ -31,7 +32,6 @@ _SAMPLE_BYTES = 64 << 10
 _COMPUTE_CAPABILITY = 9
 # Long enough for the products to reach their rate; a CPU's step is also what a newcomer waits for.
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 8192}
-_AUTO_DRAFTS = {"cpu": 0, "cuda": 0}
 # A CPU's memory is everybody's; a GPU is there to be filled, but for what longer contexts than those of the warm-up need.
 _MEMORY_FRACTION = {"cpu": 0.1, "cuda": 0.9}
 
@@ -81,6 +81,7 @@ def build_engine(
 
     Raises ModelFolderError (also for a damaged tokenizer.json, whose size bounds what is sampled) and ConfigError.
     """
+    products_use_the_heap()
     if num_threads > 0:
         torch.set_num_threads(num_threads)
     folder, torch_device = Path(model_dir), _device(device)
@@ -88,7 +89,7 @@ def build_engine(
     config = ModelConfig.from_folder(folder)
     if not mtp:
         config = dataclasses.replace(config, num_mtp_layers=0)
-    num_drafts = _num_drafts(draft_tokens, config, torch_device)
+    num_drafts = _num_drafts(draft_tokens, config)
     layout = PageLayout(
         num_layers=config.num_layers,
         num_mtp_layers=config.num_mtp_layers,
@@ -237,9 +238,9 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def _num_drafts(wanted: str, config: ModelConfig, device: torch.device) -> int:
+def _num_drafts(wanted: str, config: ModelConfig) -> int:
     if wanted == "auto":
-        return _AUTO_DRAFTS[device.type] if config.num_mtp_layers else 0
+        return 0
     if wanted != "0" and not config.num_mtp_layers:
         raise ConfigError(
             f"decode.draft_tokens is {wanted}, but there is no MTP layer to draft with: set it to auto or 0, or serve a "

@@ -22,8 +22,9 @@ _AFTERWARDS_BYTES = 32 << 20
 _KEPT_BYTES = 512 << 20
 
 
-# MKL's own pool never shrinks; without it a product's buffers come from the heap, as fast. Read at the first product.
-os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
+def products_use_the_heap() -> None:
+    """MKL's own pool never shrinks; without it a product's buffers come from the heap, as fast. Before the first product."""
+    os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
 
 @contextmanager

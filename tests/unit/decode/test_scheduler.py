@@ -18,6 +18,7 @@ from decode.scheduler import DecodeScheduler, TokenEvent, _Job, _Turn
 from kvcache.layout import PAGE_TOKENS, num_pages_for
 from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.request import FinishReason, Sequence
+from serving.engine.drafting import Drafting
 from serving.engine.plan import StepPlan
 from tests.scheduler_factory import (
     SETTINGS,
@@ -41,10 +42,11 @@ class Decode(SchedulerStage):
         max_model_len: int = 400,
         eager: bool = False,
         scheduler_type: type[DecodeScheduler] = DecodeScheduler,
+        drafting: Drafting | None = None,
     ) -> None:
         super().__init__(num_pages, num_slots=num_slots, eager=eager)
         self.scheduler = scheduler_type(
-            self.manager, self.slots, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+            self.manager, self.slots, max_num_seqs=max_num_seqs, max_model_len=max_model_len, drafting=drafting
         )
         self.preempted: list[Sequence] = []
 
@@ -211,6 +213,20 @@ def test_the_youngest_waits_for_a_page_instead_of_preempting_itself_or_others() 
     assert decode.scheduler.num_stalled == 0
     assert decode.preempted == []
     assert young.num_new_tokens == 2
+
+
+@pytest.mark.parametrize(("promised", "num_drafts"), [(0, 1), (1, 0)])
+def test_a_page_that_only_a_draft_needs_is_taken_from_nobody(promised: int, num_drafts: int) -> None:
+    stage = Decode(2, drafting=Drafting(1, lambda num_rows, num_drafts: 1.0))
+    stage.must_receive("a", TEXT[: PAGE_TOKENS - 1])
+    if promised:
+        assert stage.manager.reserve("b", promised, [])
+    plan = stage.scheduler.schedule(0.0)
+    assert plan is not None
+    assert plan.step.num_drafts == num_drafts
+    assert len(plan.step.rows) == 1
+    assert not plan.preempted
+    assert stage.scheduler.num_stalled == 0
 
 
 def test_pages_that_are_coming_are_waited_for_before_anybody_is_preempted() -> None:

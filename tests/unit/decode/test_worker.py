@@ -374,8 +374,8 @@ def test_a_bug_of_our_own_fails_every_job_loudly_and_stops_the_worker(
     stage: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = stage()
-    ticket = s.ticket()
     s.router.say(s.job("waiting"))
+    ticket = s.ticket()
 
     def broken(plan: object) -> None:
         raise AssertionError("a bug")

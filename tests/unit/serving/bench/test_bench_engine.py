@@ -57,8 +57,8 @@ def test_the_report_says_where_each_figure_comes_from(tmp_path: Path, capsys: py
     assert [(row["system"], row["batch"]) for row in report["results"]] == [
         ("baton", 1), ("transformers", 1), ("baton", 3), ("transformers", 3),
     ]  # fmt: skip
-    # Not the rate: on a busy machine the first token alone may have taken longer than all of them the time after.
-    assert all(seconds > 0 for row in report["results"] for seconds in row["raw_s"][0])
+    # Their rate is another test's: on a busy machine the first token alone may take longer than all of them the time after.
+    assert [len(row["raw_s"]) for row in report["results"]] == [1, 1, 1, 1]
     assert "transformers at batch 3" in capsys.readouterr().err
 
 

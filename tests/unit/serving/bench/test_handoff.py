@@ -39,7 +39,7 @@ def test_only_tokens_that_came_under_load_count() -> None:
         streams_of(APART, [uneven], [], 2, loaded=True)
 
 
-def test_the_limits_compare_what_the_issue_compares() -> None:
+def test_the_limits_are_differences_to_one_worker_and_ratios_to_an_unloaded_one() -> None:
     singles = [
         single_of(APART, 100, [answer(0.0, 0.0445, 0.0545, 0.0575, 0.0605)]),
         single_of(TOGETHER, 100, [answer(0.0, 0.043, 0.046, 0.049, 0.052)]),
