@@ -195,13 +195,21 @@ class DecodeScheduler:
         return min(sequence.num_tokens + sequence.max_new_tokens - sequence.num_new_tokens, self._max_model_len)
 
     def _choose_drafts(self) -> int:
-        """None for a text's last token, nor while not everyone could have a page more: drafts take none from anybody."""
-        if self._drafting is None or not self._jobs or self._manager.num_available < len(self._jobs):
+        """None for a text's last token, nor where the pages that they need are not all free: drafts take none from anybody."""
+        if self._drafting is None or not self._jobs:
             return 0
         most = max(
             self._longest(job.sequence) - job.sequence.num_tokens - job.num_in_flight - 1 for job in self._jobs.values()
         )
-        return self._drafting.choose(min(len(self._jobs), self._max_num_seqs), most)
+        number = self._drafting.choose(min(len(self._jobs), self._max_num_seqs), most)
+        num_short = sum(self._lacks_a_page(job, number) for job in self._jobs.values())
+        return number if num_short <= self._manager.num_available else 0
+
+    def _lacks_a_page(self, job: _Job, num_drafts: int) -> bool:
+        """If all that is in flight is accepted, and all of this step's drafts; the last token is never an input."""
+        sequence = job.sequence
+        num_rows = min(sequence.num_tokens + job.num_ahead + num_drafts, self._longest(sequence) - 1)
+        return num_rows > len(sequence.page_ids) * PAGE_TOKENS
 
     def _ends_in_flight(self, job: _Job) -> bool:
         """The steps in flight reach the length limit, whatever they draw."""
@@ -217,11 +225,8 @@ class DecodeScheduler:
         waiting = sequence.slot is None
         if waiting and (self._num_running >= self._max_num_seqs or self._slots.num_free == 0):
             return
-        num_inputs = 1 + turn.num_drafts
-        # If all that is in flight is accepted, and all of this step's drafts; the last token is never an input.
-        num_rows = min(sequence.num_tokens - 1 + job.num_ahead + num_inputs, self._longest(sequence) - 1)
         new_page_id = None
-        if num_rows > len(sequence.page_ids) * PAGE_TOKENS:
+        if self._lacks_a_page(job, turn.num_drafts):
             new_page_id = self._grow(job, turn)
             if new_page_id is None:
                 turn.num_stalled += 1
@@ -237,7 +242,7 @@ class DecodeScheduler:
         turn.rows.append(DecodeRow(slot=sequence.slot, position=position, new_page_id=new_page_id))
         turn.jobs.append(job)
         job.num_in_flight += 1
-        job.num_ahead += num_inputs
+        job.num_ahead += 1 + turn.num_drafts
 
     def _grow(self, job: _Job, turn: _Turn) -> int | None:
         """One more page, if need be from the youngest sequence behind this one. None: wait."""
