@@ -23,14 +23,21 @@ def test_a_free_port_passes_and_one_in_use_is_named():
 
 
 def test_every_router_process_has_a_port_that_is_checked():
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        config = load_config(overrides=[f"router.port={port - 1}", "router.processes=2"])
-        assert router_ports(config) == [port - 1, port]
-        with pytest.raises(StartupError, match=f"port {port} "):
-            check_ports(config)
+    while True:
+        with socket.socket() as free, socket.socket() as other:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            try:
+                other.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue  # somebody else's
+            other.listen()
+            free.close()
+            config = load_config(overrides=[f"router.port={port}", "router.processes=2"])
+            assert router_ports(config) == [port, port + 1]
+            with pytest.raises(StartupError, match=f"port {port + 1} "):
+                check_ports(config)
+            return
 
 
 def test_port_0_is_a_free_port_for_each():
