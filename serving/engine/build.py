@@ -22,6 +22,7 @@ from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
 from serving.core.spec import WorkerSpec
 from serving.engine.runner import Runner
+from serving.kernels.packed import packing
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
 from serving.model.heap import products_use_the_heap
@@ -96,7 +97,8 @@ def build_engine(
         row_width=config.latent_width,
         element_bytes=torch_dtype.itemsize,
     )
-    model = load_weights(folder, config, torch_dtype, torch_device, progress=progress)
+    with packing(decodes):
+        model = load_weights(folder, config, torch_dtype, torch_device, progress=progress)
     longest = max_model_len or config.max_position_embeddings
     max_batched_tokens = max_batched_tokens or _BATCHED_TOKENS[torch_device.type]
     vocab_size = min(config.vocab_size, tokenizer_size(folder) or config.vocab_size)

@@ -1,10 +1,15 @@
 """Weights packed for the CPU: oneDNN's own blocked copy of a matrix.
 
 Opaque (no slices, no views), the same shape, dtype and size. It is read at about twice the rate of the plain layout by
-the few rows of a decode step, and no slower by a prefill.
+the few rows of a decode step, and no slower by a prefill; but each number of rows that it meets costs half a megabyte of
+code, so who only prefills leaves weights plain.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +21,23 @@ _PACKED_FOR_ROWS = 8
 PIECES = tuple(1 << power for power in range(9))
 
 
+_PACKS = ContextVar("packs", default=True)
+
+
+@contextmanager
+def packing(wanted: bool) -> Iterator[None]:
+    """Inside, `pack` packs, or leaves every weight plain."""
+    before = _PACKS.set(wanted)
+    try:
+        yield
+    finally:
+        _PACKS.reset(before)
+
+
 def pack(weight_NK: Tensor) -> Tensor:
     """The weight as `linear` reads it fastest. fp32 and bf16 on CPU: a packed copy; elsewhere the weight itself."""
     packable = weight_NK.device.type == "cpu" and weight_NK.dtype in (torch.float32, torch.bfloat16)
-    if not packable or not torch.backends.mkldnn.is_available() or not _fits(weight_NK.dtype):
+    if not _PACKS.get() or not packable or not torch.backends.mkldnn.is_available() or not _fits(weight_NK.dtype):
         return weight_NK
     with torch.inference_mode():
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), _PACKED_FOR_ROWS)
