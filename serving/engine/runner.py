@@ -152,7 +152,7 @@ class Runner:
     def _compile_prefill(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
         """Steps that are not captured: many tokens, or a part of the context cached; and each number of rows that has code of its own."""
         most = self._page_table_SP.shape[1] * PAGE_TOKENS
-        # On a CPU the packed weights of who also decodes have code for each number of rows; plain ones have none.
+        # On a CPU packed weights have code for each number of rows.
         small = (1, 2, 16, 32, PAGE_TOKENS) if self.device.type == "cuda" else PIECES
         for num_tokens in sorted({max_batched_tokens, *(size for size in small if size < max_batched_tokens)}):
             told(f"compiling prefill of {num_tokens} tokens")

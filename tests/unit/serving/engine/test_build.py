@@ -13,6 +13,7 @@ import torch
 from kvcache.layout import PageLayout
 from serving.core.errors import ConfigError, ModelFolderError
 from serving.engine.build import Engine, _free_gpu_bytes, _num_pages, _pool, build_engine, identity, tokenizer_size
+from serving.model.deepseek_v3 import DeepseekV3
 from tests.engine_factory import GREEDY, create_loop
 from tests.model_factory import make_checkpoint
 
@@ -26,6 +27,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _build(folder: Path, **options: Any) -> Engine:
     return build_engine(folder, **({"max_num_seqs": 2, "num_pages": 4, "dtype": "float32", "device": "cpu"} | options))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+def test_who_only_prefills_leaves_weights_plain(folder: Path) -> None:
+    packed, plain = _weights_of(_build(folder)), _weights_of(_build(folder, decodes=False))
+    assert all(weight.is_mkldnn for weight in packed)
+    assert not any(weight.is_mkldnn for weight in plain)
+    for a, b in zip(packed, plain, strict=True):
+        assert torch.equal(a.to_dense(), b)
+
+
+def _weights_of(engine: Engine) -> list[torch.Tensor]:
+    model = engine.runner.model
+    assert isinstance(model, DeepseekV3)
+    weights = [model.head.weight, model.blocks[1].attention.qkv_a, model.blocks[1].attention.out]
+    return [weight for weight in weights if isinstance(weight, torch.Tensor)]
 
 
 def test_the_page_layout_follows_model_and_dtype(folder: Path) -> None:
