@@ -126,7 +126,7 @@ class Runner:
         # What is compiled stays: beside each other on pages of its own, not in the heap between activations that go.
         with torch.inference_mode(), blocks_returned():
             if max_batched_tokens:
-                self._compile_prefill(max_batched_tokens, told)
+                self._compile_prefill(max_batched_tokens, told, packed=decodes)
                 self._capture_prefill(max_batched_tokens, told)
             if decodes and self._drafted is not None:
                 self._drafted.warm_up(told)
@@ -149,11 +149,14 @@ class Runner:
                 told(f"capturing a prefill step of {size} tokens")
                 self._prefill_graphs.capture(size)
 
-    def _compile_prefill(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
+    def _compile_prefill(self, max_batched_tokens: int, told: Callable[[str], None], *, packed: bool) -> None:
         """Steps that are not captured: many tokens, or a part of the context cached; and each number of rows that has code of its own."""
         most = self._page_table_SP.shape[1] * PAGE_TOKENS
-        # On a CPU packed weights have code for each number of rows.
-        small = (1, 2, 16, 32, PAGE_TOKENS) if self.device.type == "cuda" else PIECES
+        if self.device.type == "cuda":
+            small: tuple[int, ...] = (1, 2, 16, 32, PAGE_TOKENS)
+        else:
+            # On a CPU packed weights have code for each number of rows, plain ones have none.
+            small = PIECES if packed else (PAGE_TOKENS,)
         for num_tokens in sorted({max_batched_tokens, *(size for size in small if size < max_batched_tokens)}):
             told(f"compiling prefill of {num_tokens} tokens")
             end = min(PAGE_TOKENS + num_tokens, most)

@@ -87,6 +87,12 @@ def test_warming_up_touches_no_page_of_anybody_and_changes_no_text(engine: Engin
     assert _decode(engine, 0, _prefill(engine, 0, PAGES, [64]).token_id) == text
 
 
+def test_who_only_prefills_has_no_code_for_each_number_of_rows_to_compile(engine: Engine) -> None:
+    told: list[str] = []
+    engine.runner.warm_up(max_batched_tokens=100, decodes=False, told=told.append)
+    assert told == ["compiling prefill of 64 tokens", "compiling prefill of 100 tokens"]
+
+
 @pytest.mark.parametrize("borders", [[64], [1], [50, 51, 149], [64, 128]])
 def test_chunks_store_the_same_rows_and_draw_the_same_token_as_one_piece(engine: Engine, borders: list[int]) -> None:
     whole = _prefill(engine, 0, PAGES, [])
