@@ -21,7 +21,7 @@ from serving.kernels.triton.device import overlap
 from serving.kernels.triton.quant import quantise
 
 
-@triton.jit(do_not_specialize=["num_rows", "x_scale_stride", "out_scale_stride"])
+@triton.jit(do_not_specialize=["num_rows", "x_scale_quads", "out_scale_stride"])
 def few_rows_kernel(
     x_desc,
     w_desc,
@@ -37,7 +37,7 @@ def few_rows_kernel(
     num_splits,
     expert_rows,
     second_row,
-    x_scale_stride,
+    x_scale_quads,
     expert_scale_rows,
     second_scale_row,
     out_stride,
@@ -72,6 +72,9 @@ def few_rows_kernel(
     second_w_scales = w_scales + second_scale_row * num_k
     row = part * BLOCK_T + tl.arange(0, BLOCK_T)
     in_rows = row < num_rows
+    # Masked by fours, so that four are copied at once; what pads the scales meets rows that are not stored.
+    x_scale_stride = x_scale_quads * 4
+    in_scales = row < x_scale_stride
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     second_total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     first_k = split * num_k // (num_splits * UNROLL) * UNROLL
@@ -83,7 +86,7 @@ def few_rows_kernel(
             w = w_desc.load([w_row, k * BLOCK_K])
             if FP8:
                 # Past the last step the tiles are zeros, and so must the scales be numbers.
-                x_scale = tl.load(x_scale_ptr + k * x_scale_stride + row, mask=in_rows & (k < num_k), other=0.0)
+                x_scale = tl.load(x_scale_ptr + k * x_scale_stride + row, mask=in_scales & (k < num_k), other=0.0)
                 total += tl.dot(w, x) * (x_scale * tl.load(w_scales + k, mask=k < num_k, other=0.0))[None, :]
             else:
                 total = tl.dot(w, x, total, input_precision="ieee")
@@ -204,6 +207,7 @@ def operands(x: Tensor | QuantisedRows, w: Tensor | Fp8Weight, *, silu: bool) ->
         raise ValueError(f"on a GPU rows of a weight must be multiples of 16 bytes; {width} of {w_ENK.dtype} are not")
     assert isinstance(x, QuantisedRows) == isinstance(w, Fp8Weight)
     assert not isinstance(w, Fp8Weight) or w.scales.is_contiguous()
+    assert not isinstance(x, QuantisedRows) or (x.scales.stride(0) == 1 and x.scales.stride(1) % 4 == 0)
     return Operands(
         x_SK=x_SK,
         x_scales=x.scales if isinstance(x, QuantisedRows) else x_SK,
@@ -256,7 +260,7 @@ def few_rows(
     few_rows_kernel[(num_t, triton.cdiv(num_columns, cut.block_n), cut.num_splits)](
         TensorDescriptor.from_tensor(op.x_SK, [cut.block_t, op.block_k]), TensorDescriptor.from_tensor(op.w_EK, [cut.block_n, op.block_k]),
         op.x_scales, op.w_scales, parts, out_scales, tiles.expert if tiles else parts, tiles.num_used if tiles else parts,
-        op.num_rows, num_columns, op.num_k, cut.num_splits, op.expert_rows, op.num_columns, op.x_scales.stride(-1),
+        op.num_rows, num_columns, op.num_k, cut.num_splits, op.expert_rows, op.num_columns, op.x_scales.stride(-1) // 4,
         op.expert_scale_rows, op.second_scale_row, parts.stride(0), out_scales.stride(-1),
         FP8=op.fp8, SILU=fused_silu, SPLIT=split, GROUPED=tiles is not None, BLOCK_T=cut.block_t, BLOCK_N=cut.block_n, BLOCK_K=op.block_k,
         PARTS=num_parts, UNROLL=cut.unroll, STAGES=cut.stages, num_warps=cut.num_warps, **overlap(parts.device),

@@ -25,7 +25,7 @@ def fp8_weight(weight: Tensor) -> Fp8Weight:
 
 def fp8_rows(x: Tensor) -> QuantisedRows:
     rows = quantise_rows_fp8_reference(x)
-    # What pads the scales' rows is not to be read.
+    # What pads the scales' rows reaches nothing.
     whole = rows.scales.as_strided((rows.scales.stride(1), rows.scales.shape[1]), rows.scales.stride())
     whole[x.shape[0] :] = float("nan")
     return rows
