@@ -11,8 +11,11 @@ import torch
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.core.request import SamplingParams
+from serving.demo.evaluate import drawn_questions, draws
 from serving.engine.build import Engine, build_engine
 from serving.engine.drafting import Drafting
+from serving.text.template import ChatTemplate
+from serving.text.tokenizer import Tokenizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,6 +25,7 @@ pytestmark = [
 DEMO = Path(__file__).parents[2] / "serving" / "demo" / "model"
 GREEDY = SamplingParams(temperature=0.0)
 NEW_TOKENS = 24
+ANSWER_TOKENS = 40
 
 
 def engine_on(device: str, draft_tokens: str) -> Engine:
@@ -67,17 +71,21 @@ class Turns(Drafting):
 def texts_of(
     engine: Engine, prompts: list[list[int]], numbers: list[int], *, greedy: bool, run_ahead: bool = True
 ) -> list[list[int]]:
-    loop = Aggregated(
+    loop = loop_over(engine, Turns(numbers) if numbers else None, run_ahead=run_ahead)
+    asked = [GREEDY if greedy else _sampling(i) for i in range(len(prompts))]
+    return loop.generate(prompts, asked, NEW_TOKENS)
+
+
+def loop_over(engine: Engine, drafting: Drafting | None, *, run_ahead: bool = True) -> Aggregated:
+    return Aggregated(
         engine.runner,
         KVManager(engine.pool.num_pages, prefix_cache=False, on_free=engine.pool.poison),
         num_slots=engine.max_num_seqs,
         max_batched_tokens=256,
         max_model_len=engine.max_model_len,
         run_ahead=run_ahead,
-        drafting=Turns(numbers) if numbers else None,
+        drafting=drafting,
     )
-    asked = [GREEDY if greedy else _sampling(i) for i in range(len(prompts))]
-    return loop.generate(prompts, asked, NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +118,42 @@ def test_captured_steps_say_what_the_same_steps_say_piece_by_piece(drafting: Eng
         assert texts_of(drafting, prompts, [3, 1], greedy=False) == captured
     finally:
         drafted._graphs = graphs
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[list[int]]:
+    """What the model was trained to answer: on noise it holds no opinion that a draft could meet."""
+    tokenizer = Tokenizer.from_folder(DEMO)
+    template = ChatTemplate(tokenizer, "v3")
+    return [
+        template.render(question.messages, tools=question.tools)
+        for kind, draw in draws(tokenizer, (256,)).items()
+        for question in drawn_questions(kind, draw, 6, seed=5)
+    ]
+
+
+def answered(engine: Engine, questions: list[list[int]]) -> tuple[list[list[int]], float]:
+    """Greedy answers to their end with one draft a step, and the share of the drafts that was accepted."""
+    drafting = Turns([1])
+    asked = SamplingParams(temperature=0.0, stop_token_ids=list(engine.model_config.eos_token_ids))
+    texts = loop_over(engine, drafting).generate(questions, asked, ANSWER_TOKENS)
+    num_drafted, num_accepted = drafting.take_counts()
+    assert num_drafted > 100
+    return texts, num_accepted / num_drafted
+
+
+def test_drafts_of_answers_are_accepted_and_bad_ones_change_no_answer(
+    drafting: Engine, questions: list[list[int]]
+) -> None:
+    texts, share = answered(drafting, questions)
+    print(f"{share:.1%} of the drafts were accepted")
+    assert share > 0.9
+    mtp = drafting.runner.model.mtp
+    mtp.hidden_norm.neg_()  # type: ignore[union-attr]
+    try:
+        same_texts, bad_share = answered(drafting, questions)
+    finally:
+        mtp.hidden_norm.neg_()  # type: ignore[union-attr]
+    print(f"{bad_share:.1%} of drafts from a state turned round")
+    assert bad_share < 0.5
+    assert same_texts == texts
