@@ -249,7 +249,6 @@ class Handoffs:
             index: (page_ids[index - start], rows_of_page(first_page + index, handoff.num_tokens))
             for index in handoff.checked.intersection(range(start, end))
         }
-        handoff.checksums |= page_checksums(self._pool, rows)
         num_bytes = len(page_ids) * self._pool.layout.page_bytes
         notice = WriteNotice(handoff.job_id, handoff.num_writes, start, ticket.epochs[start:end], num_bytes)
         order = WriteOrder(
@@ -263,6 +262,8 @@ class Handoffs:
         )
         self._manager.hold(page_ids)
         self._mailbox.call(lambda: self._writes.submit(order))
+        # While the pages travel: nobody changes them as long as they are held.
+        handoff.checksums |= page_checksums(self._pool, rows)
         handoff.began_s = handoff.began_s or now_s
         handoff.moved_s = handoff.moved_s if handoff.num_open else now_s
         handoff.num_sent = end

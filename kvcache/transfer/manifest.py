@@ -61,8 +61,8 @@ def rows_of_page(index: int, num_tokens: int) -> int:
 def page_checksums(pool: KVPool, pages: Mapping[int, tuple[int, int]]) -> dict[int, int]:
     """For each name, the checksum of the first `num_rows` rows of every layer of a page: {name: (page_id, num_rows)}.
 
-    On a CPU a CRC-32. On a GPU, where that would cost a copy of the page to the host, a weighted sum of its bytes modulo 2^63, which
-    every changed byte changes; taken beside the step in flight, since what computed or wrote these pages has ended.
+    On a CPU a CRC-32. On a GPU, where that would cost a copy of the page to the host, a weighted sum of its 32-bit words modulo 2^63,
+    which every changed byte changes; taken beside the step in flight, since what computed or wrote these pages has ended.
     """
     if not pages or not pool.tensor.is_cuda:
         return {name: zlib.crc32(_bytes(pool, *page).numpy().data) for name, page in pages.items()}
@@ -73,14 +73,22 @@ def page_checksums(pool: KVPool, pages: Mapping[int, tuple[int, int]]) -> dict[i
 
 
 def weighted_sum(bytes_N: Tensor) -> Tensor:
-    """int64 []: of uint8 [N], each byte times an odd number of its own, modulo 2^64 with a sign."""
-    weights_N = torch.arange(bytes_N.shape[0], dtype=torch.int64, device=bytes_N.device) * _STRIDE | 1
-    return (bytes_N * weights_N).sum()
+    """int64 []: of uint8 [N], N a multiple of 4, each 32-bit word times an odd number of its own, modulo 2^64 with a sign."""
+    words_W = bytes_N.view(torch.int32)
+    num_words = words_W.shape[0]
+    weights_W = _weights(1 << (num_words - 1).bit_length(), bytes_N.device)[:num_words]
+    return (words_W * weights_W).sum()
 
 
 def _bytes(pool: KVPool, page_id: int, num_rows: int) -> Tensor:
     """uint8 [N]."""
     return pool.page(page_id)[:, :num_rows].contiguous().view(torch.uint8).flatten()
+
+
+@functools.cache
+def _weights(num_words: int, device: torch.device) -> Tensor:
+    """int64 [W]. Kept: to make them takes more launches than to use them. Powers of two, so that there are few."""
+    return torch.arange(num_words, dtype=torch.int64, device=device) * _STRIDE | 1
 
 
 @functools.cache

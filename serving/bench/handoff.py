@@ -193,7 +193,8 @@ def main(argv: Sequence[str]) -> int:
         model = ModelConfig.from_folder(model_dir)
         config = load_config(overrides=[*_settings(options, model), *options.set])
         report |= {"model": {"name": options.model.name if options.model else options.shape, "config": asdict(model)}}
-        report["settings"] = {key: value for key, value in vars(options).items() if key not in ("out", "model")}
+        unsaid = ("out", "model", "shape") if options.model else ("out", "model")
+        report["settings"] = {key: value for key, value in vars(options).items() if key not in unsaid}
         client, routes = _start(config, model_dir, gpus, stack)
         contest = Contest(client, routes, model.vocab_size, options.seed)
         singles: list[Single] = []

@@ -183,7 +183,8 @@ class Runner:
     def open_slot(self, slot: int, spec: SlotSpec) -> None:
         self._set_pages(slot, spec.page_ids)
         self.sampler.open(slot, spec.sampling, spec.token_ids, spec.num_prompt_tokens)
-        self._last_token_S[slot] = spec.token_ids[-1]
+        # An assignment would copy the number from the host and wait for the step in flight.
+        self._last_token_S[slot].fill_(spec.token_ids[-1])
         if spec.hidden:
             assert self.model.mtp is not None, "a hidden state came for a model without MTP layer"
             hidden_D = torch.frombuffer(bytearray(spec.hidden), dtype=self._hidden_SD.dtype)

@@ -15,6 +15,7 @@ from serving.aggregated import Aggregated
 from serving.core.request import SamplingParams, Sequence
 from serving.demo.evaluate import drawn_questions, draws
 from serving.engine.build import Engine, build_engine
+from serving.engine.plan import SlotSpec
 from serving.text.template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
 
@@ -126,6 +127,18 @@ def test_a_latent_that_is_off_shows(prompts: list[list[int]], texts: list[list[i
     engine = engine_on("cuda")
     engine.runner.model.blocks[3].attention.kv_norm[5] *= 1.5  # type: ignore[attr-defined]
     assert loop_over(engine).generate(prompts, GREEDY, NEW_TOKENS) != texts
+
+
+def test_a_sequence_joins_without_waiting_for_the_step_in_flight() -> None:
+    runner = engine_on("cuda").runner
+    spec = SlotSpec(sampling=GREEDY, token_ids=[5, 9], num_prompt_tokens=2, page_ids=[3])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runner.open_slot(0, spec)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            runner._last_token_S[0] = 9
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_greedy_answers_in_bf16_part_from_the_cpus_only_at_ties(questions: list[list[int]]) -> None:
