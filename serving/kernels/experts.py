@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serving.kernels.gemm import linear
+from serving.kernels.gemm import linear, linear_silu_mul
 from serving.kernels.quant import (
     BLOCK,
     Fp8Weight,
@@ -24,12 +24,12 @@ def grouped_mlp(
     down_EDI: Tensor | list[Tensor] | Fp8Weight,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    added_TD: Tensor | None = None,
+    shared: tuple[Tensor | Fp8Weight, Tensor | Fp8Weight] | None = None,
 ) -> Tensor:
-    """`added_TD`, and over each token's experts weight * down(silu(gate x) * up x); [T, D] in the dtype of x, bf16 from FP8 weights.
+    """Over each token's experts weight * down(silu(gate x) * up x), and the same of `shared`; [T, D] in the dtype of x, bf16 from FP8 weights.
 
     `gate_up_EID` is [E, 2I, D], gate above up, `down_EDI` [E, D, I], both plain or both FP8, or on CPU a list of E packed
-    matrices; `experts_TK` int64, all below E; `weights_TK` fp32 (on a CPU rounded to the dtype of x). `x_TD` may come quantised where the weights are FP8. On a
+    matrices; `shared`: gate_up [2 S I, D] and down [D, S I] of what every token takes, S a whole number; `experts_TK` int64, all below E; `weights_TK` fp32 (on a CPU rounded to the dtype of x). `x_TD` may come quantised where the weights are FP8. On a
     GPU nothing is read on the host and no shape depends on the choice of experts. The sum over K has one order whatever the
     batch.
     """
@@ -38,7 +38,7 @@ def grouped_mlp(
 
         assert not isinstance(gate_up_EID, list)
         assert not isinstance(down_EDI, list)
-        return experts.grouped_mlp(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, added_TD)
+        return experts.grouped_mlp(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, shared)
     if isinstance(gate_up_EID, Fp8Weight):
         assert isinstance(down_EDI, Fp8Weight)
         routed_TD = grouped_mlp_fp8_reference(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
@@ -46,7 +46,7 @@ def grouped_mlp(
         assert isinstance(x_TD, Tensor)
         assert not isinstance(down_EDI, Fp8Weight)
         routed_TD = grouped_mlp_reference(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)
-    return routed_TD if added_TD is None else routed_TD.add_(added_TD)
+    return routed_TD if shared is None else routed_TD.add_(linear(linear_silu_mul(x_TD, shared[0]), shared[1]))
 
 
 def grouped_mlp_reference(

@@ -79,10 +79,8 @@ class Moe:
     def forward(self, x_TD: Tensor, rows: QuantisedRows | None = None) -> Tensor:
         """`rows`: x quantised, for FP8 weights."""
         x = x_TD if rows is None else rows
-        if not x_TD.is_cuda:
-            routed_TD = grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD))
-            return routed_TD.add_(self.shared.forward(x))
-        return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), self.shared.forward(x))
+        shared = self.shared.gate_up, self.shared.down
+        return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), shared)
 
     def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, K] and their weights fp32 [T, K]."""

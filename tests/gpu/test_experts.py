@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp, grouped_mlp_fp8_reference, grouped_mlp_reference
-from serving.kernels.quant import Fp8Weight, quantise_block_fp8, quantise_rows_fp8
+from serving.kernels.quant import Fp8Weight, quantise_block_fp8, quantise_rows_fp8, silu_mul_reference
 from tests.gpu.graphs import replayed
 
 pytestmark = pytest.mark.gpu
@@ -33,6 +33,11 @@ def fp8_stack(*parts: Tensor) -> Fp8Weight:
     )
 
 
+def shared_experts(num_shared: int, width: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    gate_up = randn(2 * num_shared * inner, width, seed=5) / width**0.5
+    return gate_up.to(dtype), (randn(width, num_shared * inner, seed=6) / inner**0.5).to(dtype)
+
+
 def error(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want.float()).norm() / want.float().norm())
 
@@ -56,10 +61,13 @@ def test_plain_experts(
     assert got.dtype == dtype
     assert error(got, want) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
     assert torch.equal(replayed(lambda: grouped_mlp(x, gate_up, down, experts, weights)), got)
-    added = randn(num_tokens, width, seed=5).to(dtype)
-    more = grouped_mlp(x, gate_up, down, experts, weights, added)
-    assert error(more, want + added.double()) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
-    assert error(more, want) > 0.05
+    for num_shared in (1, 2):
+        shared = shared_experts(num_shared, width, inner, dtype)
+        more = grouped_mlp(x, gate_up, down, experts, weights, shared)
+        expected = want + silu_mul_reference(x.double() @ shared[0].double().T) @ shared[1].double().T
+        assert error(more, expected) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
+        assert error(more, want) > 0.05
+        assert torch.equal(replayed(lambda: grouped_mlp(x, gate_up, down, experts, weights, shared)), more)  # noqa: B023
     assert error(grouped_mlp(x, gate_up.roll(1, dims=0), down, experts, weights), want) > 0.5
 
 
@@ -75,6 +83,20 @@ def test_fp8_experts(num_tokens: int, num_experts: int, top_k: int, width: int, 
     assert error(got, grouped_mlp_fp8_reference(rows, gate_up, down, experts, weights)) < 1e-2
     assert torch.equal(grouped_mlp(rows, gate_up, down, experts, weights), got)
     assert torch.equal(replayed(lambda: grouped_mlp(x, gate_up, down, experts, weights)), got)
+    beside = fp8_stack(randn(1, inner, width, seed=7) / width**0.5, randn(1, inner, width, seed=8) / width**0.5)
+    shared = tuple(
+        Fp8Weight(quantised=part.quantised[0], scales=part.scales[0])
+        for part in (beside, fp8_stack(randn(1, width, inner, seed=9) / inner**0.5))
+    )
+    stacked = [Fp8Weight(quantised=part.quantised[None], scales=part.scales[None]) for part in shared]
+    everyone = torch.zeros(num_tokens, 1, dtype=torch.int64, device="cuda")
+    added = grouped_mlp_fp8_reference(rows, stacked[0], stacked[1], everyone, torch.ones_like(everyone).float())
+    more = grouped_mlp(rows, gate_up, down, experts, weights, (shared[0], shared[1]))
+    assert error(more, got + added) < 1.5e-2
+    assert error(more, got) > 0.05
+    assert torch.equal(
+        replayed(lambda: grouped_mlp(rows, gate_up, down, experts, weights, (shared[0], shared[1]))), more
+    )
     gate_up.scales[:, -1] *= 2
     assert error(grouped_mlp(x, gate_up, down, experts, weights), got) > 0.05
 

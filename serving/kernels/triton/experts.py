@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from serving.kernels.gemm import linear, linear_silu_mul
 from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows, empty_rows
 from serving.kernels.triton.device import num_processors, overlap
 from serving.kernels.triton.gemm import Tiles
-from serving.kernels.triton.product import grouped_tile, product
+from serving.kernels.triton.product import RING_TILE, grouped_tile, has_ring, product
 from serving.kernels.triton.quant import quantise
 
 # Up to so many pairs each token's program counts all of them: one launch instead of three.
@@ -26,6 +27,8 @@ _COUNTED_BY_ALL = 1024
 # Numbers of pairs counted at once by a program that looks at all; few, so that few kernels are compiled.
 _COUNTED_AT_ONCE = (128, _COUNTED_BY_ALL)
 _STEP = 64
+# Tokens up to which shared experts are computed in the launches of the routed ones: each tile of tokens reads their weights again.
+_MOST_BESIDE = 64
 
 
 @triton.jit(do_not_specialize=["num_pairs", "steps"])
@@ -133,8 +136,8 @@ def send_kernel(
 ):
     """`place_kernel` and `scatter_kernel` in one, for at most PAIRS pairs; a token a program."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0)
     bins = tl.arange(0, NUM_BINS)
     every = tl.arange(0, PAIRS)
@@ -204,7 +207,7 @@ def scatter_kernel(
             tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["added_rows"])
 def combine_kernel(
     y_ptr,
     slots_ptr,
@@ -214,23 +217,24 @@ def combine_kernel(
     width,
     y_stride,
     added_stride,
+    added_rows,
     out_stride,
     TOP_K: tl.constexpr,
     ADDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """Sum of a token's rows by their routing weights, in the order of K whatever the batch, and of what is ADDED; fp32."""
+    """Sum of a token's rows by their routing weights, in the order of K whatever the batch, and of its ADDED rows, `added_rows` apart; fp32."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = column < width
     total = tl.zeros([BLOCK_D], tl.float32)
-    if ADDED:
-        added = added_ptr + token.to(tl.int64) * added_stride + column
-        total = tl.load(added, mask=mask, other=0.0).to(tl.float32)
+    for i in tl.static_range(ADDED):
+        added = added_ptr + (token + i * added_rows).to(tl.int64) * added_stride + column
+        total += tl.load(added, mask=mask, other=0.0).to(tl.float32)
     for k in tl.static_range(TOP_K):
         slot = tl.load(slots_ptr + token * TOP_K + k).to(tl.int64)
         weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
@@ -344,8 +348,10 @@ def scatter(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Te
     return ends.out
 
 
-def combine(y_SD: Tensor, slots: Slots, weights_TK: Tensor, added_TD: Tensor | None = None) -> Tensor:
-    """[T, D] in the dtype of y: the sum over K of weight and row, and of `added_TD`."""
+def combine(
+    y_SD: Tensor, slots: Slots, weights_TK: Tensor, added_TD: Tensor | None = None, *, num_added: int = 1
+) -> Tensor:
+    """[T, D] in the dtype of y: the sum over K of weight and row, and of `added_TD`, or of its `num_added` parts."""
     assert weights_TK.is_contiguous()
     num_tokens, top_k = weights_TK.shape
     width = y_SD.shape[1]
@@ -354,8 +360,8 @@ def combine(y_SD: Tensor, slots: Slots, weights_TK: Tensor, added_TD: Tensor | N
     added = y_SD if added_TD is None else added_TD
     assert added.stride(1) == 1, "rows must be contiguous"
     combine_kernel[(num_tokens, triton.cdiv(width, block))](
-        y_SD, slots.slots_TK, weights_TK, added, out, width, y_SD.stride(0), added.stride(0), out.stride(0),
-        TOP_K=top_k, ADDED=added_TD is not None, BLOCK_D=block, **overlap(out.device),
+        y_SD, slots.slots_TK, weights_TK, added, out, width, y_SD.stride(0), added.stride(0), added.shape[0] // num_added, out.stride(0),
+        TOP_K=top_k, ADDED=0 if added_TD is None else num_added, BLOCK_D=block, **overlap(out.device),
     )  # fmt: skip
     return out
 
@@ -366,7 +372,7 @@ def grouped_mlp(
     down_EDI: Tensor | Fp8Weight,
     experts_TK: Tensor,
     weights_TK: Tensor,
-    added_TD: Tensor | None = None,
+    shared: tuple[Tensor | Fp8Weight, Tensor | Fp8Weight] | None = None,
 ) -> Tensor:
     fp8 = isinstance(gate_up_EID, Fp8Weight)
     values = x_TD.values if isinstance(x_TD, QuantisedRows) else x_TD
@@ -375,8 +381,46 @@ def grouped_mlp(
         return torch.empty(0, down_EDI.shape[1], dtype=dtype, device=values.device)
     num_experts = gate_up_EID.shape[0]
     tile = grouped_tile(experts_TK.numel(), num_experts, torch.float8_e4m3fn if fp8 else values.dtype)
+    if tile == RING_TILE and has_ring(values):
+        return _few(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, shared, tile)
+    added_TD = None if shared is None else linear(linear_silu_mul(x_TD, shared[0]), shared[1])
     slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8)
     hidden_SI = product(x_SD, gate_up_EID, silu=True, tiles=slots.tiles)
     y_SD = product(hidden_SI, down_EDI, tiles=slots.tiles)
     assert isinstance(y_SD, Tensor)
     return combine(y_SD, slots, weights_TK, added_TD)
+
+
+def _few(
+    x_TD: Tensor | QuantisedRows,
+    gate_up_EID: Tensor | Fp8Weight,
+    down_EDI: Tensor | Fp8Weight,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    shared: tuple[Tensor | Fp8Weight, Tensor | Fp8Weight] | None,
+    tile: int,
+) -> Tensor:
+    """Where the weights' bytes are the bound: the shared experts in the launches of the routed ones, before them."""
+    from serving.kernels.gluon.few_rows import Shared, few_rows
+
+    num_experts, _, inner = down_EDI.shape
+    fp8 = isinstance(gate_up_EID, Fp8Weight)
+    num_tokens, num_shared = len(experts_TK), 0
+    added_TD, gate_up_beside, down_beside = None, None, None
+    if shared is not None:
+        num_shared = shared[1].shape[1] // inner
+        apart = (
+            num_tokens > _MOST_BESIDE or (num_shared > 1 and inner % BLOCK) or fp8 != isinstance(x_TD, QuantisedRows)
+        )
+        if apart:
+            added_TD, num_shared = linear(linear_silu_mul(x_TD, shared[0]), shared[1]), 1
+        else:
+            gate_up_beside = Shared(x=x_TD, w=shared[0], num_experts=num_shared, num_tokens=num_tokens)
+            down_beside = Shared(x=None, w=shared[1], num_experts=num_shared, num_tokens=num_tokens)
+    slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8)
+    hidden_SI = few_rows(x_SD, gate_up_EID, silu=True, tiles=slots.tiles, shared=gate_up_beside)
+    y_SD = few_rows(hidden_SI, down_EDI, tiles=slots.tiles, shared=down_beside, known=True)
+    assert isinstance(y_SD, Tensor)
+    if gate_up_beside is not None:
+        added_TD = y_SD[slots.num_slots :]
+    return combine(y_SD, slots, weights_TK, added_TD, num_added=num_shared or 1)

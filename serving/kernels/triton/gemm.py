@@ -58,8 +58,9 @@ def few_rows_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    part = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_N
+    # By expert, what is read at one time should lie together: the columns of a tile before the next tile.
+    part = tl.program_id(1 if GROUPED else 0)
+    column = tl.program_id(0 if GROUPED else 1) * BLOCK_N
     split = tl.program_id(2)
     w_row = column
     w_scales = w_scale_ptr + (column // 128).to(tl.int64) * num_k
@@ -220,12 +221,15 @@ def operands(x: Tensor | QuantisedRows, w: Tensor | Fp8Weight, *, silu: bool) ->
     )
 
 
-def empty_product(op: Operands, *, silu: bool) -> Tensor | QuantisedRows:
-    """What a product fills: FP8 rows from FP8 with `silu`, bf16 from FP8 without, else the dtype of x."""
+def empty_product(
+    op: Operands, *, silu: bool, num_rows: int | None = None, dtype: torch.dtype | None = None
+) -> Tensor | QuantisedRows:
+    """What a product fills, if not said as many rows as x: FP8 from FP8 with `silu`, bf16 from FP8 without, else the dtype of x."""
+    num_rows = op.num_rows if num_rows is None else num_rows
     if silu and op.fp8:
-        return empty_rows(op.num_rows, op.num_columns, op.x_SK.device)
-    dtype = torch.bfloat16 if op.fp8 else op.x_SK.dtype
-    return torch.empty(op.num_rows, op.num_columns, dtype=dtype, device=op.x_SK.device)
+        return empty_rows(num_rows, op.num_columns, op.x_SK.device)
+    dtype = dtype or (torch.bfloat16 if op.fp8 else op.x_SK.dtype)
+    return torch.empty(num_rows, op.num_columns, dtype=dtype, device=op.x_SK.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +261,8 @@ def few_rows(
     # Parts of a tile: a tile of many rows may be multiplied a few at a time.
     num_parts = tiles.num_rows // cut.block_t if tiles else 1
     num_t = tiles.max_tiles * num_parts if tiles else triton.cdiv(op.num_rows, cut.block_t)
-    few_rows_kernel[(num_t, triton.cdiv(num_columns, cut.block_n), cut.num_splits)](
+    num_n = triton.cdiv(num_columns, cut.block_n)
+    few_rows_kernel[(*((num_n, num_t) if tiles else (num_t, num_n)), cut.num_splits)](
         TensorDescriptor.from_tensor(op.x_SK, [cut.block_t, op.block_k]), TensorDescriptor.from_tensor(op.w_EK, [cut.block_n, op.block_k]),
         op.x_scales, op.w_scales, parts, out_scales, tiles.expert if tiles else parts, tiles.num_used if tiles else parts,
         op.num_rows, num_columns, op.num_k, cut.num_splits, op.expert_rows, op.num_columns, op.x_scales.stride(-1) // 4,

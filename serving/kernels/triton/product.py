@@ -15,6 +15,9 @@ from serving.kernels.triton.thin import MOST_COLUMNS, MOST_ROWS, thin_product
 
 # Up to so many rows the weights' bytes are the bound and rows are the narrow side of a tile.
 _FEW = 64
+# The same of plain dense products; and rows of a tile by expert whose products go through `gluon.few_rows`.
+_FEW_DENSE = 64
+RING_TILE = 16
 # Rows of a tile of `many_rows`.
 _MANY = 128
 _STAYS_IN_L2_BYTES = 16 << 20
@@ -28,6 +31,12 @@ def linear(x: Tensor, w: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """x W^T [M, N], plain; in `dtype`, fp32, from bf16."""
     if is_thin(x, w):
         return thin_product(x, w, dtype=dtype)
+    if is_few(x, w):
+        from serving.kernels.gluon.few_rows import few_rows
+
+        out = few_rows(x, w, dtype=dtype)
+        assert isinstance(out, Tensor)
+        return out
     return F.linear(x, w) if dtype in (None, x.dtype) else torch.mm(x, w.t(), out_dtype=dtype)
 
 
@@ -35,6 +44,12 @@ def linear_silu_mul(x: Tensor, w: Tensor) -> Tensor:
     """See `serving.kernels.gemm.linear_silu_mul`; plain."""
     if is_thin(x, w):
         return thin_product(x, w, silu=True)
+    if is_few(x, w):
+        from serving.kernels.gluon.few_rows import few_rows
+
+        out = few_rows(x, w, silu=True)
+        assert isinstance(out, Tensor)
+        return out
     num_tiles = triton.cdiv(x.shape[0], _MANY) * triton.cdiv(w.shape[0], 256)
     if x.dtype == torch.bfloat16 and num_tiles >= _FUSED_TILES:
         hidden = product(x, w, silu=True)
@@ -48,6 +63,22 @@ def is_thin(x: Tensor, w: Tensor) -> bool:
     return x.dim() == 2 and 0 < x.shape[0] <= MOST_ROWS and x.shape[1] <= MOST_COLUMNS and x.dtype != torch.float64
 
 
+def is_few(x: Tensor, w: Tensor) -> bool:
+    """Whether `gluon.few_rows` is the quickest, of plain weights: with longer rows the library is."""
+    few = x.dim() == 2 and 0 < x.shape[0] <= _FEW_DENSE and x.shape[1] <= MOST_COLUMNS and x.shape[1] % 8 == 0
+    return few and has_ring(x) and x.dtype == w.dtype
+
+
+def has_ring(x: Tensor) -> bool:
+    """Whether `gluon.few_rows` multiplies such values."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float8_e4m3fn)
+
+
+def _fills_ring(x: Tensor | QuantisedRows, w: Tensor | Fp8Weight) -> bool:
+    """Whether `gluon.few_rows` is the quickest, dense FP8: not without work for most processors, where K should be split."""
+    return isinstance(x, QuantisedRows) and 0 < len(x.values) <= RING_TILE and w.shape[0] >= 64 * 100
+
+
 def product(
     x: Tensor | QuantisedRows, w: Tensor | Fp8Weight, *, silu: bool = False, tiles: Tiles | None = None
 ) -> Tensor | QuantisedRows:
@@ -57,6 +88,10 @@ def product(
     """
     values = x.values if isinstance(x, QuantisedRows) else x
     num_rows = tiles.num_rows if tiles else values.shape[0]
+    if has_ring(values) and (num_rows == RING_TILE if tiles else _fills_ring(x, w)):
+        from serving.kernels.gluon.few_rows import few_rows
+
+        return few_rows(x, w, silu=silu, tiles=tiles)
     if num_rows <= _FEW or values.dtype == torch.float32 or not values.is_cuda:
         return gemm.few_rows(x, w, _few(values, w.shape[-2], silu=silu, tiles=tiles), silu=silu, tiles=tiles)
     from serving.kernels.gluon import gemm as gluon_gemm

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp, grouped_mlp_fp8_reference
-from serving.kernels.quant import Fp8Weight, quantise_block_fp8, quantise_rows_fp8_reference
+from serving.kernels.quant import (
+    Fp8Weight,
+    quantise_block_fp8,
+    quantise_rows_fp8_reference,
+    silu_mul_reference,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from serving.kernels.triton import experts as device
@@ -80,12 +85,23 @@ def test_fp32_experts_are_the_cpus(num_tokens: int, width: int, inner: int) -> N
     want = grouped_mlp(x, gate_up, down, experts, weights)
     got = device.grouped_mlp(x, gate_up, down, experts, weights)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-2)
-    added = randn(num_tokens, width, seed=4)
-    got = device.grouped_mlp(x, gate_up, down, experts, weights, added)
-    torch.testing.assert_close(got, grouped_mlp(x, gate_up, down, experts, weights, added), rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(got, want + added, rtol=1e-3, atol=1e-2)
+    shared = randn(4 * inner, width, seed=4), randn(width, 2 * inner, seed=5)
+    got = device.grouped_mlp(x, gate_up, down, experts, weights, shared)
+    more = want + silu_mul_reference(x @ shared[0].T) @ shared[1].T
+    torch.testing.assert_close(got, more, rtol=1e-3, atol=1e-1)
+    torch.testing.assert_close(grouped_mlp(x, gate_up, down, experts, weights, shared), more, rtol=1e-3, atol=1e-1)
+    assert not torch.allclose(got, want, rtol=1e-3, atol=1e-1)
     down[int(experts[-1, 0])] += 0.5
     assert not torch.allclose(device.grouped_mlp(x, gate_up, down, experts, weights), want, rtol=1e-3, atol=1e-2)
+
+
+def test_parts_that_are_added_stand_apart() -> None:
+    experts, weights = choices(5, 6, 3), randn(5, 3, seed=3).abs()
+    slots = device.place(experts, 6, 16)
+    y, parts = randn(slots.num_slots, 40), randn(32, 40, seed=1)
+    want = (weights[:, :, None] * y[slots.slots_TK.long()]).sum(1) + parts[:5] + parts[16:21]
+    torch.testing.assert_close(device.combine(y, slots, weights, parts, num_added=2), want)
+    assert not torch.allclose(device.combine(y, slots, weights, parts), want)
 
 
 def test_experts_nobody_chose_are_not_read() -> None:
