@@ -72,3 +72,15 @@ def _linear_fp8(x_MK: Tensor | QuantisedRows, weight_NK: Fp8Weight) -> Tensor:
     out = product(x_MK if isinstance(x_MK, QuantisedRows) else quantise_rows_fp8(x_MK), weight_NK)
     assert isinstance(out, Tensor)
     return out
+
+
+def per_head(x_THK: Tensor, w_HKN: Tensor, out_THN: Tensor) -> None:
+    """out[t, h] = x[t, h] W[h] of every head h, into `out`; plain, any strides."""
+    num_rows, num_heads, width = x_THK.shape
+    if x_THK.is_cuda and x_THK.dtype != torch.float64:
+        from serving.kernels.triton import per_head as device
+
+        if device.is_quick(num_rows, num_heads, width):
+            device.per_head(x_THK, w_HKN, out_THN)
+            return
+    torch.bmm(x_THK.transpose(0, 1), w_HKN, out=out_THN.transpose(0, 1))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from serving.kernels import mla
 from serving.kernels.attention import attend_varlen, has_kernel, merge_into
-from serving.kernels.gemm import linear
+from serving.kernels.gemm import linear, per_head
 from serving.kernels.kv_store import norm_rope_store
 from serving.kernels.norm_rope import (
     add_rms_norm,
@@ -140,7 +140,7 @@ class Attention:
             out_HBV = torch.bmm(out_BHC.transpose(0, 1), self.w_uv_HVC.transpose(1, 2))
             return linear(out_HBV.transpose(0, 1).flatten(1), self.out)
         out_BHV = out_BHC.new_empty(*out_BHC.shape[:2], self.config.v_head_dim)
-        torch.bmm(out_BHC.transpose(0, 1), self.w_uv_HVC.transpose(1, 2), out=out_BHV.transpose(0, 1))
+        per_head(out_BHC, self.w_uv_HVC.transpose(1, 2), out_BHV)
         return linear(out_BHV.flatten(1), self.out)
 
     def store(self, x_TD: Activations, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
@@ -159,7 +159,7 @@ class Attention:
         # Both parts are written where they belong: a launch costs a GPU more than what it copies.
         q_BHW = self.w_uk_HNC.new_empty(len(slots_B), config.num_heads, config.latent_width)
         q_BHQ, _ = self._query_and_latent(x_BD, rope_B, slots_B, kv_pool, q_rope_out=q_BHW[:, :, latent:])
-        torch.bmm(q_BHQ[:, :, :nope].transpose(0, 1), self.w_uk_HNC, out=q_BHW[:, :, :latent].transpose(0, 1))
+        per_head(q_BHQ[:, :, :nope], self.w_uk_HNC, q_BHW[:, :, :latent])
         return q_BHW
 
     def _query_and_latent(
@@ -358,7 +358,7 @@ class DeepseekV3:
         )
         rope_B = self.rope.at(batch.positions_B)
         slots_B = slots(kv_pool, batch.row_ids_B)
-        x_BD, sum_BD = F.embedding(batch.token_ids_B, self.embed), None
+        x_BD, sum_BD = self.embed[batch.token_ids_B], None
         for block in self.blocks:
             x_BD, sum_BD = block.decode(x_BD, sum_BD, rope_B, slots_B, plan, kv_pool, num_tokens)
         return self._final_norm(x_BD, sum_BD)

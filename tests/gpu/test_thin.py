@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.kernels.gemm import linear, linear_fp32, linear_silu_mul
+from serving.kernels.gemm import linear, linear_fp32, linear_silu_mul, per_head
 from serving.kernels.quant import silu_mul_reference
 from tests.gpu.graphs import replayed
 
@@ -22,8 +22,8 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-# Thin, the library's, and with SiLU one of our own for many rows.
-ROWS = [1, 2, 5, 6000]
+# Thin, few, the library's, and with SiLU one of our own for many rows.
+ROWS = [1, 2, 5, 16, 33, 64, 100, 6000]
 
 
 @pytest.mark.parametrize("num_rows", ROWS)
@@ -53,3 +53,23 @@ def test_a_row_does_not_depend_on_those_beside_it() -> None:
     assert torch.equal(linear(x[1:2], w)[0], together[1])
     x[0] = float("nan")
     assert torch.equal(linear(x, w)[1], together[1])
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_each_head_has_a_product_of_its_own(num_rows: int, dtype: torch.dtype) -> None:
+    q = randn(num_rows, 16, 192, dtype=dtype)[:, :, :128]
+    w = randn(16, 256, 512, dtype=dtype, seed=1) / 16
+    out = torch.zeros(num_rows, 16, 576, dtype=dtype, device="cuda")
+    torch.cuda.synchronize()
+    per_head(q, w[:, :128], out[:, :, :512])
+    want = torch.einsum("thk,hkn->thn", q.double(), w[:, :128].double())
+    bound = 4e-3 if dtype == torch.bfloat16 else 1e-5
+    assert error(out[:, :, :512], want) < bound
+    assert not out[:, :, 512:].any()
+    back = torch.empty(num_rows, 16, 128, dtype=dtype, device="cuda")
+    latent = out[:, :, :512].contiguous()
+    per_head(latent, w[:, 128:].transpose(1, 2), back)
+    want = torch.einsum("thk,hnk->thn", latent.double(), w[:, 128:].double())
+    assert error(back, want) < bound
+    assert error(back, want.roll(1, dims=1)) > 0.5

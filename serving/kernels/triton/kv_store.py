@@ -167,8 +167,8 @@ def _kernel(
 ):
     """Program (t, 0) has the latent row of token t, program (t, 1 + i) the i-th HEADS of its query."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     rotation = rotation_ptr + token * ROPE

@@ -40,8 +40,8 @@ def rows_kernel(
 ):
     """BLOCK_T rows of BLOCK_G groups of 128 columns; a line of the tile is one group."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     line = tl.arange(0, BLOCK_T * BLOCK_G)
     row = tl.program_id(0) * BLOCK_T + line // BLOCK_G
     group = tl.program_id(1) * BLOCK_G + line % BLOCK_G

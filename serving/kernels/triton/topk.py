@@ -83,8 +83,8 @@ def _gate_kernel(
 ):
     """A token a program, its experts as [GROUPS, SIZE]; both are padded to powers of two."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     lowest: tl.constexpr = -0x8000000000000000
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
