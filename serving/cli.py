@@ -20,6 +20,7 @@ _PASSED_ON = ("bench", "chat")
 _BENCHMARKS = {
     "make-checkpoint": "a model of a named shape with random weights, to measure with",
     "kernels": "every kernel at DeepSeek-V3's shapes, beside the machine's ceilings and installed peers",
+    "numerics": "logits of an FP8 model beside those of its weights in bf16, by cosine",
     "engine": "the engine alone, beside peers on the same weights",
     "handoff": "prefill and decode on devices of their own, beside one worker that does both",
     "transfer": "pages of one prompt from one pool to another: NIXL, NCCL, the link",

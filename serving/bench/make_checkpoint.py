@@ -2,7 +2,8 @@
 
 Drawn on the GPU where there is one. Random weights are of use only if their gate spreads tokens over the experts as a
 trained one does, so the command says how it does: every MoE layer's gate sees random tokens' embeddings behind the layer's
-norm, which is what a random model's residual stream looks like in any layer: independent values of one size.
+norm. That is about what they see in a prompt too: all that the blocks before a layer add stays smaller than the embedding.
+`baton bench numerics` says how prompts spread.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="baton bench make-checkpoint",
         description="A model with random weights in the published format, in the folder --out.",
     )
-    parser.add_argument("--shape", choices=sorted(SHAPES), required=True, help="lite: 31 GB, bf16; slice: 50 GB, FP8")
+    parser.add_argument("--shape", choices=sorted(SHAPES), required=True, help="lite: 31 GB, bf16; lite-fp8: 16 GB; slice: 50 GB, FP8")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes on the same kind of device (0)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or an empty folder")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="draw there; the GPU if there is one")

@@ -1,13 +1,19 @@
 """Models to measure without downloading one: named shapes, filled with random weights from a seed.
 
-Weights are scaled so that activations stay near 1 and the gate spreads tokens over the experts; a random model is as fast
-as a trained one. The folder is in the published format, so a peer reads the very same files.
+Weights are scaled so that activations stay near 1 in every layer and the gate spreads tokens over the experts; a random
+model is as fast as a trained one. The folder is in the published format, so a peer reads the very same files.
+
+Each matrix passes its input's size on: entries of variance 1 / columns, embeddings of variance 1. What is added to the
+residual stream is divided by sqrt(2 x layers), twice a layer, as GPT-2 is initialised. Without that the stream grows with
+depth, tokens come to resemble each other (Noci et al., 2022: rank collapse), which crowds them onto a few experts, and each
+layer amplifies the rounding errors of those before it. docs/PERFORMANCE.md has the figures, of DeepSeek's own 0.006 too.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +164,28 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Standard deviation of the gate's bias. Scores near the best 8 of 256 lie so close that 0.1 sends five times as many tokens
-# to one expert as to the next, which no trained bias does; the figures of the small shapes were recorded with it.
-_GATE_BIAS_STD = {"cpu-34m": 0.1, "tiny": 0.1}
-_GATE_BIAS_STD_ELSE = 0.01
+# Lite with its weights stored as slice's are. The dense layer is 64 wider: a fused matrix may not part a scale's block.
+SHAPES["lite-fp8"] = SHAPES["lite"] | {
+    "intermediate_size": 11008,
+    "quantization_config": SHAPES["slice"]["quantization_config"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scales:
+    """`gate_bias`: its standard deviation. `residual`: factor of the matrices whose products are added to the residual stream."""
+
+    gate_bias: float
+    residual: float
+
+
+# Recorded figures of the small shapes are of these. Scores near the best 8 of 256 lie so close that a bias of 0.1 sends five
+# times as many tokens to one expert as to the next, which no trained bias does.
+_RECORDED = _Scales(gate_bias=0.1, residual=1.0)
+_RECORDED_SHAPES = ("cpu-34m", "tiny")
 
 _GATE_BIAS = "e_score_correction_bias"
+_RESIDUAL = ("o_proj.weight", "down_proj.weight")
 
 See = Callable[[str, Tensor], None]
 
@@ -187,14 +209,14 @@ def write_checkpoint(
     block = ModelConfig.from_dict(fields).weight_block_size
     shards = plan_shards([group for _, _, group in _planned(fields)], max_shard_bytes)
     generator = torch.Generator(device).manual_seed(seed)
-    bias_std = _GATE_BIAS_STD.get(shape, _GATE_BIAS_STD_ELSE)
+    scales = _scales(shape)
     folder.mkdir(parents=True, exist_ok=True)
     if progress is not None:
         progress.start(checkpoint_bytes(shape))
     num_parameters = 0
     with ShardWriter(folder, shards, pinned=torch.device(device).type == "cuda") as writer:
         for name, target, group in _planned(fields):
-            drawn = _random(name, target.into.shape, generator, bias_std)
+            drawn = _random(name, target.into.shape, generator, scales)
             num_parameters += drawn.numel()
             if see is not None:
                 see(name, drawn)
@@ -239,11 +261,19 @@ def _planned(fields: dict[str, Any]) -> Iterator[tuple[str, Target, list[Entry]]
             yield name, target, [Entry(name=name, dtype=stored, shape=shape)]
 
 
-def _random(name: str, shape: torch.Size, generator: torch.Generator, gate_bias_std: float) -> Tensor:
+def _scales(shape: str) -> _Scales:
+    if shape in _RECORDED_SHAPES:
+        return _RECORDED
+    return _Scales(gate_bias=0.01, residual=(2 * SHAPES[shape]["num_hidden_layers"]) ** -0.5)
+
+
+def _random(name: str, shape: torch.Size, generator: torch.Generator, scales: _Scales) -> Tensor:
     """fp32 on the generator's device."""
     noise = torch.randn(shape, generator=generator, device=generator.device)
     if "norm" in name:
         return noise.mul_(0.1).add_(1)
     if name.endswith(_GATE_BIAS):
-        return noise.mul_(gate_bias_std)
-    return noise if "embed_tokens" in name else noise.mul_(shape[-1] ** -0.5)
+        return noise.mul_(scales.gate_bias)
+    if "embed_tokens" in name:
+        return noise
+    return noise.mul_(shape[-1] ** -0.5 * (scales.residual if name.endswith(_RESIDUAL) else 1.0))

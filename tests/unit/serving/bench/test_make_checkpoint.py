@@ -159,6 +159,19 @@ def test_a_gate_that_spreads_badly_shows() -> None:
     assert uneven.max_over_mean == pytest.approx(4)
 
 
+@pytest.mark.parametrize(("shape", "factor"), [("bf16", 6**-0.5), ("tiny", 1.0)])
+def test_what_a_block_adds_is_scaled_by_depth_except_where_figures_were_recorded(
+    tmp_path: Path, shape: str, factor: float
+) -> None:
+    drawn = _write(tmp_path, shape)
+    sizes = {name: tensor.std() * tensor.shape[-1] ** 0.5 for name, tensor in drawn.items() if tensor.dim() == 2}
+    added = {name for name in sizes if name.endswith(("o_proj.weight", "down_proj.weight"))}
+    assert {"model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.shared_experts.down_proj.weight"} < added
+    for name, size in sizes.items():
+        expected = factor if name in added else drawn[name].shape[-1] ** 0.5 if "embed" in name else 1.0
+        assert size == pytest.approx(expected, rel=0.15), name
+
+
 def test_a_folder_with_anything_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     with pytest.raises(ConfigError, match="is not empty; name a new"):
@@ -202,6 +215,7 @@ def test_published_sizes() -> None:
     lite, slice_ = (ModelConfig.from_dict(SHAPES[name]) for name in ("lite", "slice"))
     assert checkpoint_bytes("lite") == pytest.approx(2 * 15.7e9, rel=1e-3)
     assert checkpoint_bytes("slice") == pytest.approx(50.3e9, rel=1e-3)
+    assert checkpoint_bytes("lite-fp8") == pytest.approx(16.2e9, rel=1e-2)
     assert lite.weight_block_size is None
     assert slice_.weight_block_size == (128, 128)
     # Magnitude 1: mscale and mscale_all_dim cancel.
