@@ -139,7 +139,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="baton bench make-checkpoint",
         description="A model with random weights in the published format, in the folder --out.",
     )
-    parser.add_argument("--shape", choices=sorted(SHAPES), required=True, help="lite: 31 GB, bf16; lite-fp8: 16 GB; slice: 50 GB, FP8")
+    parser.add_argument(
+        "--shape", choices=sorted(SHAPES), required=True, help="lite: 31 GB, bf16; lite-fp8: 16 GB; slice: 50 GB, FP8"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes on the same kind of device (0)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or an empty folder")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="draw there; the GPU if there is one")

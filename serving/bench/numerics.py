@@ -112,7 +112,7 @@ def say(
     sizes = [sum(counts)] + [len(prompts)] * num_decoded
     model = copy.copy(model)
     model.blocks = [copy.copy(block) for block in model.blocks]
-    routed = []
+    routed: list[_Routed] = []
     for block in model.blocks:
         if isinstance(block.mlp, Moe):
             steps = iter(told[len(routed)].split(sizes)) if told is not None else None
