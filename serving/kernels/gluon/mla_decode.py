@@ -5,8 +5,8 @@
     pages -> ring of column chunks                   loader: one warp, bulk tensor copies, runs ahead over segments
 
 N query columns (query token, head) of one sequence stand in the N dimension of wgmma, so 16 or 32 heads are not padded
-to 64. Bound: the bytes of the pages up to 32 columns, tensor cores and shared memory beyond. FP8 rows have a kernel of
-their own, `mla_decode_fp8`.
+to 64. Bound: the bytes of the pages. More columns have a kernel of their own, `mla_decode_wide`, and FP8 rows too,
+`mla_decode_fp8`.
 """
 
 # No postponed annotations: the types of an aggregate's fields are looked at.
@@ -28,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from serving.kernels.gluon.mla_segments import (
     Ring,
+    keep_owned,
     mask_unseen,
     next_slot,
     publish_totals,
@@ -126,16 +127,6 @@ def _loader(descs, rings, plan, starts_ptr, pages, block, C: gl.constexpr):
 
 
 @gluon.jit
-def _keep_owned(tile, first, limit):
-    """Zero the rows of a [64, X] tile outside [first, limit): they may hold NaN, which 0 * NaN would let through."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    owned = (rows >= first) & (rows < limit)
-    values = tile.load(layout)
-    tile.store(gl.where(owned[:, None], values, gl.zeros_like(values)))
-
-
-@gluon.jit
 def _page_scores(rings, page, position, first, length, C: gl.constexpr):
     """S^T [64, N] of the CTA's page number `page`, whose rows outside [first, length) are zeroed in place."""
     chunks = rings.chunks
@@ -153,10 +144,10 @@ def _page_scores(rings, page, position, first, length, C: gl.constexpr):
         page_phase = phase
         for _ in gl.static_range(CHUNKS):
             mbarrier.wait(chunks.full.index(page_slot), page_phase)
-            _keep_owned(chunks.slots.index(page_slot), first - position, length - position)
+            keep_owned(chunks.slots.index(page_slot), first - position, length - position)
             page_slot, page_phase = next_slot(page_slot, page_phase, RING)
         mbarrier.wait(ropes.full.index(rope), rope_phase)
-        _keep_owned(ropes.slots.index(rope), first - position, length - position)
+        keep_owned(ropes.slots.index(rope), first - position, length - position)
         fence_async_shared()
         gl.thread_barrier()
     scores = gl.zeros([64, N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))

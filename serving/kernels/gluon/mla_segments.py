@@ -31,7 +31,8 @@ class Ring:
 
 
 @gluon.jit
-def _barriers(num: gl.constexpr, arrivals: gl.constexpr):
+def barriers(num: gl.constexpr, arrivals: gl.constexpr):
+    """Barriers [num, 1] that turn after so many arrivals."""
     bars = gl.allocate_shared_memory(gl.int64, [num, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(num):
         mbarrier.init(bars.index(i), count=arrivals)
@@ -41,7 +42,7 @@ def _barriers(num: gl.constexpr, arrivals: gl.constexpr):
 @gluon.jit
 def ring(slots, num: gl.constexpr, readers: gl.constexpr = 1):
     """A ring over allocated slots, with its barriers."""
-    return Ring(slots, _barriers(num, 1), _barriers(num, readers))
+    return Ring(slots, barriers(num, 1), barriers(num, readers))
 
 
 @gluon.jit
@@ -64,6 +65,16 @@ def work(plan):
         gl.load(firsts_ptr + low),
         gl.load(first_starts_ptr + low),
     )
+
+
+@gluon.jit
+def keep_owned(tile, first, limit):
+    """Zero the rows of a [64, X] tile outside [first, limit): they may hold NaN, which 0 * NaN would let through."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    owned = (rows >= first) & (rows < limit)
+    values = tile.load(layout)
+    tile.store(gl.where(owned[:, None], values, gl.zeros_like(values)))
 
 
 @gluon.jit

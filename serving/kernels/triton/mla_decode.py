@@ -4,11 +4,12 @@
     _decode_kernel   any latent and rope width, bf16, fp32 (exact products) or FP8 rows
     _merge_kernel    parts of a sequence that several workers attended -> its output, by log-sum-exp
 
-The kernels that are fast at the published widths are `serving.kernels.gluon.mla_decode` and `mla_decode_fp8`; they read
-the same plan and write the same parts. The pages of all sequences are counted through one after the other: worker w
-attends flat pages `[bounds[w], bounds[w + 1])`. A kernel with K blocks of columns runs G = W // K groups of workers a
-block; what a group attends of one sequence is a part, and part (group, sequence) has row `group + sequence` of the
-partial results, which no other part has: from one part to the next at least one of the two grows.
+The kernels that are fast at the published widths are `serving.kernels.gluon.mla_decode`, `mla_decode_wide` and
+`mla_decode_fp8`; they read the same plan and write the same parts. The pages of all sequences are counted through one
+after the other: worker w attends flat pages `[bounds[w], bounds[w + 1])`. A kernel with K blocks of columns runs G =
+W // K groups of workers a block; what a group attends of one sequence is a part, and part (group, sequence) has row
+`group + sequence` of the partial results, which no other part has: from one part to the next at least one of the two
+grows.
 
 B sequences, P pages of a sequence, T query tokens, H heads, X = T * H query columns, C latent, R rope.
 """
@@ -274,12 +275,12 @@ def _bf16(*, ring: int, ropes: int, shares: int, score_regs: int) -> dict[str, i
     return {"CHUNK": 128, "RING": ring, "ROPES": ropes, "SHARES": shares, "SCORE_REGS": score_regs}
 
 
-# Rings fill the 227 KB of shared memory; at 64 columns of bf16 they hold two pages, just enough. Registers are for no
-# spills inside the loops: with them the compiler also makes each product wait for the one before.
+# Rings fill the 227 KB of shared memory. Registers are for no spills inside the loops: with them the compiler also makes
+# each product wait for the one before.
 _BF16 = (
     Config(16, 4, _bf16(ring=10, ropes=3, shares=2, score_regs=152)),
     Config(32, 4, _bf16(ring=9, ropes=3, shares=2, score_regs=168)),
-    Config(64, 8, _bf16(ring=8, ropes=2, shares=1, score_regs=160)),
+    Config(64, 4, {"CHUNK": 128, "HELD": 3, "RING": 11, "SLOTS": 3, "VALUE_REGS": 160, "SCORE_REGS": 168}),
 )
 _FP8 = (
     Config(16, 4, {"PAGES": 4, "SHARES": 2, "SCORE_REGS": 176}),
@@ -363,6 +364,7 @@ def _launch_gluon(
 
     from serving.kernels.gluon.mla_decode import mla_decode_kernel, shared_layout
     from serving.kernels.gluon.mla_decode_fp8 import mla_decode_fp8_kernel
+    from serving.kernels.gluon.mla_decode_wide import mla_decode_wide_kernel
 
     bf16 = torch.bfloat16
     row_size = rows.shape[-1]
@@ -381,7 +383,7 @@ def _launch_gluon(
         scales, rope = describe(flat, torch.float32, [64, latent // 128]), describe(flat, bf16, [64, 64])
         inputs = q, describe(flat, torch.float8_e4m3fn, [64, 128]), rope, scales
     else:
-        kernel = mla_decode_kernel
+        kernel = mla_decode_wide_kernel if config.columns == 64 else mla_decode_kernel
         columns = q.view(-1, q.shape[-1])
         blocks = [config.columns, config.gluon["CHUNK"]], [config.columns, 64]
         row_blocks = [64, config.gluon["CHUNK"]], [64, 64]
