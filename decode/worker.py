@@ -248,7 +248,7 @@ class DecodeWorker(Worker[_Job, bytes]):
         events = self._scheduler.settle(step.launched.plan, result)
         now_s = time.monotonic()
         num_tokens = step.launched.plan.num_tokens
-        self._metrics.add("baton_tokens_total", num_tokens, phase="decode")
+        self._metrics.add("baton_tokens_total", len(events), phase="decode")
         self._count_drafts()
         self._reporter.settled(num_tokens, now_s - step.launched_s)
         self._reporter.tokens([self._news(of_job, now_s) for of_job in by_job(events)])

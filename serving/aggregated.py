@@ -30,7 +30,7 @@ from serving.engine.slots import Slots
 class Stepped:
     """What one call of `step` brought: new tokens, first tokens among them; sequences that began to be computed; those dropped as late.
 
-    `num_prefill_tokens`, `num_decode_tokens`: computed by the step that has settled.
+    `num_prefill_tokens`: computed by the step that has settled. `num_decode_tokens`: events that are no first tokens.
     """
 
     events: tuple[TokenEvent, ...] = ()
@@ -127,12 +127,13 @@ class Aggregated:
         if not self._in_flight or (launched is not None and len(self._in_flight) <= int(self._run_ahead)):
             return Stepped(opened=opened, late=late)
         step = self._in_flight.popleft()
+        first, further = self._settle(step)
         return Stepped(
-            events=self._settle(step),
+            events=(*first, *further),
             opened=opened,
             late=late,
             num_prefill_tokens=step.prefill.num_tokens if step.prefill is not None else 0,
-            num_decode_tokens=step.decode.num_tokens if step.decode is not None else 0,
+            num_decode_tokens=len(further),
         )
 
     def generate(
@@ -184,14 +185,16 @@ class Aggregated:
         )
         return in_flight, prefill
 
-    def _settle(self, step: _InFlight) -> tuple[TokenEvent, ...]:
+    def _settle(self, step: _InFlight) -> tuple[list[TokenEvent], list[TokenEvent]]:
+        """First tokens, and those of running sequences."""
         result = self._executor.settle(step.launched)
-        events: list[TokenEvent] = []
+        first: list[TokenEvent] = []
+        further: list[TokenEvent] = []
         if step.prefill is not None:
-            events += [self._first_token(first) for first in self._prefill.settle(step.prefill, result).finished]
+            first = [self._first_token(token) for token in self._prefill.settle(step.prefill, result).finished]
         if step.decode is not None:
-            events += self._decode.settle(step.decode, result)
-        return tuple(events)
+            further = self._decode.settle(step.decode, result)
+        return first, further
 
     def _first_token(self, first: FirstToken) -> TokenEvent:
         sequence = first.sequence

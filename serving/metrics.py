@@ -114,7 +114,9 @@ CATALOGUE: tuple[Family, ...] = (
     _worker(
         "baton_preemptions_total", "counter", "Sequences that left a decode worker because it had no page for them."
     ),
-    _worker("baton_tokens_total", "counter", "Tokens computed, by phase: prefill, decode.", "phase"),
+    _worker(
+        "baton_tokens_total", "counter", "Tokens by phase: computed by prefill, drawn for a text by decode.", "phase"
+    ),
     _worker(
         "baton_step_seconds", "histogram", "Launch of an engine step to its settled result.", buckets=_STEP_BUCKETS
     ),

@@ -240,6 +240,10 @@ def test_with_drafts_the_text_is_the_same_through_hand_offs_and_pre_emptions(
         num_drafted = workers.decode.metric("baton_spec_draft_tokens_total")
         num_accepted = workers.decode.metric("baton_spec_accepted_tokens_total")
         assert 0 < num_accepted < num_drafted
+        # Prefill sends one token a life, or none where a pre-emption came before it.
+        num_lives = sum(1 + request.num_preempted for request in requests)
+        num_first = 80 * len(prompts) - workers.decode.metric("baton_tokens_total", phase="decode")
+        assert len(prompts) <= num_first <= num_lives
         assert all("first_step" in request.stages for request in requests)
         workers.client.wait(workers.is_quiet, 2.0)
     finally:

@@ -48,7 +48,7 @@ def serving(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Serving]
     running.close()
 
 
-def test_drafts_are_counted_and_change_no_text(engine: Engine, tmp_path: Path) -> None:
+def test_drafts_are_counted_apart_from_what_is_sent_and_change_no_text(engine: Engine, tmp_path: Path) -> None:
     drafting = create_engine(tmp_path / "tiny", num_pages=64, draft_tokens="2")
     drafting.runner.step_s = lambda num_rows, num_drafts: 1.0  # type: ignore[method-assign]
     prompts = random_prompts(LENGTHS, 1)
@@ -58,6 +58,7 @@ def test_drafts_are_counted_and_change_no_text(engine: Engine, tmp_path: Path) -
     client = WireClient(worker.address, None)
     assert client.finish([client.submit(prompt, 30) for prompt in prompts]) == wanted
     assert worker.metric("baton_spec_draft_tokens_total") > worker.metric("baton_spec_accepted_tokens_total")
+    assert worker.metric("baton_tokens_total", phase="decode") == len(prompts) * 29
     client.close()
     running.close()
 
