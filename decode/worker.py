@@ -39,12 +39,12 @@ from serving.core.messages import (
 from serving.core.request import Sequence
 from serving.core.spec import WorkerSpec
 from serving.engine.build import Engine, build_engine_for
-from serving.engine.plan import SlotSpec
+from serving.engine.plan import Launched, SlotSpec
 from serving.engine.slots import Slots
 from serving.jobs import sequence_of
 from serving.mailbox import Driven, PeerGone, Received
 from serving.model.weights import Progress
-from serving.worker import Step, Worker
+from serving.worker import Worker
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ class DecodeWorker(Worker[_Job, bytes]):
         super().__init__(spec, engine, manager=manager, driver=notices, run_ahead=run_ahead)
         self._scheduler = DecodeScheduler(
             self._manager,
-            Slots(engine.max_num_seqs, on_give=engine.runner.close_slot),
+            Slots(engine.max_num_seqs, on_give=self._executor.close_slot),
             max_num_seqs=engine.max_num_seqs,
             max_model_len=engine.max_model_len,
             drafting=self._drafting,
@@ -99,7 +99,7 @@ class DecodeWorker(Worker[_Job, bytes]):
             vocab_size=model.vocab_size,
         )
         self._expected_new_tokens = config.kv.expected_new_tokens
-        self._in_flight: deque[Step] = deque()
+        self._in_flight: deque[Launched] = deque()
         self._quarantine = QuarantineBudget(self._manager)
 
     def _turn(self) -> None:
@@ -217,7 +217,7 @@ class DecodeWorker(Worker[_Job, bytes]):
 
     # Steps.
 
-    def _launch(self, now_s: float) -> Step | None:
+    def _launch(self, now_s: float) -> Launched | None:
         plan = self._scheduler.schedule(now_s)
         if plan is None:
             return None
@@ -227,8 +227,7 @@ class DecodeWorker(Worker[_Job, bytes]):
             self._open(sequence, now_s)
         if not plan.step.rows:
             return None
-        self._reporter.launched(plan.step.num_tokens)
-        return Step(self._engine.runner.launch(plan.step), now_s)
+        return self._executor.launch(plan.step)
 
     def _open(self, sequence: Sequence, now_s: float) -> None:
         assert sequence.slot is not None
@@ -240,17 +239,15 @@ class DecodeWorker(Worker[_Job, bytes]):
             page_ids=list(sequence.page_ids),
             hidden=job.hidden,
         )
-        self._engine.runner.open_slot(sequence.slot, spec)
+        self._executor.open_slot(sequence.slot, spec)
         job.opened_s, job.hidden = now_s, b""
 
-    def _settle(self, step: Step) -> None:
-        result = self._engine.runner.settle(step.launched)
-        events = self._scheduler.settle(step.launched.plan, result)
+    def _settle(self, step: Launched) -> None:
+        result = self._executor.settle(step)
+        events = self._scheduler.settle(step.plan, result)
         now_s = time.monotonic()
-        num_tokens = step.launched.plan.num_tokens
         self._metrics.add("baton_tokens_total", len(events), phase="decode")
         self._count_drafts()
-        self._reporter.settled(num_tokens, now_s - step.launched_s)
         self._reporter.tokens([self._news(of_job, now_s) for of_job in by_job(events)])
 
     def _news(self, events: list[TokenEvent], now_s: float) -> tuple[str, JobTokens, dict[str, float]]:

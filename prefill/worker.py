@@ -35,12 +35,12 @@ from serving.core.messages import (
 from serving.core.request import Sequence
 from serving.core.spec import WorkerSpec
 from serving.engine.build import Engine, build_engine_for
-from serving.engine.plan import SlotSpec
+from serving.engine.plan import Launched, SlotSpec
 from serving.engine.slots import Slots
 from serving.jobs import sequence_of
 from serving.mailbox import Driven, PeerGone, Received
 from serving.model.weights import Progress
-from serving.worker import Step, Worker
+from serving.worker import Worker
 
 _WAITING_S = 0.1  # how often late jobs are looked for while some wait
 
@@ -78,7 +78,7 @@ class PrefillWorker(Worker[_Job, WriteDone]):
         super().__init__(spec, engine, manager=manager, driver=writes, run_ahead=run_ahead)
         self._scheduler = PrefillScheduler(
             self._manager,
-            Slots(engine.max_num_seqs, on_give=engine.runner.close_slot),
+            Slots(engine.max_num_seqs, on_give=self._executor.close_slot),
             max_num_seqs=engine.max_num_seqs,
             max_batched_tokens=config.prefill.max_batched_tokens or engine.max_batched_tokens,
             max_model_len=config.model.max_model_len or engine.model_config.max_position_embeddings,
@@ -92,7 +92,7 @@ class PrefillWorker(Worker[_Job, WriteDone]):
             config.transfer,
             engine.identity,
         )
-        self._in_flight: deque[Step] = deque()
+        self._in_flight: deque[Launched] = deque()
 
     def _turn(self) -> None:
         late_s = time.monotonic() + _WAITING_S if self._scheduler.num_waiting else None
@@ -170,7 +170,7 @@ class PrefillWorker(Worker[_Job, WriteDone]):
 
     # Steps.
 
-    def _launch(self, now_s: float) -> Step | None:
+    def _launch(self, now_s: float) -> Launched | None:
         plan = self._scheduler.schedule(now_s)
         if plan is None:
             return None
@@ -180,8 +180,7 @@ class PrefillWorker(Worker[_Job, WriteDone]):
             self._open(sequence, now_s)
         if not plan.step.chunks:
             return None
-        self._reporter.launched(plan.step.num_tokens)
-        return Step(self._engine.runner.launch(plan.step), now_s)
+        return self._executor.launch(plan.step)
 
     def _open(self, sequence: Sequence, now_s: float) -> None:
         assert sequence.slot is not None
@@ -191,20 +190,18 @@ class PrefillWorker(Worker[_Job, WriteDone]):
             num_prompt_tokens=sequence.num_prompt_tokens,
             page_ids=list(sequence.page_ids),
         )
-        self._engine.runner.open_slot(sequence.slot, spec)
+        self._executor.open_slot(sequence.slot, spec)
         self._metrics.add("baton_prefix_hit_tokens_total", sequence.num_cached)
         job = self._jobs[sequence.job_id]
         job.opened_s = now_s
         if job.decode is not None:
             self._handoffs.begin(sequence, job.decode, now_s)
 
-    def _settle(self, step: Step) -> None:
-        result = self._engine.runner.settle(step.launched)
-        settled = self._scheduler.settle(step.launched.plan, result)
+    def _settle(self, step: Launched) -> None:
+        result = self._executor.settle(step)
+        settled = self._scheduler.settle(step.plan, result)
         now_s = time.monotonic()
-        num_tokens = step.launched.plan.num_tokens
-        self._metrics.add("baton_tokens_total", num_tokens, phase="prefill")
-        self._reporter.settled(num_tokens, now_s - step.launched_s)
+        self._metrics.add("baton_tokens_total", step.plan.num_tokens, phase="prefill")
         # Before anything else: the first token does not wait for the hand-off.
         self._reporter.tokens([self._news(first, now_s) for first in settled.finished])
         for first in settled.finished:

@@ -66,7 +66,7 @@ class AggregatedWorker(Worker[_Job, object]):
         config, engine = spec.config, engine or build_engine_for(spec, progress)
         super().__init__(spec, engine, run_ahead=run_ahead)
         self._aggregated = Aggregated(
-            engine.runner,
+            self._executor,
             self._manager,
             num_slots=engine.max_num_seqs,
             max_batched_tokens=config.prefill.max_batched_tokens or engine.max_batched_tokens,
@@ -74,7 +74,6 @@ class AggregatedWorker(Worker[_Job, object]):
             run_ahead=self._run_ahead,
             drafting=self._drafting,
         )
-        self._max_batched_tokens = config.prefill.max_batched_tokens or engine.max_batched_tokens
         self._expected_new_tokens = config.kv.expected_new_tokens
         self._num_preempted = 0
 
@@ -89,8 +88,6 @@ class AggregatedWorker(Worker[_Job, object]):
         self._reporter.tick(time.monotonic())
 
     def _step(self, now_s: float) -> None:
-        num_tokens = min(self._aggregated.num_waiting_tokens, self._max_batched_tokens) + self._aggregated.num_running
-        self._reporter.launched(num_tokens)
         stepped = self._aggregated.step(now_s)
         self._moved = bool(stepped.events or stepped.late) or self._aggregated.num_running > 0
         for sequence in stepped.opened:
@@ -99,8 +96,8 @@ class AggregatedWorker(Worker[_Job, object]):
             job.opened_s = job.opened_s or now_s
         for sequence in stepped.late:
             self._fail(sequence.job_id, "the prompt was not started within its time budget", overloaded=True)
+        self._reporter.touch()
         ended_s = time.monotonic()
-        self._reporter.settled(num_tokens, ended_s - now_s)
         self._metrics.add("baton_preemptions_total", self._aggregated.num_preempted - self._num_preempted)
         self._num_preempted = self._aggregated.num_preempted
         self._metrics.add("baton_tokens_total", stepped.num_prefill_tokens, phase="prefill")

@@ -118,7 +118,10 @@ CATALOGUE: tuple[Family, ...] = (
         "baton_tokens_total", "counter", "Tokens by phase: computed by prefill, drawn for a text by decode.", "phase"
     ),
     _worker(
-        "baton_step_seconds", "histogram", "Launch of an engine step to its settled result.", buckets=_STEP_BUCKETS
+        "baton_step_seconds",
+        "histogram",
+        "Time of an engine step: from its launch, or the end of the step before, to its settled result.",
+        buckets=_STEP_BUCKETS,
     ),
     _both("baton_requests_running", "gauge", "Jobs in the engine; role router: requests that workers have.", "role"),
     _both(

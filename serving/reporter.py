@@ -2,11 +2,13 @@
 
 Owned by the step loop. A state is sent at once to a router that attaches, then whenever it has changed, at most every
 STATE_INTERVAL_S. An announced step time is a guess from the steps before; the first steps of a worker are given
-FIRST_STEP_S. Knows no jobs: the worker hands in a function that measures.
+FIRST_STEP_S. Of two steps in flight the second begins when the first has ended, and is announced until it has ended too.
+Knows no jobs: the worker hands in a function that measures.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -32,6 +34,9 @@ class Reporter:
         self._touched = False
         self._step_s = 0.0
         self._token_s = 0.0
+        self._in_flight: deque[tuple[int, float]] = deque()
+        """Tokens of each step, and when it was launched."""
+        self._settled_s = 0.0
 
     def touch(self) -> None:
         """Something happened that may have changed the state."""
@@ -66,18 +71,22 @@ class Reporter:
         for router, batch in jobs.items():
             self._mailbox.post(router, TokenBatch(jobs=batch, stages=stages.get(router, {})))
 
-    def launched(self, num_tokens: int) -> None:
-        """A step of so many tokens starts: announce how long it may take."""
-        expected_s = max(self._step_s, self._token_s * num_tokens)
-        self._mailbox.progress(expected_s if self._step_s > 0 else FIRST_STEP_S)
+    def launched(self, num_tokens: int, now_s: float) -> None:
+        """A step of so many tokens starts, behind those in flight: announce how long they may take."""
+        self._in_flight.append((num_tokens, now_s))
+        self._announce()
 
-    def settled(self, num_tokens: int, took_s: float) -> None:
+    def settled(self, now_s: float) -> None:
+        """The oldest step in flight has ended."""
+        num_tokens, launched_s = self._in_flight.popleft()
+        took_s = now_s - max(launched_s, self._settled_s)
+        self._settled_s = now_s
         self._metrics.observe("baton_step_seconds", took_s)
         fresh = self._step_s == 0.0
         self._step_s = took_s if fresh else _FORGET * self._step_s + (1 - _FORGET) * took_s
         token_s = took_s / max(1, num_tokens)
         self._token_s = token_s if fresh else _FORGET * self._token_s + (1 - _FORGET) * token_s
-        self._mailbox.progress(0.0)
+        self._announce()
         self.touch()
 
     def tick(self, now_s: float) -> None:
@@ -101,3 +110,11 @@ class Reporter:
         self._metrics.set("baton_requests_running", state.num_running, role=state.role)
         self._metrics.set("baton_requests_waiting", state.num_waiting, role=state.role)
         return state
+
+    def _announce(self) -> None:
+        """What the longest step in flight may take: it may be the one that is waited for."""
+        expected_s = 0.0
+        if self._in_flight:
+            most_tokens = max(num_tokens for num_tokens, _ in self._in_flight)
+            expected_s = max(self._step_s, self._token_s * most_tokens) or FIRST_STEP_S
+        self._mailbox.progress(expected_s)

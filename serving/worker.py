@@ -14,7 +14,6 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from kvcache.audit import Audit
@@ -24,10 +23,10 @@ from serving.core.messages import AnyMessage, Attach, Drain, MetricsQuery, Worke
 from serving.core.spec import WorkerSpec
 from serving.engine.build import Engine
 from serving.engine.drafting import Drafting
-from serving.engine.plan import Launched
 from serving.mailbox import Driver, Mailbox
 from serving.metrics import Metrics
 from serving.reporter import Reporter
+from serving.watched import WatchedExecutor
 
 
 class Job(Protocol):
@@ -35,14 +34,6 @@ class Job(Protocol):
 
     @property
     def router(self) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """In flight since `launched_s`."""
-
-    launched: Launched
-    launched_s: float
 
 
 J = TypeVar("J", bound=Job)
@@ -83,6 +74,7 @@ class Worker(ABC, Generic[J, T]):
         self._manager = manager or KVManager(engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
         self._audit = Audit(self._manager)
         self._reporter = Reporter(self._mailbox, self._metrics, self._state)
+        self._executor = WatchedExecutor(engine.runner, self._reporter)
         on_cpu = not engine.pool.tensor.is_cuda
         self._run_ahead = config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead
         self._drafting = Drafting(engine.draft_tokens, engine.runner.step_s) if engine.draft_tokens else None

@@ -15,7 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvcache.layout import PAGE_TOKENS
 from kvcache.transfer.base import PageSource
 from serving.engine.build import Engine
+from serving.engine.plan import Launched, StepResult
 from serving.metrics import merge
+from serving.worker import Worker
 from tests.engine_factory import create_engine, create_loop, random_prompts
 from tests.wire_client import GREEDY, Request, WorkerPair, WrappedSource, create_config
 
@@ -248,6 +250,30 @@ def test_with_drafts_the_text_is_the_same_through_hand_offs_and_pre_emptions(
         workers.client.wait(workers.is_quiet, 2.0)
     finally:
         workers.close()
+
+
+def test_steps_of_both_workers_are_announced_until_the_last_has_ended(
+    engines: tuple[Engine, Engine], pair: Callable[..., WorkerPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = pair(run_ahead=True, config=create_config(max_batched_tokens=64))
+    waited: dict[str, list[float]] = {"prefill": [], "decode": []}
+
+    def watch(role: str, worker: Worker[Any, Any], engine: Engine) -> None:
+        settle = engine.runner.settle
+
+        def settled(launched: Launched) -> StepResult:
+            waited[role].append(worker._mailbox._step_budget_s)
+            return settle(launched)
+
+        monkeypatch.setattr(engine.runner, "settle", settled)
+
+    watch("prefill", workers.prefill, engines[0])
+    watch("decode", workers.decode, engines[1])
+    workers.client.finish([workers.client.submit(random_prompts([130], 61)[0], 6)])
+    workers.client.wait(workers.is_quiet, 2.0)
+    assert (len(waited["prefill"]), len(waited["decode"])) == (3, 5)
+    assert min(waited["prefill"] + waited["decode"]) > 0.0
+    assert workers.prefill._mailbox._step_budget_s == workers.decode._mailbox._step_budget_s == 0.0
 
 
 def test_the_stages_of_the_gap_are_reported_once_a_request(pair: Callable[..., WorkerPair]) -> None:

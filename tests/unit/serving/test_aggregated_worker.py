@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from serving.core.messages import (
 )
 from serving.core.request import FinishReason
 from serving.engine.build import Engine
+from serving.engine.plan import Launched, StepResult
 from tests.engine_factory import GREEDY, create_engine, create_loop, random_prompts
 from tests.scripted_peer import ScriptedPeer
 from tests.wire_client import Running, WireClient, create_config, create_spec
@@ -120,6 +122,36 @@ def test_first_tokens_name_their_cached_prefix_and_late_jobs_the_overload(servin
     submit("late", budget_s=-1.0)
     assert router.hear(JobFailed, job_id="late").overloaded
     router.close()
+
+
+def test_every_step_that_is_waited_for_is_announced_and_counted_once(
+    engine: Engine, serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, _, client = serving
+    announced: list[float] = []
+    waited: list[float] = []
+    progress, settle = worker._mailbox.progress, engine.runner.settle
+
+    def watched(step_budget_s: float) -> None:
+        announced.append(step_budget_s)
+        progress(step_budget_s)
+
+    def settled(launched: Launched) -> StepResult:
+        waited.append(announced[-1])
+        time.sleep(0.02)
+        return settle(launched)
+
+    monkeypatch.setattr(worker._mailbox, "progress", watched)
+    monkeypatch.setattr(engine.runner, "settle", settled)
+    begin_s = time.monotonic()
+    client.finish([client.submit([5, 6, 7], 6)])
+    client.wait(lambda: num_used(worker) == 0, 2.0)
+    took_s = time.monotonic() - begin_s
+    assert len(waited) == 6
+    assert min(waited) > 0.0
+    assert announced[-1] == 0.0
+    assert worker.metric("baton_step_seconds_count") == 6
+    assert worker.metric("baton_step_seconds_sum") < took_s
 
 
 def test_its_metrics_mean_what_those_of_two_workers_mean(serving: Serving) -> None:
