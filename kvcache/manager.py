@@ -12,6 +12,7 @@ clock, no sockets. Owned by one thread, the worker's step loop.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -64,7 +65,7 @@ class _Credit:
 
     phase: _Phase
     held: list[int]
-    reserved: list[int]
+    reserved: deque[int]
     exposed: list[int] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
 
@@ -106,18 +107,17 @@ class KVManager:
         if num_pages - len(held) > self.num_available:
             self.release(held)
             return None
-        fresh = [self._own() for _ in range(num_pages - len(held))]
-        return Allocation(page_ids=held + fresh, num_cached=len(held) * PAGE_TOKENS)
+        return Allocation(page_ids=held + self._own(num_pages - len(held)), num_cached=len(held) * PAGE_TOKENS)
 
     def grow(self, page_ids: list[int], *, job_id: str | None = None) -> int | None:
         """Appends one more owned page to `page_ids` and returns its id; out of the credit of `job_id` first. None: no room now."""
         credit = self._credits.get(job_id) if job_id is not None else None
         if credit is not None and credit.phase is _Phase.ACCEPTED and credit.reserved:
-            page_id = credit.reserved.pop()
+            page_id = credit.reserved.popleft()
             self._pages.move(page_id, PageState.OWNED)
             self._refs[page_id] = 1
         elif self.num_available:
-            page_id = self._own()
+            (page_id,) = self._own(1)
         else:
             return None
         page_ids.append(page_id)
@@ -160,8 +160,8 @@ class KVManager:
         if num_pages - len(held) > self.num_available:
             self.release(held)
             return False
-        reserved = [self._take(PageState.RESERVED) for _ in range(num_pages - len(held))]
-        self._credits[job_id] = _Credit(_Phase.RESERVED, held, reserved)
+        reserved = self._take(num_pages - len(held), PageState.RESERVED)
+        self._credits[job_id] = _Credit(_Phase.RESERVED, held, deque(reserved))
         return True
 
     def bind(self, job_id: str, token_ids: Sequence[int]) -> Binding | None:
@@ -179,8 +179,8 @@ class KVManager:
         self.release(credit.held)
         num_surplus = len(held) - len(credit.held)
         credit.held = held
-        credit.reserved += [self._take(PageState.RESERVED) for _ in range(num_short)]
-        credit.exposed = [self._expose(credit.reserved.pop()) for _ in range(num_missing)]
+        credit.reserved += self._take(max(0, num_short), PageState.RESERVED)
+        credit.exposed = [self._expose(credit.reserved.popleft()) for _ in range(num_missing)]
         credit.epochs = [self._pages.epoch(page_id) for page_id in credit.exposed]
         credit.phase = _Phase.EXPOSED
         for _ in range(min(num_surplus, len(credit.reserved))):
@@ -216,7 +216,7 @@ class KVManager:
             self._pages.move(page_id, PageState.FREE)
         for page_id in credit.exposed:
             self._pages.move(page_id, PageState.DRAINING)
-        credit.held, credit.reserved, credit.phase = [], [], _Phase.DRAINING
+        credit.held, credit.reserved, credit.phase = [], deque(), _Phase.DRAINING
         if not credit.exposed:
             del self._credits[job_id]
             return False
@@ -308,16 +308,17 @@ class KVManager:
             self._refs[page_id] += 1
         return page_ids
 
-    def _own(self) -> int:
-        page_id = self._take(PageState.OWNED)
-        self._refs[page_id] = 1
-        return page_id
+    def _own(self, num: int) -> list[int]:
+        page_ids = self._take(num, PageState.OWNED)
+        for page_id in page_ids:
+            self._refs[page_id] = 1
+        return page_ids
 
-    def _take(self, state: PageState) -> int:
-        """A free page, or the least recently used cached one. There must be one."""
-        if self._pages.num_free == 0:
+    def _take(self, num: int, state: PageState) -> list[int]:
+        """Free pages, and least recently used cached ones if those are too few. There must be so many."""
+        for _ in range(num - self._pages.num_free):
             self._pages.move(self._index.evict(), PageState.FREE)
-        return self._pages.take(state)
+        return self._pages.take(num, state)
 
     def _expose(self, page_id: int) -> int:
         self._pages.move(page_id, PageState.EXPOSED)

@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
+from kvcache.free import FreePages
+
 
 class PageState(StrEnum):
     """Where a page is; the values name the samples of `baton_kv_pages`."""
@@ -53,7 +55,7 @@ LEGAL_MOVES: Mapping[PageState, frozenset[PageState]] = MappingProxyType(
 
 
 class Pages:
-    """State and epoch of `num_pages` pages, and the free ones among them (last freed first, then lowest ids, so that a pool touches little memory)."""
+    """State and epoch of `num_pages` pages, and the free ones among them."""
 
     def __init__(self, num_pages: int, on_free: Callable[[int], None] | None = None) -> None:
         """`on_free` is told each page whose content is given up (tests poison it)."""
@@ -64,7 +66,7 @@ class Pages:
         self._epochs = [0] * num_pages
         self._counts = dict.fromkeys(PageState, 0)
         self._counts[PageState.FREE] = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = FreePages(num_pages)
 
     def state(self, page_id: int) -> PageState:
         return self._states[page_id]
@@ -79,19 +81,20 @@ class Pages:
     def count(self, state: PageState) -> int:
         return self._counts[state]
 
-    def take(self, state: PageState) -> int:
-        """A free page enters `state` in a new epoch. There must be one."""
-        page_id = self._free.pop()
-        self._epochs[page_id] += 1
-        self._set(page_id, state)
-        return page_id
+    def take(self, num: int, state: PageState) -> list[int]:
+        """`num` free pages, neighbours where there are such, enter `state` in a new epoch. There must be so many."""
+        page_ids = self._free.take(num)
+        for page_id in page_ids:
+            self._epochs[page_id] += 1
+            self._set(page_id, state)
+        return page_ids
 
     def move(self, page_id: int, state: PageState) -> None:
         """Out of any state but free, along the diagram."""
         assert self._states[page_id] is not PageState.FREE, f"page {page_id} is free: it is taken, not moved"
         self._set(page_id, state)
         if state is PageState.FREE:
-            self._free.append(page_id)
+            self._free.add(page_id)
             if self._on_free is not None:
                 self._on_free(page_id)
 
@@ -105,7 +108,7 @@ class Pages:
             f"{sum(self._counts.values())} of {self.num_pages} pages accounted for"
         )
         free = [page_id for page_id, state in enumerate(self._states) if state is PageState.FREE]
-        assert sorted(self._free) == free, "the free list is not the set of free pages"
+        assert self._free.page_ids() == free, "the free list is not the set of free pages"
 
     def _set(self, page_id: int, state: PageState) -> None:
         before = self._states[page_id]

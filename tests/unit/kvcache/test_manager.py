@@ -4,6 +4,7 @@ import pytest
 
 from kvcache.manager import Allocation, KVManager
 from kvcache.pages import PageState
+from kvcache.transfer.base import runs
 from serving.core.errors import StaleError
 
 TEXT = list(range(1000, 1300))  # four full pages and 44 tokens
@@ -122,6 +123,40 @@ def test_a_hand_off_from_credit_to_release() -> None:
     manager.release(page_ids)
     manager.cancel("job")
     assert nonzero(manager) == {"free": 8}
+
+
+def num_pieces(page_ids: list[int]) -> int:
+    """Descriptors of a transfer to these pages from pages that are neighbours."""
+    return len(list(runs(range(len(page_ids)), page_ids)))
+
+
+def test_a_hand_off_goes_to_neighbouring_pages_and_growth_takes_the_next() -> None:
+    manager = create_manager()
+    assert manager.reserve("job", 7)
+    binding = manager.bind("job", TEXT)
+    assert binding is not None
+    assert num_pieces(binding.page_ids) == 1
+    page_ids = manager.accept("job", binding.epochs)
+    for _ in range(3):
+        assert manager.grow(page_ids, job_id="job") is not None
+    assert num_pieces(page_ids) == 1
+
+
+def test_pages_that_came_back_in_any_order_are_handed_out_as_neighbours_again() -> None:
+    manager = create_manager(30, prefix_cache=False)
+    for job_id in "abcdef":
+        assert manager.reserve(job_id, 5)
+    for job_id in "bcde":
+        assert manager.bind(job_id, TEXT) is not None
+    manager.cancel("b")
+    manager.closed("b")
+    manager.closed("d")
+    page_ids = manager.accept("c")
+    manager.release(page_ids[3:])
+    manager.release(page_ids[:3])
+    assert nonzero(manager) == {"free": 15, "exposed": 5, "reserved": 10}
+    assert num_pieces(acquire(manager, list(range(9 * 64))).page_ids) == 1
+    assert num_pieces(acquire(manager, list(range(6 * 64))).page_ids) == 1
 
 
 def test_growth_takes_the_credit_only_of_its_own_job() -> None:

@@ -17,9 +17,14 @@ WAY = {
 }
 
 
+def one_page(pages: Pages, state: PageState) -> int:
+    (page_id,) = pages.take(1, state)
+    return page_id
+
+
 def page_in(state: PageState) -> tuple[Pages, int]:
     pages = Pages(3)
-    page_id = pages.take(WAY[state][0])
+    page_id = one_page(pages, WAY[state][0])
     for step in WAY[state][1:]:
         pages.move(page_id, step)
     return pages, page_id
@@ -50,21 +55,21 @@ def test_the_epoch_rises_with_every_use() -> None:
     pages = Pages(1)
     epochs = []
     for state in (PageState.OWNED, PageState.RESERVED, PageState.OWNED):
-        epochs.append(pages.epoch(pages.take(state)))
+        epochs.append(pages.epoch(one_page(pages, state)))
         pages.move(0, PageState.FREE)
     assert epochs == sorted(set(epochs))
 
 
 def test_low_pages_are_used_first() -> None:
     pages = Pages(5)
-    assert [pages.take(PageState.OWNED) for _ in range(3)] == [0, 1, 2]
+    assert [one_page(pages, PageState.OWNED) for _ in range(3)] == [0, 1, 2]
     pages.move(1, PageState.FREE)
-    assert pages.take(PageState.OWNED) == 1
+    assert one_page(pages, PageState.OWNED) == 1
 
 
 def test_a_lost_page_is_noticed() -> None:
     pages = Pages(3)
-    pages.take(PageState.OWNED)
+    pages.take(1, PageState.OWNED)
     pages.check()
     pages._states[2] = PageState.DRAINING
     with pytest.raises(AssertionError, match="counts drifted"):
@@ -73,6 +78,7 @@ def test_a_lost_page_is_noticed() -> None:
 
 def test_a_page_that_is_free_twice_is_noticed() -> None:
     pages = Pages(3)
-    pages._free.append(1)
+    pages.take(1, PageState.OWNED)
+    pages._free.add(0)
     with pytest.raises(AssertionError, match="free list"):
         pages.check()

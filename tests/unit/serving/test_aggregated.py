@@ -99,9 +99,12 @@ def test_32_concurrent_greedy_texts_equal_transformers(
 def test_a_cached_latent_that_is_perturbed_changes_a_text(engine: Engine, expected: list[list[int]]) -> None:
     loop = create_loop(engine)
     assert loop.generate(_prompts(), GREEDY, NUM_NEW) == expected
-    written = ~engine.pool.tensor[: loop.manager.num_pages, 0, :, 0].isnan()
-    page, row = written.nonzero()[0].tolist()
-    engine.pool.tensor[page, 0, row] += 30.0
+    longest = _prompts()[LENGTHS.index(320)]
+    found = loop.manager.acquire(longest, len(longest))
+    assert found is not None
+    assert found.num_cached == 320
+    loop.manager.release(found.page_ids)
+    engine.pool.tensor[found.page_ids[0], 0, 0] += 30.0
     assert loop.generate(_prompts(), GREEDY, NUM_NEW) != expected
 
 
