@@ -23,6 +23,7 @@ from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.bench.options import count, counts
 from serving.bench.report import provenance, write_report
+from serving.core.config import MOST_DRAFTS
 from serving.core.request import SamplingParams
 from serving.core.request import Sequence as Job
 from serving.demo.evaluate import MODEL_FOLDER, drawn_questions, draws
@@ -35,8 +36,7 @@ GATE, GOAL = 1.2, 1.4
 _NEEDLE_TOKENS = 256
 _NUM_PAGES = 256
 _MOST_NEW_TOKENS = 80
-_MOST_DRAFTS = 3
-_MODES = ("none", "1", "2", "3", "chosen")
+_MODES = ("none", *(str(number) for number in range(1, MOST_DRAFTS + 1)), "chosen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +79,10 @@ def main(argv: Sequence[str]) -> int:
     report = provenance(["baton", "bench", "drafts", *argv])
     if torch.cuda.is_available():
         report["machine"]["gpu"] = torch.cuda.get_device_name()
-    plain, drafting = _engine(options, "0"), _engine(options, str(_MOST_DRAFTS))
+    plain, drafting = _engine(options, "0"), _engine(options, str(MOST_DRAFTS))
     step_ms = {
         number: {rows: 1e3 * drafting.runner.step_s(rows, number) for rows in options.streams}
-        for number in range(_MOST_DRAFTS + 1)
+        for number in range(MOST_DRAFTS + 1)
     }
     figures: list[Figure] = []
     print(_HEADER, file=sys.stderr)
@@ -148,7 +148,7 @@ def _measure(plain: Engine, drafting: Engine, streams: int, options: argparse.Na
 def _drafting(mode: str, engine: Engine) -> Drafting | None:
     if mode == "none":
         return None
-    return Drafting(_MOST_DRAFTS, engine.runner.step_s) if mode == "chosen" else _Always(int(mode))
+    return Drafting(MOST_DRAFTS, engine.runner.step_s) if mode == "chosen" else _Always(int(mode))
 
 
 def _waves(streams: int, ask: int, seed: int) -> Iterator[list[list[int]]]:

@@ -19,6 +19,9 @@ from typing import Any
 
 from serving.core.errors import ConfigError
 
+MOST_DRAFTS = 3
+"""The attention of a decode step takes four tokens of a sequence."""
+
 
 def _key(
     default: Any,
@@ -67,7 +70,7 @@ class DecodeTable:
     draft_tokens: str = _key(
         "auto",
         "most tokens drafted a step with the MTP layer, fewer where they do not pay; auto: 0 as yet",
-        choices=("auto", "0", "1", "2", "3"),
+        choices=("auto", *(str(number) for number in range(MOST_DRAFTS + 1))),
     )
     threads: int = _key(0, "CPU threads of a worker; 0: the cores shared evenly among the workers", low=0)
 

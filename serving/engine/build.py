@@ -76,7 +76,7 @@ def build_engine(
 ) -> Engine:
     """Load `model_dir` and make everything a step needs. `max_num_seqs` slots; `num_threads` 0 leaves torch's own number.
 
-    `draft_tokens`: "0" to "3", or "auto".
+    `draft_tokens`: a number as text, at most MOST_DRAFTS, or "auto".
     `num_pages` 0: `memory_fraction` (0: what suits the device) of the memory that is free then. On a GPU that is what `gpu_share` of it
     leaves beside the weights and the largest steps, which are run to know what they take; `prefills`, `decodes`: which steps there will be.
 

@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from kvcache.layout import PAGE_TOKENS
+from serving.core.config import MOST_DRAFTS
 from serving.kernels import sampling
 from serving.model.batch import DecodeBatch
-
-MOST_DRAFTS = 3
-"""The attention of a decode step takes four tokens of a sequence."""
 
 
 class DraftLayer(Protocol):
