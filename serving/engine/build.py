@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,7 @@ from kvcache.pool import KVPool
 from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
 from serving.core.spec import WorkerSpec
-from serving.engine.runner import Runner
+from serving.engine.runner import Model, Runner
 from serving.kernels.packed import packing
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
@@ -87,48 +88,33 @@ def build_engine(
         torch.set_num_threads(num_threads)
     folder, torch_device = Path(model_dir), _device(device)
     torch_dtype = _dtype(dtype, torch_device)
-    config = ModelConfig.from_folder(folder)
-    if not mtp:
-        config = dataclasses.replace(config, num_mtp_layers=0)
+    config = _model_config(folder, mtp=mtp)
     num_drafts = _num_drafts(draft_tokens, config)
-    layout = PageLayout(
-        num_layers=config.num_layers,
-        num_mtp_layers=config.num_mtp_layers,
-        row_width=config.latent_width,
-        element_bytes=torch_dtype.itemsize,
-    )
+    layout = _layout(config, torch_dtype)
     with packing(decodes):
         model = load_weights(folder, config, torch_dtype, torch_device, progress=progress)
     longest = max_model_len or config.max_position_embeddings
     max_batched_tokens = max_batched_tokens or _BATCHED_TOKENS[torch_device.type]
-    vocab_size = min(config.vocab_size, tokenizer_size(folder) or config.vocab_size)
-
-    def runner_of(pool: KVPool, longest: int) -> Runner:
-        return Runner(
-            model,
-            pool.tensor,
-            num_slots=max_num_seqs,
-            max_pages=num_pages_for(longest),
-            vocab_size=vocab_size,
-            hidden_size=config.hidden_size,
-            draft_tokens=num_drafts,
-        )
+    runner_of = partial(
+        _runner,
+        model,
+        config,
+        num_slots=max_num_seqs,
+        vocab_size=min(config.vocab_size, tokenizer_size(folder) or config.vocab_size),
+        draft_tokens=num_drafts,
+    )
 
     def try_steps() -> None:
-        told = progress.tell if progress is not None else lambda _: None
         runner = runner_of(KVPool(layout, 1, torch_dtype, torch_device), longest)
-        runner.warm_up(max_batched_tokens=max_batched_tokens if prefills else 0, decodes=decodes, told=told)
+        _warm_up(runner, max_batched_tokens if prefills else 0, decodes=decodes, progress=progress)
 
     if not num_pages:
         fraction = memory_fraction or _MEMORY_FRACTION[torch_device.type]
-        on_gpu = torch_device.type == "cuda"
-        free = _free_gpu_bytes(torch_device, gpu_share, try_steps) if on_gpu else psutil.virtual_memory().available
-        num_pages = _num_pages(layout, fraction, free)
+        num_pages = _num_pages(layout, fraction, _free_bytes(torch_device, gpu_share, try_steps))
     longest = min(longest, num_pages * PAGE_TOKENS)
     pool = _pool(layout, num_pages, torch_dtype, torch_device)
-    runner = runner_of(pool, longest)
     return Engine(
-        runner=runner,
+        runner=runner_of(pool, longest),
         pool=pool,
         layout=layout,
         model_config=config,
@@ -161,11 +147,8 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
             decodes=decodes,
             progress=progress,
         )
-        engine.runner.warm_up(
-            max_batched_tokens=engine.max_batched_tokens if prefills else 0,
-            decodes=decodes,
-            told=progress.tell if progress is not None else lambda _: None,
-        )
+        num_tokens = engine.max_batched_tokens if prefills else 0
+        _warm_up(engine.runner, num_tokens, decodes=decodes, progress=progress)
     except torch.OutOfMemoryError:
         raise ConfigError(
             "the GPU's memory is full before the first step; lower kv.memory_fraction or prefill.max_batched_tokens"
@@ -240,6 +223,47 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
+def _model_config(folder: Path, *, mtp: bool) -> ModelConfig:
+    config = ModelConfig.from_folder(folder)
+    return config if mtp else dataclasses.replace(config, num_mtp_layers=0)
+
+
+def _layout(config: ModelConfig, dtype: torch.dtype) -> PageLayout:
+    return PageLayout(
+        num_layers=config.num_layers,
+        num_mtp_layers=config.num_mtp_layers,
+        row_width=config.latent_width,
+        element_bytes=dtype.itemsize,
+    )
+
+
+def _runner(
+    model: Model,
+    config: ModelConfig,
+    pool: KVPool,
+    longest: int,
+    *,
+    num_slots: int,
+    vocab_size: int,
+    draft_tokens: int,
+) -> Runner:
+    """For texts of up to `longest` tokens."""
+    return Runner(
+        model,
+        pool.tensor,
+        num_slots=num_slots,
+        max_pages=num_pages_for(longest),
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        draft_tokens=draft_tokens,
+    )
+
+
+def _warm_up(runner: Runner, max_batched_tokens: int, *, decodes: bool, progress: Progress | None) -> None:
+    told = progress.tell if progress is not None else lambda _: None
+    runner.warm_up(max_batched_tokens=max_batched_tokens, decodes=decodes, told=told)
+
+
 def _num_drafts(wanted: str, config: ModelConfig) -> int:
     if wanted == "auto":
         return 0
@@ -263,6 +287,12 @@ def _num_pages(layout: PageLayout, memory_fraction: float, free_bytes: int) -> i
         f"beside the model and its largest steps {max(free_bytes, 0) >> 20} MiB are left, and a page takes {layout.page_bytes} bytes; free "
         "memory, start fewer workers on the device, or lower prefill.max_batched_tokens"
     )
+
+
+def _free_bytes(device: torch.device, gpu_share: float, try_steps: Callable[[], None]) -> int:
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    return _free_gpu_bytes(device, gpu_share, try_steps)
 
 
 def _free_gpu_bytes(device: torch.device, share: float, try_steps: Callable[[], None]) -> int:
