@@ -4,7 +4,7 @@
 
 Between steps a sequence lives in its slot: last token, last hidden state (for the MTP layer's rows) and page table stay on
 the device, so `launch` reads nothing back. On a CPU `launch` computes before it returns; on a GPU decode rows are a
-captured graph. Must not know requests, jobs, or who decides what runs.
+captured graph. Prefill chunks are run by `chunks`, rows with drafts by `drafted`. Must not know requests, jobs, or who decides what runs.
 """
 
 from __future__ import annotations
@@ -16,41 +16,29 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvcache.layout import PAGE_TOKENS, num_pages_for
+from kvcache.layout import PAGE_TOKENS
+from serving.engine.chunks import Chunks, PrefillModel
 from serving.engine.drafted import DraftedRows, DraftedStep
-from serving.engine.graphs import StepGraphs, decode_sizes, prefill_sizes
-from serving.engine.plan import DecodeRow, Launched, PrefillChunk, SampledToken, SlotSpec, StepPlan, StepResult
+from serving.engine.graphs import StepGraphs, decode_sizes
+from serving.engine.plan import DecodeRow, Launched, SampledToken, SlotSpec, StepPlan, StepResult
 from serving.engine.sampler import Logprobs, Sampler
-from serving.engine.speculative import DraftLayer, SlotState, Speculation
+from serving.engine.speculative import SlotState, Speculation
 from serving.engine.staging import ids, to_device, to_host
 from serving.kernels import sampling
 from serving.kernels.packed import PIECES, row_pieces
-from serving.model.batch import DecodeBatch, PrefillBatch, SeqChunk
+from serving.model.batch import DecodeBatch
 from serving.model.heap import blocks_returned
 
 _MAX_IN_FLIGHT = 2
-# Larger prefill steps keep the device busy for longer than the host needs to launch their parts one by one.
-_MOST_CAPTURED_TOKENS = 4096
-_MOST_CAPTURED_CHUNKS = 16
 
 
-class Model(Protocol):
+class Model(PrefillModel, Protocol):
     """What the runner needs of `serving.model.deepseek_v3.DeepseekV3`."""
 
     @property
     def dtype(self) -> torch.dtype: ...
 
-    @property
-    def mtp(self) -> DraftLayer | None: ...
-
-    @property
-    def captures_prefill(self) -> bool: ...
-
-    def prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Tensor: ...
-
     def decode(self, batch: DecodeBatch, kv_pool: Tensor) -> Tensor: ...
-
-    def logits(self, hidden_ND: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,16 +93,11 @@ class Runner:
         self._hidden_SD = torch.zeros(num_slots, hidden_size, dtype=model.dtype, device=device)
         self._rows = _RowsBatch((), self._last_token_S[:0], self._page_table_SP[:0])
         self._drafted = self._make_drafted(draft_tokens) if draft_tokens else None
+        self._chunks = Chunks(model, kv_pool, self._page_table_SP, self._hidden_SD)
         self._decode_graphs: StepGraphs | None = None
-        self._prefill_graphs: StepGraphs | None = None
         if device.type == "cuda" and self._drafted is None:
             self._decode_graphs = StepGraphs(
                 self._captured_decode, sizes=decode_sizes(self._scratch_slot), idle=self._idle_rows, device=device
-            )
-        if device.type == "cuda" and model.captures_prefill:
-            sizes = prefill_sizes(_MOST_CAPTURED_TOKENS)
-            self._prefill_graphs = StepGraphs(
-                self._captured_prefill, sizes=sizes, idle=self._idle_chunks, device=device
             )
         self._num_in_flight = 0
 
@@ -126,8 +109,7 @@ class Runner:
         # What is compiled stays: beside each other on pages of its own, not in the heap between activations that go.
         with torch.inference_mode(), blocks_returned():
             if max_batched_tokens:
-                self._compile_prefill(max_batched_tokens, told, packed=decodes)
-                self._capture_prefill(max_batched_tokens, told)
+                self._chunks.warm_up(max_batched_tokens, told, packed=decodes)
             if decodes and self._drafted is not None:
                 self._drafted.warm_up(told)
             elif decodes and self._decode_graphs is not None:
@@ -138,40 +120,6 @@ class Runner:
                 self._compile_decode(told)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _capture_prefill(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
-        """Every size that a step of so many tokens may take."""
-        if self._prefill_graphs is None:
-            return
-        most = self._prefill_graphs.size_for(max_batched_tokens) or self._prefill_graphs.sizes[-1]
-        for size in reversed(self._prefill_graphs.sizes):
-            if size <= most:
-                told(f"capturing a prefill step of {size} tokens")
-                self._prefill_graphs.capture(size)
-
-    def _compile_prefill(self, max_batched_tokens: int, told: Callable[[str], None], *, packed: bool) -> None:
-        """Steps that are not captured: many tokens, or a part of the context cached; and each number of rows that has code of its own."""
-        most = self._page_table_SP.shape[1] * PAGE_TOKENS
-        if self.device.type == "cuda":
-            small: tuple[int, ...] = (1, 2, 16, 32, PAGE_TOKENS)
-        else:
-            # On a CPU packed weights have code for each number of rows, plain ones have none.
-            small = PIECES if packed else (PAGE_TOKENS,)
-        for num_tokens in sorted({max_batched_tokens, *(size for size in small if size < max_batched_tokens)}):
-            told(f"compiling prefill of {num_tokens} tokens")
-            end = min(PAGE_TOKENS + num_tokens, most)
-            chunk = PrefillChunk(
-                slot=self._scratch_slot,
-                token_ids=[0] * (end - PAGE_TOKENS),
-                start=PAGE_TOKENS,
-                store_from=end,
-                page_ids=[self._scratch_page] * num_pages_for(end),
-                sample=True,
-            )
-            if chunk.token_ids:
-                last_ND, _ = self._run_chunks((chunk,))
-                sampling.argmax(self.model.logits(last_ND))
-        self._set_pages(self._scratch_slot, [])
 
     def _compile_decode(self, told: Callable[[str], None]) -> None:
         for size in PIECES:
@@ -204,18 +152,15 @@ class Runner:
         positions: list[int] = []
         hidden_ND: Tensor | None = None
         greedy_B: Tensor | None = None
-        if plan.chunks:
-            last_ND, logits_NV = self._run_chunks(plan.chunks)
-            ended = [i for i, chunk in enumerate(plan.chunks) if chunk.sample]
-            slots += [plan.chunks[i].slot for i in ended]
-            positions += [plan.chunks[i].start + len(plan.chunks[i].token_ids) for i in ended]
-            if ended:
-                every = len(ended) == len(plan.chunks)
-                hidden_ND = last_ND if every else last_ND[self._ids(ended)]
-                if logits_NV is None:
-                    logits.append(self.model.logits(hidden_ND))
-                else:
-                    logits.append(logits_NV if every else logits_NV[self._ids(ended)])
+        for chunk in plan.chunks:
+            if chunk.page_ids != self._page_ids[chunk.slot]:
+                self._set_pages(chunk.slot, chunk.page_ids)
+        ended = self._chunks.run(plan.chunks) if plan.chunks else None
+        if ended is not None:
+            slots += ended.slots
+            positions += ended.positions
+            logits.append(ended.logits_NV)
+            hidden_ND = ended.hidden_ND
         if plan.rows and self._drafted is None:
             at = _positions_of(plan)
             slots += [row.slot for row in plan.rows]
@@ -297,131 +242,6 @@ class Runner:
             hidden_ND=to_host(hidden_ND) if wants_hidden and hidden_ND is not None else None,
         )
 
-    def _run_chunks(self, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor | None]:
-        """Hidden states [N, D] of the last token of each chunk, and their logits [N, V] where the step was captured with them."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        row_ids: list[int] = []
-        seqs = []
-        for chunk in chunks:
-            if chunk.page_ids != self._page_ids[chunk.slot]:
-                self._set_pages(chunk.slot, chunk.page_ids)
-            end = chunk.start + len(chunk.token_ids)
-            seqs.append(
-                SeqChunk(
-                    offset=len(token_ids),
-                    num_tokens=len(chunk.token_ids),
-                    context_len=chunk.start,
-                    page_ids=self._page_table_SP[chunk.slot],
-                )
-            )
-            token_ids += chunk.token_ids
-            positions += range(chunk.start, end)
-            row_ids += self._chunk_rows(chunk, end)
-        slots = [chunk.slot for chunk in chunks]
-        starts = [*(seq.offset for seq in seqs), len(token_ids)]
-        replayed = self._replayed_prefill(token_ids, positions, row_ids, slots, starts, chunks)
-        if replayed is not None:
-            last_ND, logits_NV = replayed
-        else:
-            token_ids_T, positions_T, row_ids_T = self._ids((token_ids, positions, row_ids)).unbind()
-            batch = PrefillBatch(
-                token_ids_T=token_ids_T,
-                positions_T=positions_T,
-                row_ids_T=row_ids_T,
-                starts=self._ids(starts).to(torch.int32),
-                seqs=tuple(seqs),
-            )
-            first_N, last_N, slots_N = self._ids((starts[:-1], [end - 1 for end in starts[1:]], slots)).unbind()
-            last_ND, logits_NV = self._prefill(batch, first_N, last_N, slots_N), None
-        if self.model.mtp is not None:
-            for chunk in chunks:
-                if chunk.start == 0 and chunk.store_from == 0:
-                    # The layout's zero row: a page is a function of its tokens, to the last byte.
-                    self.kv_pool[chunk.page_ids[0], -1, 0] = 0
-        return last_ND, logits_NV
-
-    def _replayed_prefill(
-        self,
-        token_ids: list[int],
-        positions: list[int],
-        row_ids: list[int],
-        slots: list[int],
-        starts: list[int],
-        chunks: tuple[PrefillChunk, ...],
-    ) -> tuple[Tensor, Tensor] | None:
-        """None: not a step that is captured."""
-        graphs, num_tokens, num_chunks = self._prefill_graphs, len(token_ids), len(chunks)
-        if graphs is None or num_chunks > _MOST_CAPTURED_CHUNKS or any(chunk.start for chunk in chunks):
-            return None
-        size = graphs.captured_for(num_tokens)
-        if size is None:
-            return None
-        rest, missing = size - num_tokens, _MOST_CAPTURED_CHUNKS - num_chunks
-        values = [*token_ids, *[0] * rest, *positions, *[0] * rest]
-        values += [*row_ids, *[self._scratch_page * PAGE_TOKENS] * rest]
-        # Tokens of nobody are a sequence of their own, the last; chunks that are missing say what the first one says.
-        values += [*starts, *[num_tokens] * missing, size]
-        values += [*starts[:-1], *[0] * missing, *(end - 1 for end in starts[1:]), *[starts[1] - 1] * missing]
-        values += [*slots, *[slots[0]] * missing]
-        last_ND, logits_NV = graphs.run(size, values)
-        return last_ND[:num_chunks], logits_NV[:num_chunks]
-
-    def _idle_chunks(self, size: int) -> list[int]:
-        """The integers of a captured prefill step in which everything is nobody's."""
-        chunks = _MOST_CAPTURED_CHUNKS
-        rows = [self._scratch_page * PAGE_TOKENS] * size
-        return [
-            *[0] * (2 * size),
-            *rows,
-            0,
-            *[size] * (chunks + 1),
-            *[0] * (2 * chunks),
-            *[self._scratch_slot] * chunks,
-        ]
-
-    def _captured_prefill(self, size: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        chunks = _MOST_CAPTURED_CHUNKS
-        parts = inputs.split([size, size, size, chunks + 2, chunks, chunks, chunks])
-        token_ids_T, positions_T, row_ids_T, starts, first_N, last_N, slots_N = parts
-        batch = PrefillBatch(
-            token_ids_T=token_ids_T,
-            positions_T=positions_T,
-            row_ids_T=row_ids_T,
-            starts=starts.to(torch.int32),
-            seqs=(),
-        )
-        last_ND = self._prefill(batch, first_N, last_N, slots_N)
-        return last_ND, self.model.logits(last_ND)
-
-    def _prefill(self, batch: PrefillBatch, first_N: Tensor, last_N: Tensor, slots_N: Tensor) -> Tensor:
-        """Hidden states [N, D] of the last tokens. int64 [N]: where each chunk begins and ends in the batch, and its slot."""
-        hidden_TD = self.model.prefill(batch, self.kv_pool)
-        last_ND = hidden_TD.index_select(0, last_N)
-        if self.model.mtp is not None:
-            self._store_mtp_chunks(self.model.mtp, batch, hidden_TD, last_ND, first_N, slots_N)
-        return last_ND
-
-    def _store_mtp_chunks(
-        self,
-        mtp: DraftLayer,
-        batch: PrefillBatch,
-        hidden_TD: Tensor,
-        last_ND: Tensor,
-        first_N: Tensor,
-        slots_N: Tensor,
-    ) -> None:
-        """The row of token p is made from the hidden state of p - 1: the neighbour in the chunk, or what the slot carried.
-
-        Of the first token of all there is none; its row, like those below store_from, goes to scratch.
-        """
-        previous_TD = hidden_TD.roll(1, dims=0)
-        previous_TD.index_copy_(0, first_N, self._hidden_SD.index_select(0, slots_N))
-        self._hidden_SD.index_copy_(0, slots_N, last_ND)
-        row_ids_T = batch.row_ids_T.masked_fill(batch.positions_T == 0, self._scratch_page * PAGE_TOKENS)
-        positions_T = (batch.positions_T - 1).clamp_(min=0)
-        mtp.store_rows(previous_TD, batch.token_ids_T, positions_T, row_ids_T, self.kv_pool)
-
     def _run_rows(self, rows: tuple[DecodeRow, ...], positions: list[int]) -> tuple[Tensor, Tensor | None]:
         """Logits [B, V], and their argmax [B] where the step has it."""
         batch_rows = self._rows_of(rows)
@@ -490,16 +310,6 @@ class Runner:
             width = 0 if self._decode_graphs is not None else max(len(self._page_ids[slot]) for slot in slots)
             self._rows = _RowsBatch(slots, slots_B, self._page_table_SP[:, :width].index_select(0, slots_B))
         return self._rows
-
-    def _chunk_rows(self, chunk: PrefillChunk, end: int) -> list[int]:
-        """Row of each token of the chunk; scratch below store_from."""
-        stored_from = min(max(chunk.start, chunk.store_from), end)
-        rows = [self._scratch_page * PAGE_TOKENS + i % PAGE_TOKENS for i in range(stored_from - chunk.start)]
-        for page in range(stored_from // PAGE_TOKENS, -(-end // PAGE_TOKENS)):
-            first, last = max(stored_from, page * PAGE_TOKENS), min(end, (page + 1) * PAGE_TOKENS)
-            shift = (chunk.page_ids[page] - page) * PAGE_TOKENS
-            rows += range(first + shift, last + shift)
-        return rows
 
     def _set_pages(self, slot: int, page_ids: list[int]) -> None:
         self._page_ids[slot] = list(page_ids)

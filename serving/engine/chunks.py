@@ -1,0 +1,271 @@
+"""Prefill chunks: from those of a plan to the logits of the prompts that they end; on a GPU small steps are captured and replayed.
+
+    plan's chunks -> one packed batch -> latents into their pages, rows of the MTP layer, hidden states of the last tokens -> logits
+
+Knows slots and pages as the runner does: a slot's page table is set before its chunk is run. Must not know decode rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvcache.layout import PAGE_TOKENS, num_pages_for
+from serving.engine.graphs import StepGraphs, prefill_sizes
+from serving.engine.plan import PrefillChunk
+from serving.engine.speculative import DraftLayer
+from serving.engine.staging import ids
+from serving.kernels import sampling
+from serving.kernels.packed import PIECES
+from serving.model.batch import PrefillBatch, SeqChunk
+
+# Larger prefill steps keep the device busy for longer than the host needs to launch their parts one by one.
+_MOST_CAPTURED_TOKENS = 4096
+_MOST_CAPTURED_CHUNKS = 16
+
+
+class PrefillModel(Protocol):
+    """What prefill needs of `serving.model.deepseek_v3.DeepseekV3`."""
+
+    @property
+    def mtp(self) -> DraftLayer | None: ...
+
+    @property
+    def captures_prefill(self) -> bool: ...
+
+    def prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Tensor: ...
+
+    def logits(self, hidden_ND: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EndedPrompts:
+    """Of the N chunks that end their prompts: slots, positions of the tokens that follow, what these are drawn from."""
+
+    slots: list[int]
+    positions: list[int]
+    hidden_ND: Tensor
+    logits_NV: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """N chunks one after the other: T tokens, their positions and rows; N + 1 borders; N slots."""
+
+    token_ids: list[int]
+    positions: list[int]
+    row_ids: list[int]
+    starts: list[int]
+    slots: list[int]
+
+    @property
+    def lasts(self) -> list[int]:
+        return [end - 1 for end in self.starts[1:]]
+
+
+class Chunks:
+    """Of one runner: `page_table_SP` and `hidden_SD` by slot are its own, the last slot and the last page of `kv_pool` belong to nobody."""
+
+    def __init__(self, model: PrefillModel, kv_pool: Tensor, page_table_SP: Tensor, hidden_SD: Tensor) -> None:
+        self._model = model
+        self._kv_pool = kv_pool
+        self._page_table_SP = page_table_SP
+        self._hidden_SD = hidden_SD
+        self._scratch_slot = page_table_SP.shape[0] - 1
+        self._scratch_page = kv_pool.shape[0] - 1
+        self._device = kv_pool.device
+        self._graphs: StepGraphs | None = None
+        if self._device.type == "cuda" and model.captures_prefill:
+            sizes = prefill_sizes(_MOST_CAPTURED_TOKENS)
+            self._graphs = StepGraphs(self._captured, sizes=sizes, idle=self._idle, device=self._device)
+
+    def warm_up(self, max_batched_tokens: int, told: Callable[[str], None], *, packed: bool) -> None:
+        """Compile, and capture, what steps of so many tokens run. `packed`: whether weights are (`kernels.packed`). In inference mode."""
+        self._compile(max_batched_tokens, told, packed=packed)
+        self._capture(max_batched_tokens, told)
+
+    def run(self, chunks: tuple[PrefillChunk, ...]) -> EndedPrompts | None:
+        """None: no prompt ends with them."""
+        last_ND, logits_NV = self._run(chunks)
+        ended = [i for i, chunk in enumerate(chunks) if chunk.sample]
+        if not ended:
+            return None
+        if len(ended) < len(chunks):
+            ended_N = self._ids(ended)
+            last_ND = last_ND[ended_N]
+            logits_NV = None if logits_NV is None else logits_NV[ended_N]
+        return EndedPrompts(
+            slots=[chunks[i].slot for i in ended],
+            positions=[chunks[i].start + len(chunks[i].token_ids) for i in ended],
+            hidden_ND=last_ND,
+            logits_NV=self._model.logits(last_ND) if logits_NV is None else logits_NV,
+        )
+
+    def _compile(self, max_batched_tokens: int, told: Callable[[str], None], *, packed: bool) -> None:
+        """Steps that are not captured: many tokens, or a part of the context cached; and each number of rows that has code of its own."""
+        most = self._page_table_SP.shape[1] * PAGE_TOKENS
+        if self._device.type == "cuda":
+            small: tuple[int, ...] = (1, 2, 16, 32, PAGE_TOKENS)
+        else:
+            # On a CPU packed weights have code for each number of rows, plain ones have none.
+            small = PIECES if packed else (PAGE_TOKENS,)
+        for num_tokens in sorted({max_batched_tokens, *(size for size in small if size < max_batched_tokens)}):
+            told(f"compiling prefill of {num_tokens} tokens")
+            end = min(PAGE_TOKENS + num_tokens, most)
+            chunk = PrefillChunk(
+                slot=self._scratch_slot,
+                token_ids=[0] * (end - PAGE_TOKENS),
+                start=PAGE_TOKENS,
+                store_from=end,
+                page_ids=[self._scratch_page] * num_pages_for(end),
+                sample=True,
+            )
+            if chunk.token_ids:
+                last_ND, _ = self._run((chunk,))
+                sampling.argmax(self._model.logits(last_ND))
+
+    def _capture(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
+        """Every size that a step of so many tokens may take."""
+        if self._graphs is None:
+            return
+        most = self._graphs.size_for(max_batched_tokens) or self._graphs.sizes[-1]
+        for size in reversed(self._graphs.sizes):
+            if size <= most:
+                told(f"capturing a prefill step of {size} tokens")
+                self._graphs.capture(size)
+
+    def _run(self, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [N, D] of the last token of each chunk, and their logits [N, V] where the step was captured with them."""
+        packed = self._pack(chunks)
+        last_ND, logits_NV = self._replay(packed, chunks) or (self._launch(packed, chunks), None)
+        if self._model.mtp is not None:
+            for chunk in chunks:
+                if chunk.start == 0 and chunk.store_from == 0:
+                    # The layout's zero row: a page is a function of its tokens, to the last byte.
+                    self._kv_pool[chunk.page_ids[0], -1, 0] = 0
+        return last_ND, logits_NV
+
+    def _pack(self, chunks: tuple[PrefillChunk, ...]) -> _Packed:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        row_ids: list[int] = []
+        starts = [0]
+        for chunk in chunks:
+            end = chunk.start + len(chunk.token_ids)
+            token_ids += chunk.token_ids
+            positions += range(chunk.start, end)
+            row_ids += self._rows(chunk, end)
+            starts.append(len(token_ids))
+        return _Packed(token_ids, positions, row_ids, starts, [chunk.slot for chunk in chunks])
+
+    def _launch(self, packed: _Packed, chunks: tuple[PrefillChunk, ...]) -> Tensor:
+        """Piece by piece."""
+        token_ids_T, positions_T, row_ids_T = self._ids((packed.token_ids, packed.positions, packed.row_ids)).unbind()
+        seqs = [
+            SeqChunk(
+                offset=offset,
+                num_tokens=len(chunk.token_ids),
+                context_len=chunk.start,
+                page_ids=self._page_table_SP[chunk.slot],
+            )
+            for offset, chunk in zip(packed.starts, chunks, strict=False)
+        ]
+        batch = PrefillBatch(
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            row_ids_T=row_ids_T,
+            starts=self._ids(packed.starts).to(torch.int32),
+            seqs=tuple(seqs),
+        )
+        first_N, last_N, slots_N = self._ids((packed.starts[:-1], packed.lasts, packed.slots)).unbind()
+        return self._prefill(batch, first_N, last_N, slots_N)
+
+    def _replay(self, packed: _Packed, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor] | None:
+        """None: not a step that is captured."""
+        graphs, num_tokens, num_chunks = self._graphs, len(packed.token_ids), len(chunks)
+        if graphs is None or num_chunks > _MOST_CAPTURED_CHUNKS or any(chunk.start for chunk in chunks):
+            return None
+        size = graphs.captured_for(num_tokens)
+        if size is None:
+            return None
+        rest, missing = size - num_tokens, _MOST_CAPTURED_CHUNKS - num_chunks
+        values = [*packed.token_ids, *[0] * rest, *packed.positions, *[0] * rest]
+        values += [*packed.row_ids, *[self._scratch_page * PAGE_TOKENS] * rest]
+        # Tokens of nobody are a sequence of their own, the last; chunks that are missing say what the first one says.
+        values += [*packed.starts, *[num_tokens] * missing, size]
+        values += [*packed.starts[:-1], *[0] * missing, *packed.lasts, *[packed.lasts[0]] * missing]
+        values += [*packed.slots, *[packed.slots[0]] * missing]
+        last_ND, logits_NV = graphs.run(size, values)
+        return last_ND[:num_chunks], logits_NV[:num_chunks]
+
+    def _idle(self, size: int) -> list[int]:
+        """The integers of a captured step in which everything is nobody's."""
+        chunks = _MOST_CAPTURED_CHUNKS
+        rows = [self._scratch_page * PAGE_TOKENS] * size
+        return [
+            *[0] * (2 * size),
+            *rows,
+            0,
+            *[size] * (chunks + 1),
+            *[0] * (2 * chunks),
+            *[self._scratch_slot] * chunks,
+        ]
+
+    def _captured(self, size: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        chunks = _MOST_CAPTURED_CHUNKS
+        parts = inputs.split([size, size, size, chunks + 2, chunks, chunks, chunks])
+        token_ids_T, positions_T, row_ids_T, starts, first_N, last_N, slots_N = parts
+        batch = PrefillBatch(
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            row_ids_T=row_ids_T,
+            starts=starts.to(torch.int32),
+            seqs=(),
+        )
+        last_ND = self._prefill(batch, first_N, last_N, slots_N)
+        return last_ND, self._model.logits(last_ND)
+
+    def _prefill(self, batch: PrefillBatch, first_N: Tensor, last_N: Tensor, slots_N: Tensor) -> Tensor:
+        """Hidden states [N, D] of the last tokens. int64 [N]: where each chunk begins and ends in the batch, and its slot."""
+        hidden_TD = self._model.prefill(batch, self._kv_pool)
+        last_ND = hidden_TD.index_select(0, last_N)
+        if self._model.mtp is not None:
+            self._store_mtp_rows(self._model.mtp, batch, hidden_TD, last_ND, first_N, slots_N)
+        return last_ND
+
+    def _store_mtp_rows(
+        self,
+        mtp: DraftLayer,
+        batch: PrefillBatch,
+        hidden_TD: Tensor,
+        last_ND: Tensor,
+        first_N: Tensor,
+        slots_N: Tensor,
+    ) -> None:
+        """The row of token p is made from the hidden state of p - 1: the neighbour in the chunk, or what the slot carried.
+
+        Of the first token of all there is none; its row, like those below store_from, goes to scratch.
+        """
+        previous_TD = hidden_TD.roll(1, dims=0)
+        previous_TD.index_copy_(0, first_N, self._hidden_SD.index_select(0, slots_N))
+        self._hidden_SD.index_copy_(0, slots_N, last_ND)
+        row_ids_T = batch.row_ids_T.masked_fill(batch.positions_T == 0, self._scratch_page * PAGE_TOKENS)
+        positions_T = (batch.positions_T - 1).clamp_(min=0)
+        mtp.store_rows(previous_TD, batch.token_ids_T, positions_T, row_ids_T, self._kv_pool)
+
+    def _rows(self, chunk: PrefillChunk, end: int) -> list[int]:
+        """Row of each token of the chunk; scratch below store_from."""
+        stored_from = min(max(chunk.start, chunk.store_from), end)
+        rows = [self._scratch_page * PAGE_TOKENS + i % PAGE_TOKENS for i in range(stored_from - chunk.start)]
+        for page in range(stored_from // PAGE_TOKENS, -(-end // PAGE_TOKENS)):
+            first, last = max(stored_from, page * PAGE_TOKENS), min(end, (page + 1) * PAGE_TOKENS)
+            shift = (chunk.page_ids[page] - page) * PAGE_TOKENS
+            rows += range(first + shift, last + shift)
+        return rows
+
+    def _ids(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return ids(values, self._device)
