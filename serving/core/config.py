@@ -89,6 +89,25 @@ class KVTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelsTable:
+    """Where a library can compute in place of our kernel on a GPU."""
+
+    mla_decode: str = _key(
+        "auto",
+        "attention of decode steps; auto: baton, as fast or faster at every shape measured",
+        choices=("auto", "baton", "flashmla"),
+    )
+    linear_fp8: str = _key(
+        "auto",
+        "dense FP8 products; auto: baton, since DeepGEMM compiles for seconds at steps of new sizes",
+        choices=("auto", "baton", "deepgemm"),
+    )
+    grouped_fp8: str = _key(
+        "auto", "FP8 products of the experts; auto: as linear_fp8", choices=("auto", "baton", "deepgemm")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineTable:
     mode: str = _key("disaggregated", "both: prefill and decode in one worker", choices=("disaggregated", "both"))
     run_ahead: bool = _key(True, "launch a step before the tokens of the one before are read back")
@@ -134,6 +153,7 @@ class Config:
     prefill: PrefillTable = PrefillTable()
     decode: DecodeTable = DecodeTable()
     kv: KVTable = KVTable()
+    kernels: KernelsTable = KernelsTable()
     engine: EngineTable = EngineTable()
     transfer: TransferTable = TransferTable()
     router: RouterTable = RouterTable()

@@ -19,6 +19,7 @@ import torch
 
 from kvcache.layout import PAGE_TOKENS, PageLayout, num_pages_for
 from kvcache.pool import KVPool
+from serving.core.config import KernelsTable
 from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
 from serving.core.spec import WorkerSpec
@@ -27,10 +28,12 @@ from serving.kernels.packed import packing
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
 from serving.model.heap import products_use_the_heap
+from serving.model.kernels import choose_kernels
 from serving.model.weight import keeps_fp8
 from serving.model.weights import Progress, load_weights
 
 _SAMPLE_BYTES = 64 << 10
+_AUTO = KernelsTable()
 _COMPUTE_CAPABILITY = 9
 # Long enough for the products to reach their rate; a CPU's step is also what a newcomer waits for.
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 8192}
@@ -70,6 +73,7 @@ def build_engine(
     dtype: str = "auto",
     mtp: bool = True,
     draft_tokens: str = "0",
+    kernels: KernelsTable = _AUTO,
     num_threads: int = 0,
     prefills: bool = True,
     decodes: bool = True,
@@ -90,9 +94,10 @@ def build_engine(
     torch_dtype = _dtype(dtype, torch_device)
     config = _model_config(folder, mtp=mtp)
     num_drafts = _num_drafts(draft_tokens, config)
+    chosen = choose_kernels(kernels, config, torch_dtype, torch_device)
     layout = _layout(config, torch_dtype)
     with packing(decodes):
-        model = load_weights(folder, config, torch_dtype, torch_device, progress=progress)
+        model = load_weights(folder, config, torch_dtype, torch_device, kernels=chosen, progress=progress)
     longest = max_model_len or config.max_position_embeddings
     max_batched_tokens = max_batched_tokens or _BATCHED_TOKENS[torch_device.type]
     runner_of = partial(
@@ -142,6 +147,7 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
             dtype=config.model.dtype,
             mtp=config.model.mtp,
             draft_tokens=config.decode.draft_tokens if decodes else "0",
+            kernels=config.kernels,
             num_threads=spec.num_threads,
             prefills=prefills,
             decodes=decodes,

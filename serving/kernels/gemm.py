@@ -67,9 +67,12 @@ def linear_fp8_reference(x_MK: Tensor | QuantisedRows, weight_NK: Fp8Weight) -> 
 def _linear_fp8(x_MK: Tensor | QuantisedRows, weight_NK: Fp8Weight) -> Tensor:
     if not weight_NK.quantised.is_cuda:
         return linear_fp8_reference(x_MK, weight_NK)
+    rows_MK = x_MK if isinstance(x_MK, QuantisedRows) else quantise_rows_fp8(x_MK)
+    if weight_NK.library is not None:
+        return weight_NK.library.linear(rows_MK, weight_NK)
     from serving.kernels.triton.product import product
 
-    out = product(x_MK if isinstance(x_MK, QuantisedRows) else quantise_rows_fp8(x_MK), weight_NK)
+    out = product(rows_MK, weight_NK)
     assert isinstance(out, Tensor)
     return out
 

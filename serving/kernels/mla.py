@@ -7,7 +7,7 @@ Rows that a sequence does not own are never read, whatever an unused page-table 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 from serving.kernels.rows import PAGE_TOKENS, layer_rows, slots, unpack_fp8_rows
 
 if TYPE_CHECKING:
+    from serving.kernels.libraries import FlashMla
     from serving.kernels.triton.mla_decode import Cut
 
 # Latents gathered for one group of a decode batch; bounds the copy, not the context.
@@ -82,6 +83,19 @@ class PagedPlan:
     cut: Cut
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FlashMlaPlan:
+    """The same where FlashMLA attends, all positions `[0, context_len)`; `schedule` is the step's."""
+
+    page_table_BP: Tensor
+    context_lens_B: Tensor
+    library: FlashMla
+    schedule: Any
+
+
+Plan = tuple[DecodeGroup, ...] | PagedPlan | FlashMlaPlan
+
+
 def plan_decode(
     kv_pool: Tensor,
     row_ids_B: Tensor,
@@ -90,14 +104,24 @@ def plan_decode(
     *,
     first: int = 0,
     num_tokens: int = 1,
-) -> tuple[DecodeGroup, ...] | PagedPlan:
+    flash_mla: FlashMla | None = None,
+) -> Plan:
     """What every layer of a decode step reads; made once a step. Positions `[first, context_len)` are attended.
 
     `num_tokens`: the T last tokens of each sequence are queries. On a GPU nothing is read back, so a plan may be made
     inside a captured graph, and every row is found through the page table. On CPU every length is above
     `first + T - 1`, lengths are read to cut the batch (a group's shortest is at least half its longest, its copy
-    bounded), and a sequence's last row is `row_ids_B`.
+    bounded), and a sequence's last row is `row_ids_B`. `flash_mla` attends in place of our kernel, from position 0 and
+    lengths from T on.
     """
+    if flash_mla is not None:
+        assert first == 0, "FlashMLA attends from the first row"
+        return FlashMlaPlan(
+            page_table_BP=page_table_BP.to(torch.int32),
+            context_lens_B=context_lens_B.to(torch.int32),
+            library=flash_mla,
+            schedule=flash_mla.new_schedule(),
+        )
     if kv_pool.device.type == "cuda":
         from serving.kernels.triton.mla_decode import cut_pages
 
@@ -164,7 +188,7 @@ def decode_latent(
     q: Tensor,
     kv_pool: Tensor,
     layer: int,
-    plan: tuple[DecodeGroup, ...] | PagedPlan,
+    plan: Plan,
     *,
     latent: int,
     scale: float,
@@ -174,8 +198,14 @@ def decode_latent(
     `q` `[B, H, W]` is [W_uk^T q_nope ; q_rope], as wide as a row; the first C = `latent` values of a row are also its
     value; out `[B, H, C]`, lse `[B, H]`. `q` may hold the T <= 4 last tokens of each sequence, `[B, T, H, W]`: token t
     sees the first context_len - (T - 1) + t rows; out `[B, T, H, C]`, lse `[B, T, H]`. On a GPU lse is fp32 and the
-    pool may hold FP8 rows.
+    pool may hold FP8 rows, which FlashMLA does not read.
     """
+    if isinstance(plan, FlashMlaPlan):
+        out, lse = plan.library.decode(
+            q if q.dim() == 4 else q[:, None], kv_pool[:, layer], plan.page_table_BP, plan.context_lens_B, plan.schedule,
+            latent=latent, scale=scale,
+        )  # fmt: skip
+        return (out, lse) if q.dim() == 4 else (out[:, 0], lse[:, 0])
     if isinstance(plan, PagedPlan):
         from serving.kernels.triton.mla_decode import decode_paged
 

@@ -7,10 +7,14 @@ activations one scale a row and 128 columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from serving.kernels.libraries import DeepGemm
 
 FP8_MAX = 448.0
 # Columns of an activation, rows and columns of a weight, that share a scale.
@@ -41,11 +45,13 @@ class Fp8Weight:
 
     `quantised`: e4m3 [N, K] or [E, N, K], contiguous, K a multiple of 16. `scales`: fp32 [ceil(N / 128), ceil(K / 128)] or
     that behind E, contiguous. The scales of an expert's gate_up [2I, D] are the gate's [ceil(I / 128), ...] above up's, so
-    that either matrix begins a block of its own also where I is no multiple of 128.
+    that either matrix begins a block of its own also where I is no multiple of 128. `library`: multiplies it on a GPU in
+    place of our kernel.
     """
 
     quantised: Tensor
     scales: Tensor
+    library: DeepGemm | None = None
 
     @property
     def shape(self) -> torch.Size:

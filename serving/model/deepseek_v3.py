@@ -35,10 +35,10 @@ from serving.kernels.rows import context_slots, layer_rows, slots, unpack_fp8_ro
 from serving.model.batch import DecodeBatch, PrefillBatch
 from serving.model.config import ModelConfig
 from serving.model.experts import Mlp, Moe
+from serving.model.kernels import OURS, KernelChoices
 from serving.model.mtp import Mtp
 from serving.model.weight import Weight, keeps_fp8, new_weight
 
-Plan = tuple[mla.DecodeGroup, ...] | mla.PagedPlan
 Activations = Tensor | QuantisedRows
 
 # Norms on the latents have an epsilon of their own in the published code; config.json has no field for it.
@@ -75,14 +75,21 @@ class Attention:
     """Multi-head latent attention of one layer; `layer` is its place in a KV page."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device, *, fp8: bool = False
+        self,
+        config: ModelConfig,
+        layer: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        fp8: bool = False,
+        kernels: KernelChoices = OURS,
     ) -> None:
         self.config = config
         self.layer = layer
         heads, hidden, latent = config.num_heads, config.hidden_size, config.kv_lora_rank
         # Query first, latent below it: one product reads the hidden state for both.
         self.query_rows = config.q_lora_rank or heads * config.qk_head_dim
-        kind: dict[str, Any] = {"dtype": dtype, "device": device, "fp8": fp8}
+        kind: dict[str, Any] = {"dtype": dtype, "device": device, "fp8": fp8, "library": kernels.linear_fp8}
         self.qkv_a = new_weight(self.query_rows + config.latent_width, hidden, **kind)
         self.kv_norm = torch.empty(latent, dtype=dtype, device=device)
         self.q_norm: Tensor | None = None
@@ -128,7 +135,7 @@ class Attention:
         return linear(out_THV.flatten(1), self.out)
 
     def decode(
-        self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, plan: Plan, kv_pool: Tensor, num_tokens: int = 1
+        self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, plan: mla.Plan, kv_pool: Tensor, num_tokens: int = 1
     ) -> Tensor:
         """Absorbed form over the cached rows, this token's own among them. `num_tokens` rows of x are of one sequence."""
         latent = self.config.kv_lora_rank
@@ -225,18 +232,25 @@ class Block:
     """
 
     def __init__(
-        self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device, *, dense: bool
+        self,
+        config: ModelConfig,
+        layer: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        dense: bool,
+        kernels: KernelChoices = OURS,
     ) -> None:
         fp8 = keeps_fp8(config, dtype, device)
         self.eps = config.rms_norm_eps
         self.attention_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self.attention = Attention(config, layer, dtype, device, fp8=fp8)
+        self.attention = Attention(config, layer, dtype, device, fp8=fp8, kernels=kernels)
         self.mlp_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self.mlp: Mlp | Moe
         if dense:
-            self.mlp = Mlp(config.hidden_size, config.intermediate_size, dtype, device, fp8=fp8)
+            self.mlp = Mlp(config.hidden_size, config.intermediate_size, dtype, device, fp8=fp8, kernels=kernels)
         else:
-            self.mlp = Moe(config, dtype, device, fp8=fp8)
+            self.mlp = Moe(config, dtype, device, fp8=fp8, kernels=kernels)
 
     def prefill(
         self, x_TD: Tensor, sum_TD: Tensor | None, rope_T: Tensor, slots_T: Tensor, batch: PrefillBatch, kv_pool: Tensor
@@ -250,7 +264,7 @@ class Block:
         sum_BD: Tensor | None,
         rope_B: Tensor,
         slots_B: Tensor,
-        plan: Plan,
+        plan: mla.Plan,
         kv_pool: Tensor,
         num_tokens: int = 1,
     ) -> tuple[Tensor, Tensor]:
@@ -315,13 +329,21 @@ class DeepseekV3:
     `kv_pool`: [num_pages + 1, config.num_kv_layers, 64, config.latent_width], the last page scratch.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        kernels: KernelChoices = OURS,
+    ) -> None:
         device = torch.device(device)
         self.config = config
+        self.kernels = kernels
         self.dtype = dtype
         self.embed = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.blocks = [
-            Block(config, layer, dtype, device, dense=layer < config.num_dense_layers)
+            Block(config, layer, dtype, device, dense=layer < config.num_dense_layers, kernels=kernels)
             for layer in range(config.num_layers)
         ]
         self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
@@ -329,7 +351,7 @@ class DeepseekV3:
         self.rope = Rope(config, device)
         self.mtp: Mtp | None = None
         if config.num_mtp_layers:
-            block = Block(config, config.num_layers, dtype, device, dense=False)
+            block = Block(config, config.num_layers, dtype, device, dense=False, kernels=kernels)
             self.mtp = Mtp(config, block, self.embed, self.head, self.rope)
 
     @property
@@ -354,7 +376,12 @@ class DeepseekV3:
         num_tokens = batch.num_tokens
         last_rows_B = batch.row_ids_B[num_tokens - 1 :: num_tokens]
         plan = mla.plan_decode(
-            kv_pool, last_rows_B, batch.page_table_BP, batch.context_lens_B, num_tokens=batch.num_tokens
+            kv_pool,
+            last_rows_B,
+            batch.page_table_BP,
+            batch.context_lens_B,
+            num_tokens=batch.num_tokens,
+            flash_mla=self.kernels.mla_decode,
         )
         rope_B = self.rope.at(batch.positions_B)
         slots_B = slots(kv_pool, batch.row_ids_B)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from serving.kernels.packed import pack
 from serving.kernels.quant import QuantisedRows
 from serving.kernels.topk import gate_topk
 from serving.model.config import ModelConfig
+from serving.model.kernels import OURS, KernelChoices
 from serving.model.weight import Weight, expert_of, new_weight
 
 
@@ -18,10 +21,18 @@ class Mlp:
     """down(silu(gate x) * up x), gate and up stored as one matrix, gate above up."""
 
     def __init__(
-        self, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device, *, fp8: bool = False
+        self,
+        hidden: int,
+        intermediate: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        fp8: bool = False,
+        kernels: KernelChoices = OURS,
     ) -> None:
-        self.gate_up = new_weight(2 * intermediate, hidden, dtype=dtype, device=device, fp8=fp8)
-        self.down = new_weight(hidden, intermediate, dtype=dtype, device=device, fp8=fp8)
+        kind: dict[str, Any] = {"dtype": dtype, "device": device, "fp8": fp8, "library": kernels.linear_fp8}
+        self.gate_up = new_weight(2 * intermediate, hidden, **kind)
+        self.down = new_weight(hidden, intermediate, **kind)
 
     def pack(self) -> None:
         """Once loaded: into the layout that the products read fastest."""
@@ -36,7 +47,15 @@ class Mlp:
 class Moe:
     """Routed experts chosen by the gate, plus the shared experts that every token takes. Nothing is dropped."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, fp8: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        fp8: bool = False,
+        kernels: KernelChoices = OURS,
+    ) -> None:
         self.config = config
         hidden, inner, num_experts = config.hidden_size, config.moe_intermediate_size, config.num_routed_experts
         # The gate decides in fp32 whatever the compute dtype.
@@ -50,9 +69,10 @@ class Moe:
             self.gate_up = [torch.empty(2 * inner, hidden, dtype=dtype) for _ in range(num_experts)]
             self.down = [torch.empty(hidden, inner, dtype=dtype) for _ in range(num_experts)]
         else:
-            self.gate_up = new_weight(num_experts, 2 * inner, hidden, dtype=dtype, device=device, fp8=fp8)
-            self.down = new_weight(num_experts, hidden, inner, dtype=dtype, device=device, fp8=fp8)
-        self.shared = Mlp(hidden, config.shared_intermediate_size, dtype, device, fp8=fp8)
+            kind: dict[str, Any] = {"dtype": dtype, "device": device, "fp8": fp8, "library": kernels.grouped_fp8}
+            self.gate_up = new_weight(num_experts, 2 * inner, hidden, **kind)
+            self.down = new_weight(num_experts, hidden, inner, **kind)
+        self.shared = Mlp(hidden, config.shared_intermediate_size, dtype, device, fp8=fp8, kernels=kernels)
 
     def pack_gate(self) -> None:
         """Once loaded: into the layout that the products read fastest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from serving.kernels.quant import BLOCK, Fp8Weight
 
 if TYPE_CHECKING:
+    from serving.kernels.libraries import DeepGemm
     from serving.model.config import ModelConfig
 
 Weight = Tensor | Fp8Weight
@@ -31,8 +33,10 @@ def keeps_fp8(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     )
 
 
-def new_weight(*shape: int, dtype: torch.dtype, device: torch.device, fp8: bool) -> Weight:
-    """Uninitialised [N, K], or [E, N, K]."""
+def new_weight(
+    *shape: int, dtype: torch.dtype, device: torch.device, fp8: bool, library: DeepGemm | None = None
+) -> Weight:
+    """Uninitialised [N, K], or [E, N, K]; `library` multiplies it if it is FP8."""
     if not fp8:
         return torch.empty(shape, dtype=dtype, device=device)
     *stack, rows, columns = shape
@@ -40,11 +44,12 @@ def new_weight(*shape: int, dtype: torch.dtype, device: torch.device, fp8: bool)
     return Fp8Weight(
         quantised=torch.empty(shape, dtype=torch.float8_e4m3fn, device=device),
         scales=torch.empty(blocks, dtype=torch.float32, device=device),
+        library=library,
     )
 
 
 def expert_of(weight: Weight, expert: int) -> Weight:
     """One matrix of a stack, as a view."""
     if isinstance(weight, Fp8Weight):
-        return Fp8Weight(quantised=weight.quantised[expert], scales=weight.scales[expert])
+        return replace(weight, quantised=weight.quantised[expert], scales=weight.scales[expert])
     return weight[expert]

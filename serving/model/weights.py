@@ -22,6 +22,7 @@ from serving.model.checkpoint import ShardReader, TensorEntry, read_entries
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.heap import blocks_returned
+from serving.model.kernels import OURS, KernelChoices
 from serving.model.names import SCALE_SUFFIX, Target, name_table, name_tables
 
 _LOG = logging.getLogger("baton.weights")
@@ -51,22 +52,28 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     *,
+    kernels: KernelChoices = OURS,
     progress: Progress | None = None,
 ) -> DeepseekV3:
-    """Read the folder's weights into a new model of compute dtype `dtype` on `device`.
+    """Read the folder's weights into a new model of compute dtype `dtype` on `device`, which computes with `kernels`.
 
     Raises ModelFolderError, before reading any weight, with one line that counts the faults and then a line for each
     group of tensors that is missing, unexpected or of a wrong shape or dtype.
     """
     with blocks_returned():
-        return _load(Path(folder), config, dtype, device, progress)
+        return _load(Path(folder), config, dtype, device, kernels, progress)
 
 
 def _load(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, progress: Progress | None
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kernels: KernelChoices,
+    progress: Progress | None,
 ) -> DeepseekV3:
     entries = read_entries(folder)
-    model = _new_model(folder, config, dtype, device)
+    model = _new_model(folder, config, dtype, device, kernels)
     _check(folder, entries, config, name_table(model))
     total_bytes = sum(entry.num_bytes for entry in entries.values())
     in_flight_bytes = min(max(total_bytes // 64, 1 << 20), 64 << 20)
@@ -94,10 +101,12 @@ def check_weights(folder: str | Path, config: ModelConfig) -> None:
     _check(Path(folder), read_entries(Path(folder)), config, name_table(model))
 
 
-def _new_model(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> DeepseekV3:
+def _new_model(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, kernels: KernelChoices
+) -> DeepseekV3:
     """Uninitialised: on CPU nothing is resident before it is filled."""
     try:
-        return DeepseekV3(config, dtype, device)
+        return DeepseekV3(config, dtype, device, kernels=kernels)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ModelFolderError(

@@ -16,11 +16,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from serving.kernels.gemm import linear, linear_silu_mul
+from serving.kernels.libraries import expert_of_rows
 from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows, empty_rows
 from serving.kernels.triton.device import num_processors, overlap
 from serving.kernels.triton.gemm import Tiles
 from serving.kernels.triton.product import RING_TILE, grouped_tile, has_ring, product
-from serving.kernels.triton.quant import quantise
+from serving.kernels.triton.quant import quantise, silu_mul_quantise
 
 # Up to so many pairs each token's program counts all of them: one launch instead of three.
 _COUNTED_BY_ALL = 1024
@@ -385,8 +386,17 @@ def grouped_mlp(
         return _few(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, shared, tile)
     added_TD = None if shared is None else linear(linear_silu_mul(x_TD, shared[0]), shared[1])
     slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8)
-    hidden_SI = product(x_SD, gate_up_EID, silu=True, tiles=slots.tiles)
-    y_SD = product(hidden_SI, down_EDI, tiles=slots.tiles)
+    library = gate_up_EID.library if isinstance(gate_up_EID, Fp8Weight) else None
+    y_SD: Tensor | QuantisedRows
+    if library is not None and tile == library.ROWS_OF_AN_EXPERT:
+        assert isinstance(x_SD, QuantisedRows)
+        assert isinstance(gate_up_EID, Fp8Weight)
+        assert isinstance(down_EDI, Fp8Weight)
+        expert_S = expert_of_rows(slots.tiles)
+        hidden_SI = silu_mul_quantise(library.grouped(x_SD, gate_up_EID, expert_S))
+        y_SD = library.grouped(hidden_SI, down_EDI, expert_S)
+    else:
+        y_SD = product(product(x_SD, gate_up_EID, silu=True, tiles=slots.tiles), down_EDI, tiles=slots.tiles)
     assert isinstance(y_SD, Tensor)
     return combine(y_SD, slots, weights_TK, added_TD)
 

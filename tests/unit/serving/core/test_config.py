@@ -162,6 +162,8 @@ def test_a_wrong_type_names_the_right_one(tmp_path: Path, toml: str, expected: s
         ("prefill.max_batched_tokens=63", "0 or at least 64"),
         ("engine.mode=neither", "disaggregated, both"),
         ("transfer.checksum=some", "sampled, all, off"),
+        ("kernels.mla_decode=flash", "auto, baton, flashmla"),
+        ("kernels.linear_fp8=flashmla", "auto, baton, deepgemm"),
     ],
 )
 def test_a_wrong_value_says_what_is_allowed(override: str, expected: str):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from kvcache.layout import PageLayout
+from serving.core.config import KernelsTable
 from serving.core.errors import ConfigError, ModelFolderError
 from serving.engine.build import Engine, _free_gpu_bytes, _num_pages, _pool, build_engine, identity, tokenizer_size
 from serving.model.deepseek_v3 import DeepseekV3
@@ -52,6 +54,18 @@ def test_the_page_layout_follows_model_and_dtype(folder: Path) -> None:
     assert narrow.layout == PageLayout(num_layers=3, num_mtp_layers=0, row_width=48, element_bytes=2)
     assert narrow.pool.tensor.dtype == torch.bfloat16
     assert len(create_loop(narrow).generate([[5, 6]], GREEDY, 3)[0]) == 3
+
+
+def test_a_chosen_kernel_that_a_cpu_does_not_run_is_an_error_before_weights_are_read(folder: Path) -> None:
+    def told(*_: object) -> None:
+        raise AssertionError("weights are read")
+
+    progress = SimpleNamespace(start=told, advance=told, finish=told, tell=told)
+    with pytest.raises(ConfigError, match=r"kernels\.mla_decode is flashmla, which attends bfloat16 rows") as caught:
+        _build(folder, kernels=KernelsTable(mla_decode="flashmla"), progress=progress)
+    assert caught.value.exit_code == 2
+    with pytest.raises(AssertionError, match="weights are read"):
+        _build(folder, progress=progress)
 
 
 def test_the_longest_text_is_what_model_pool_and_configuration_allow(folder: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp, grouped_mlp_fp8_reference
+from serving.kernels.libraries import expert_of_rows
 from serving.kernels.quant import (
     Fp8Weight,
     quantise_block_fp8,
@@ -54,6 +55,20 @@ def check_slots(placed: device.Slots, experts: Tensor, num_experts: int) -> None
         if own.numel():
             assert int(own[0]) % tile == 0
             assert torch.equal(own - own[0], torch.arange(own.numel()))
+
+
+def test_a_librarys_rows_know_their_expert_and_those_behind_have_none() -> None:
+    experts = choices(40, 6, 2)
+    placed = device.place(experts, 6, 16)
+    placed.tiles.expert[int(placed.tiles.num_used) :] = 77
+    rows = expert_of_rows(placed.tiles)
+    assert rows.shape == (placed.num_slots,)
+    assert rows.dtype == torch.int32
+    assert torch.equal(rows[placed.slots_TK.long()].long(), experts)
+    used = int(placed.tiles.num_used) * 16
+    assert used < len(rows)
+    assert (rows[used:] == -1).all()
+    assert (rows[:used] >= 0).all()
 
 
 @pytest.mark.parametrize(

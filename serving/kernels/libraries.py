@@ -1,0 +1,82 @@
+"""FlashMLA and DeepGEMM in place of our kernels, called by our conventions. Neither is ever required.
+
+Each is made of the library's module and raises AttributeError if that is another version than is called here.
+`serving.model.kernels` says which model uses which.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from serving.kernels.quant import Fp8Weight, QuantisedRows
+    from serving.kernels.triton.gemm import Tiles
+
+
+class FlashMla:
+    """Attention of decode steps over bf16 rows of 512 latents and 64 rope values.
+
+    A schedule of `new_schedule` is for one step: the first `decode` fills it on the device, from the lengths, and the layers
+    after it read it. A captured step therefore makes its schedule at each replay, and nothing is read back.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.new_schedule = module.FlashMLASchedMeta
+        self._attend = module.flash_mla_with_kvcache
+
+    def decode(
+        self,
+        q_BTHW: Tensor,
+        rows_PTW: Tensor,
+        page_table_BP: Tensor,
+        context_lens_B: Tensor,
+        schedule: Any,
+        *,
+        latent: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Out [B, T, H, C] and lse fp32 [B, T, H], as `triton.mla_decode.decode_paged` from position 0.
+
+        Page and row strides of `rows_PTW` are the pool's. Each length is at least T: of no rows the lse would be +inf.
+        """
+        out, lse_BHT = self._attend(
+            q_BTHW, rows_PTW.unsqueeze(2), page_table_BP, context_lens_B, latent, schedule,
+            softmax_scale=scale, causal=True,
+        )  # fmt: skip
+        return out, lse_BHT.transpose(1, 2)
+
+
+class DeepGemm:
+    """FP8 products, bf16 results. Scales are read as `QuantisedRows` and `Fp8Weight` have them, nothing is converted.
+
+    nvcc compiles a kernel, for seconds, when a weight's shape meets a number of rows that is cut in a new way.
+    """
+
+    ROWS_OF_AN_EXPERT = 128
+    """In a grouped product so many rows that follow each other have one expert."""
+
+    def __init__(self, module: Any) -> None:
+        self._product = module.fp8_gemm_nt
+        self._grouped = module.m_grouped_fp8_gemm_nt_contiguous
+
+    def linear(self, x_MK: QuantisedRows, w_NK: Fp8Weight) -> Tensor:
+        """x W^T, [M, N]."""
+        out = torch.empty(x_MK.values.shape[0], w_NK.shape[0], dtype=torch.bfloat16, device=x_MK.values.device)
+        self._product((x_MK.values, x_MK.scales), (w_NK.quantised, w_NK.scales), out, disable_ue8m0_cast=True)
+        return out
+
+    def grouped(self, x_SK: QuantisedRows, w_ENK: Fp8Weight, expert_S: Tensor) -> Tensor:
+        """[S, N], each row times the matrix of its expert (`expert_of_rows`); rows of no expert are left undefined."""
+        out = torch.empty(x_SK.values.shape[0], w_ENK.shape[1], dtype=torch.bfloat16, device=x_SK.values.device)
+        operands = (x_SK.values, x_SK.scales), (w_ENK.quantised, w_ENK.scales)
+        self._grouped(*operands, out, expert_S, disable_ue8m0_cast=True)
+        return out
+
+
+def expert_of_rows(tiles: Tiles) -> Tensor:
+    """int32 [max_tiles * num_rows]: the expert of each row, -1 behind the tiles in use."""
+    used = torch.arange(tiles.max_tiles, device=tiles.expert.device) < tiles.num_used
+    return torch.where(used, tiles.expert, -1).repeat_interleave(tiles.num_rows)

@@ -1,0 +1,167 @@
+"""FlashMLA and DeepGEMM in place of our kernels: the same results, in graphs too."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.kernels import mla
+from serving.kernels.experts import grouped_mlp
+from serving.kernels.gemm import linear, linear_fp8_reference
+from serving.kernels.libraries import DeepGemm, FlashMla
+from serving.kernels.quant import Fp8Weight, quantise_block_fp8, quantise_rows_fp8
+from serving.kernels.rows import PAGE_TOKENS
+from serving.model.batch import DecodeBatch
+from serving.model.config import ModelConfig
+from serving.model.kernels import OURS, KernelChoices
+from serving.model.weights import load_weights
+from tests.fp8_model import WIDE
+from tests.gpu.graphs import replayed
+from tests.gpu.test_mla_decode import LATENT, SCALE, WIDTH, Pool, error, make_pool, reference
+from tests.model_factory import make_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def library(make: Any, module: str) -> Any:
+    return make(pytest.importorskip(module, reason="not installed"))
+
+
+@pytest.fixture(scope="module")
+def flash_mla() -> FlashMla:
+    return library(FlashMla, "vllm.third_party.flashmla.flash_mla_interface")
+
+
+@pytest.fixture(scope="module")
+def deep_gemm() -> DeepGemm:
+    return library(DeepGemm, "vllm.third_party.deep_gemm")
+
+
+def decode(flash_mla: FlashMla | None, pool: Pool, q: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Both layers of a step, on one plan."""
+    num_tokens = 1 if q.dim() == 3 else q.shape[1]
+    plan = mla.plan_decode(pool.tensor, pool.lens, pool.table, pool.lens, num_tokens=num_tokens, flash_mla=flash_mla)
+    return [mla.decode_latent(q, pool.tensor, layer, plan, latent=LATENT, scale=SCALE) for layer in (0, 1)]
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(16, 1), (64, 1), (128, 1), (16, 4), (128, 2)])
+@pytest.mark.parametrize("lens", [[4, 66, 130, 700, 64, 65], [4096] * 3])
+def test_flash_mla_gives_what_ours_gives(flash_mla: FlashMla, heads: int, tokens: int, lens: list[int]) -> None:
+    pool = make_pool(lens, torch.bfloat16)
+    shape = (len(lens), heads, WIDTH) if tokens == 1 else (len(lens), tokens, heads, WIDTH)
+    q = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    parts = zip(decode(flash_mla, pool, q), decode(None, pool, q), strict=True)
+    for layer, ((out, lse), (our_out, our_lse)) in enumerate(parts):
+        want_out, want_lse = reference(pool, q, layer=layer)
+        assert out.shape == our_out.shape
+        assert error(out, want_out) < 6e-3
+        assert error(out, our_out) < 6e-3
+        torch.testing.assert_close(lse, want_lse, atol=1e-2, rtol=0)
+        torch.testing.assert_close(lse, our_lse, atol=1e-2, rtol=0)
+        assert error(out, reference(pool, q, layer=1 - layer)[0]) > 0.1
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_flash_mla_in_a_graph_follows_the_lengths(flash_mla: FlashMla, heads: int) -> None:
+    pool = make_pool([700, 65, 1, 640], torch.bfloat16)
+    q = torch.randn(4, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
+    decode(flash_mla, pool, q)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode(flash_mla, pool, q)
+    for lens in ([700, 65, 1, 640], [699, 3, 1, 128], [64, 65, 1, 640]):
+        pool.lens.copy_(torch.tensor(lens, dtype=torch.int32))
+        before = captured[1][0].clone()
+        graph.replay()
+        for layer, ((out, lse), (eager_out, eager_lse)) in enumerate(
+            zip(captured, decode(flash_mla, pool, q), strict=True)
+        ):
+            assert torch.equal(out, eager_out)
+            assert torch.equal(lse, eager_lse)
+            assert error(out, reference(pool, q, layer=layer)[0]) < 6e-3
+        assert not torch.equal(captured[1][0], before)
+
+
+def test_flash_mla_finds_pages_past_2_31_elements(flash_mla: FlashMla) -> None:
+    num_pages = 2**31 // (62 * 64 * WIDTH) + 40
+    tensor = torch.zeros(num_pages, 62, 64, WIDTH, dtype=torch.bfloat16, device="cuda")
+    far = torch.arange(num_pages - 9, num_pages - 1, device="cuda")
+    tensor[far, 1] = torch.randn(8, 64, WIDTH, device="cuda", dtype=torch.bfloat16)
+    pool = Pool(tensor, far.int().view(2, 4), torch.tensor([200, 256], dtype=torch.int32, device="cuda"))
+    q = torch.randn(2, 128, WIDTH, device="cuda", dtype=torch.bfloat16)
+    want, _ = reference(pool, q)
+    assert error(decode(flash_mla, pool, q)[1][0], want) < 6e-3
+    near = dataclasses.replace(pool, table=pool.table - (num_pages - 9))
+    assert error(decode(flash_mla, near, q)[1][0], want) > 0.5
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_a_model_decodes_with_flash_mla_as_with_ours(flash_mla: FlashMla, tmp_path: Path, num_tokens: int) -> None:
+    # Every expert is chosen, so that rounding sends no token elsewhere.
+    make_checkpoint(tmp_path, 3, storage="bf16", **WIDE)
+    config = ModelConfig.from_folder(tmp_path)
+    lens = torch.tensor([5, 64, 70, 200], device="cuda")
+    table = torch.arange(16, dtype=torch.int32, device="cuda").view(4, 4)
+    positions = (lens[:, None] - num_tokens + torch.arange(num_tokens, device="cuda")).flatten()
+    sequence = torch.arange(4, device="cuda").repeat_interleave(num_tokens)
+    batch = DecodeBatch(
+        token_ids_B=torch.arange(2, 2 + len(positions), device="cuda"),
+        positions_B=positions,
+        row_ids_B=table.long()[sequence, positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS,
+        page_table_BP=table,
+        context_lens_B=lens,
+        num_tokens=num_tokens,
+    )
+    pool = torch.randn(17, config.num_kv_layers, 64, WIDTH, device="cuda").to(torch.bfloat16)
+
+    def hidden(kernels: KernelChoices, kv_pool: Tensor) -> Tensor:
+        model = load_weights(tmp_path, config, torch.bfloat16, "cuda", kernels=kernels)
+        eager = model.decode(batch, kv_pool)
+        assert torch.equal(replayed(lambda: model.decode(batch, kv_pool)), eager)
+        return eager
+
+    want = hidden(OURS, pool.clone())
+    chosen = KernelChoices(mla_decode=flash_mla)
+    assert error(hidden(chosen, pool.clone()), want) < 0.02
+    assert error(hidden(chosen, pool.roll(1, dims=2)), want) > 0.05
+
+
+def weight(*shape: int, library: DeepGemm | None = None) -> Fp8Weight:
+    drawn = torch.randn(*shape, device="cuda") * shape[-1] ** -0.5
+    pairs = [quantise_block_fp8(matrix, (128, 128)) for matrix in drawn.view(-1, *shape[-2:])]
+    values, scales = (torch.stack(part).view(*shape[:-2], *part[0].shape) for part in zip(*pairs, strict=True))
+    return Fp8Weight(quantised=values, scales=scales, library=library)
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_deep_gemm_gives_our_product(deep_gemm: DeepGemm, rows: int) -> None:
+    x, w = quantise_rows_fp8(torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)), weight(2112, 512)
+    theirs = dataclasses.replace(w, library=deep_gemm)
+    got = linear(x, theirs)
+    assert error(got, linear_fp8_reference(x, w)) < 3e-3
+    assert error(got, linear(x, w)) < 4e-3
+    assert torch.equal(replayed(lambda: linear(x, theirs)), got)
+    theirs.scales[-1, -1] *= 1.5
+    assert not torch.equal(linear(x, theirs), got)
+
+
+def test_deep_gemm_gives_our_experts(deep_gemm: DeepGemm) -> None:
+    x = torch.randn(700, 512, device="cuda", dtype=torch.bfloat16)
+    experts = torch.rand(700, 7, device="cuda").topk(2, dim=-1).indices
+    shares = torch.rand(700, 2, device="cuda")
+    gate_up, down = weight(8, 512, 512), weight(8, 512, 256)
+    theirs = [dataclasses.replace(w, library=deep_gemm) for w in (gate_up, down)]
+    want = grouped_mlp(x, gate_up, down, experts, shares)
+    got = grouped_mlp(x, *theirs, experts, shares)
+    # A hidden value between two of e4m3 goes to either for one rounding of a sum, and theirs are rounded to bf16 between.
+    assert error(got, want) < 2e-2
+    assert torch.equal(replayed(lambda: grouped_mlp(x, *theirs, experts, shares)), got)
+    assert error(grouped_mlp(x, *theirs, (experts + 1) % 8, shares), want) > 0.5

@@ -1,0 +1,128 @@
+"""Which kernels a model runs on: by table, shape, dtype, device, and what is installed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from serving.core.config import KernelsTable
+from serving.core.errors import ConfigError
+from serving.kernels.libraries import DeepGemm, FlashMla
+from serving.kernels.quant import Fp8Weight
+from serving.model import deepseek_v3
+from serving.model.config import ModelConfig
+from serving.model.deepseek_v3 import DeepseekV3
+from serving.model.experts import Mlp, Moe
+from serving.model.kernels import KernelChoices, choose_kernels
+from tests.fp8_model import WIDE
+from tests.model_factory import TINY
+
+FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}
+FLASH_MLA = SimpleNamespace(FlashMLASchedMeta=object, flash_mla_with_kvcache=None)
+DEEP_GEMM = SimpleNamespace(fp8_gemm_nt=None, m_grouped_fp8_gemm_nt_contiguous=None)
+
+
+def model(**overrides: Any) -> ModelConfig:
+    return ModelConfig.from_dict({**TINY, **WIDE, **FP8, **overrides})
+
+
+def with_heads(number: int) -> ModelConfig:
+    return model(num_attention_heads=number, num_key_value_heads=number)
+
+
+def installed(name: str) -> Any:
+    return FLASH_MLA if "flashmla" in name else DEEP_GEMM
+
+
+def missing(name: str) -> Any:
+    raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+def choose(
+    config: ModelConfig,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cuda",
+    load: Any = installed,
+    **keys: str,
+) -> KernelChoices:
+    placed = getattr(torch, dtype), torch.device(device)
+    return choose_kernels(KernelsTable(**keys), config, *placed, load=load)
+
+
+def message(config: ModelConfig, **options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        choose(config, **options)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_flash_mla_attends_where_it_is_asked_for(heads: int) -> None:
+    assert choose(with_heads(heads)).mla_decode is None
+    assert choose(with_heads(heads), mla_decode="baton").mla_decode is None
+    assert isinstance(choose(with_heads(heads), mla_decode="flashmla").mla_decode, FlashMla)
+
+
+@pytest.mark.parametrize("other", [{"dtype": "float32"}, {"device": "cpu"}, {"config": {"kv_lora_rank": 256}}])
+def test_flash_mla_has_one_shape_dtype_and_device(other: dict[str, Any]) -> None:
+    options = dict(other)
+    config = model(num_attention_heads=128, num_key_value_heads=128, **options.pop("config", {}))
+    assert choose(config, **options).mla_decode is None
+    text = message(config, mla_decode="flashmla", **options)
+    assert "kernels.mla_decode is flashmla" in text
+    assert "set it to auto or baton" in text
+
+
+@pytest.mark.parametrize("key", ["linear_fp8", "grouped_fp8"])
+def test_deep_gemm_is_taken_where_it_is_asked_for(key: str) -> None:
+    assert getattr(choose(model()), key) is None
+    chosen = choose(model(), **{key: "deepgemm"})
+    assert [name for name in ("linear_fp8", "grouped_fp8") if isinstance(getattr(chosen, name), DeepGemm)] == [key]
+    for options in ({"dtype": "float32"}, {"device": "cpu"}):
+        assert f"kernels.{key} is deepgemm" in message(model(), **options, **{key: "deepgemm"})
+    assert "has none there" in message(model(quantization_config=None), **{key: "deepgemm"})
+
+
+@pytest.mark.parametrize(("key", "value"), [("mla_decode", "flashmla"), ("linear_fp8", "deepgemm")])
+def test_a_chosen_library_that_does_not_load_is_named_with_the_reason_and_the_fix(key: str, value: str) -> None:
+    text = message(model(), load=missing, **{key: value})
+    assert f"kernels.{key} is {value}" in text
+    assert "No module named 'vllm" in text
+    assert "install vLLM" in text
+    older = SimpleNamespace(flash_mla_with_kvcache=None)
+    assert "has no attribute" in message(model(), load=lambda _: older, **{key: value})
+
+
+def test_nothing_is_imported_that_is_not_wanted() -> None:
+    asked: list[str] = []
+
+    def load(name: str) -> Any:
+        asked.append(name)
+        return installed(name)
+
+    choose(with_heads(128), load=load)
+    choose(with_heads(128), load=load, device="cpu")
+    choose(with_heads(128), load=load, mla_decode="baton", linear_fp8="baton")
+    assert not asked
+    choose(with_heads(128), load=load, mla_decode="flashmla")
+    assert ["flashmla" in name for name in asked] == [True]
+
+
+def test_a_model_knows_its_library_at_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepseek_v3, "keeps_fp8", lambda *_: True)
+    linear, grouped = DeepGemm(DEEP_GEMM), DeepGemm(DEEP_GEMM)
+    kernels = KernelChoices(linear_fp8=linear, grouped_fp8=grouped)
+    made = DeepseekV3(model(), torch.bfloat16, "meta", kernels=kernels)
+    for block in [*made.blocks, made.mtp.block] if made.mtp else made.blocks:
+        attention, mlp = block.attention, block.mlp
+        dense = mlp.shared if isinstance(mlp, Moe) else mlp
+        assert isinstance(dense, Mlp)
+        weights = [attention.qkv_a, attention.q_b, attention.out, dense.gate_up, dense.down]
+        assert [weight.library for weight in weights if isinstance(weight, Fp8Weight)] == [linear] * 5
+        if isinstance(mlp, Moe):
+            assert [weight.library for weight in (mlp.gate_up, mlp.down)] == [grouped] * 2
