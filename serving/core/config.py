@@ -90,16 +90,16 @@ class KVTable:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsTable:
-    """Where a library can compute in place of our kernel on a GPU."""
+    """A library in place of our kernel, on a GPU."""
 
     mla_decode: str = _key(
         "auto",
-        "attention of decode steps; auto: baton, as fast or faster at every shape measured",
+        "attention of decode steps; auto: baton, the fastest measured at every shape",
         choices=("auto", "baton", "flashmla"),
     )
     linear_fp8: str = _key(
         "auto",
-        "dense FP8 products; auto: baton, since DeepGEMM compiles for seconds at steps of new sizes",
+        "dense FP8 products; auto: baton, since DeepGEMM compiles for seconds at a step of a new size",
         choices=("auto", "baton", "deepgemm"),
     )
     grouped_fp8: str = _key(

@@ -1,6 +1,8 @@
 """Which kernels a model runs on where there is more than one: the [kernels] table, settled once for a model and a device.
 
-`auto` is the fastest measured on an H200 (docs/PERFORMANCE.md) of those that compile nothing while a request waits: ours.
+`auto` is the fastest measured on an H200 (docs/PERFORMANCE.md) of those that compile nothing while a request waits. That is
+ours at every shape today: FlashMLA takes as long or longer, and DeepGEMM, faster from 64 rows on, compiles a kernel when a
+step of a new size comes.
 """
 
 from __future__ import annotations
@@ -45,19 +47,16 @@ def choose_kernels(
     *,
     load: Load = importlib.import_module,
 ) -> KernelChoices:
-    """`load`: a module by its name.
-
-    Raises ConfigError if a library that `table` names does not load or does not take this model.
-    """
+    """`load`: a module by its name. Raises ConfigError if a library that `table` names does not load or does not take this model."""
     fp8 = keeps_fp8(config, dtype, device)
     return KernelChoices(
-        mla_decode=_mla_decode(table.mla_decode, config, dtype, device, load),
+        mla_decode=_flash_mla(table.mla_decode, config, dtype, device, load),
         linear_fp8=_deep_gemm("linear_fp8", table.linear_fp8, fp8, load),
         grouped_fp8=_deep_gemm("grouped_fp8", table.grouped_fp8, fp8, load),
     )
 
 
-def _mla_decode(
+def _flash_mla(
     wanted: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, load: Load
 ) -> FlashMla | None:
     if wanted != "flashmla":
@@ -71,11 +70,10 @@ def _mla_decode(
     try:
         return FlashMla(load(_FLASH_MLA))
     except Exception as error:
-        raise _absent("mla_decode", "flashmla", error) from error
+        raise _absent("mla_decode", wanted, error) from error
 
 
 def _deep_gemm(key: str, wanted: str, fp8: bool, load: Load) -> DeepGemm | None:
-    """From 64 rows on the faster, but `auto` leaves it: a step of a new size would wait for its compiler."""
     if wanted != "deepgemm":
         return None
     if not fp8:
@@ -86,7 +84,7 @@ def _deep_gemm(key: str, wanted: str, fp8: bool, load: Load) -> DeepGemm | None:
     try:
         return DeepGemm(load(_DEEP_GEMM))
     except Exception as error:
-        raise _absent(key, "deepgemm", error) from error
+        raise _absent(key, wanted, error) from error
 
 
 def _absent(key: str, wanted: str, error: Exception) -> ConfigError:

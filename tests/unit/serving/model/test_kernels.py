@@ -61,26 +61,27 @@ def message(config: ModelConfig, **options: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("heads", [16, 128])
-def test_flash_mla_attends_where_it_is_asked_for(heads: int) -> None:
-    assert choose(with_heads(heads)).mla_decode is None
-    assert choose(with_heads(heads), mla_decode="baton").mla_decode is None
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+@pytest.mark.parametrize("value", ["auto", "baton"])
+def test_ours_run_unless_another_is_asked_for_and_nothing_is_imported(heads: int, value: str) -> None:
+    asked: list[str] = []
+    keys = dict.fromkeys(("mla_decode", "linear_fp8", "grouped_fp8"), value)
+    chosen = choose(with_heads(heads), load=asked.append, **keys)
+    assert (chosen.mla_decode, chosen.linear_fp8, chosen.grouped_fp8) == (None, None, None)
+    assert not asked
     assert isinstance(choose(with_heads(heads), mla_decode="flashmla").mla_decode, FlashMla)
 
 
 @pytest.mark.parametrize("other", [{"dtype": "float32"}, {"device": "cpu"}, {"config": {"kv_lora_rank": 256}}])
 def test_flash_mla_has_one_shape_dtype_and_device(other: dict[str, Any]) -> None:
     options = dict(other)
-    config = model(num_attention_heads=128, num_key_value_heads=128, **options.pop("config", {}))
-    assert choose(config, **options).mla_decode is None
-    text = message(config, mla_decode="flashmla", **options)
+    text = message(model(**options.pop("config", {})), mla_decode="flashmla", **options)
     assert "kernels.mla_decode is flashmla" in text
     assert "set it to auto or baton" in text
 
 
 @pytest.mark.parametrize("key", ["linear_fp8", "grouped_fp8"])
-def test_deep_gemm_is_taken_where_it_is_asked_for(key: str) -> None:
-    assert getattr(choose(model()), key) is None
+def test_deep_gemm_multiplies_what_is_fp8_on_a_gpu(key: str) -> None:
     chosen = choose(model(), **{key: "deepgemm"})
     assert [name for name in ("linear_fp8", "grouped_fp8") if isinstance(getattr(chosen, name), DeepGemm)] == [key]
     for options in ({"dtype": "float32"}, {"device": "cpu"}):
@@ -96,21 +97,6 @@ def test_a_chosen_library_that_does_not_load_is_named_with_the_reason_and_the_fi
     assert "install vLLM" in text
     older = SimpleNamespace(flash_mla_with_kvcache=None)
     assert "has no attribute" in message(model(), load=lambda _: older, **{key: value})
-
-
-def test_nothing_is_imported_that_is_not_wanted() -> None:
-    asked: list[str] = []
-
-    def load(name: str) -> Any:
-        asked.append(name)
-        return installed(name)
-
-    choose(with_heads(128), load=load)
-    choose(with_heads(128), load=load, device="cpu")
-    choose(with_heads(128), load=load, mla_decode="baton", linear_fp8="baton")
-    assert not asked
-    choose(with_heads(128), load=load, mla_decode="flashmla")
-    assert ["flashmla" in name for name in asked] == [True]
 
 
 def test_a_model_knows_its_library_at_every_product(monkeypatch: pytest.MonkeyPatch) -> None:
