@@ -126,6 +126,9 @@ class Chunks:
             )
             if chunk.token_ids:
                 last_ND, _ = self._run((chunk,))
+                if self._device.type == "cuda":
+                    # As many prompts may end in a step that is not captured, and each number of them has code of its own.
+                    last_ND = last_ND.expand(min(num_tokens, PAGE_TOKENS), -1).contiguous()
                 sampling.argmax(self._model.logits(last_ND))
 
     def _capture(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:

@@ -386,7 +386,8 @@ def few_rows(
 ) -> Tensor | QuantisedRows:
     """As `triton.gemm.few_rows`, bf16 or FP8. With `shared` the result has S * ceil(T / tile) * tile rows more than `tiles` may use.
 
-    `dtype`: of the result, fp32 from bf16. `known`: `tiles` are older than the kernel launched before this one, whose weights then need not wait for it.
+    `dtype`: of the result, fp32 from bf16. `known`: weights are read by `tiles` before the wait. So the kernel launched directly before
+    must wait itself before it lets this one start, and `tiles` must be older than it; another that has only passed by is not enough.
     """
     op = operands(x, w, silu=silu)
     block_t = tiles.num_rows if tiles else min(64, max(16, triton.next_power_of_2(op.num_rows)))
@@ -398,6 +399,7 @@ def few_rows(
     out_scales = out.scales if isinstance(out, QuantisedRows) else target
     if block_n is None:
         block_n = _block_n(op, silu=silu, num_tiles=num_routed + num_shared, processors=num_processors(target.device))
+    assert not (silu and op.fp8) or block_n == BLOCK, "a unit writes one scale a row"
     if unroll is None:
         unroll = 4 if block_t == 16 and not silu else 2
     num_n = triton.cdiv(op.num_columns, block_n)

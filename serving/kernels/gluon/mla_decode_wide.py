@@ -346,6 +346,8 @@ def mla_decode_wide_kernel(
 ):  # fmt: skip
     """Attend this CTA's pages for 64 columns; see the head of this file and `decode_paged`."""
     gl.static_assert(N == 64)
+    gl.static_assert(SLOTS >= 2, "P of a page waits for the scores of the next")
+    gl.static_assert(RING >= 2 * (C // CHUNK), "values of a page are behind the scores of the next")
     num_blocks = gl.num_programs(0) // num_groups
     block = gl.program_id(0) % num_blocks
     group = gl.program_id(0) // num_blocks

@@ -429,6 +429,7 @@ def _few(
             down_beside = Shared(x=None, w=shared[1], num_experts=num_shared, num_tokens=num_tokens)
     slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8)
     hidden_SI = few_rows(x_SD, gate_up_EID, silu=True, tiles=slots.tiles, shared=gate_up_beside)
+    # Known: gate_up waits for `send` before it lets this one start. So nothing may be launched between the two.
     y_SD = few_rows(hidden_SI, down_EDI, tiles=slots.tiles, shared=down_beside, known=True)
     assert isinstance(y_SD, Tensor)
     if gate_up_beside is not None:

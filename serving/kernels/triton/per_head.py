@@ -23,7 +23,7 @@ def is_quick(num_rows: int, num_heads: int, width: int) -> bool:
 
 
 def per_head(x_THK: Tensor, w_HKN: Tensor, out_THN: Tensor) -> None:
-    """Fill `out`; any strides, K a power of two from 16. `w` must be older than the kernel asked for before."""
+    """Fill `out`; any strides, K a power of two from 16. `w` must not come from a kernel that lets the next one start early."""
     num_rows, num_heads, width = x_THK.shape
     num_columns = w_HKN.shape[2]
     assert num_rows > 0

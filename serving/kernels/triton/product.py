@@ -66,7 +66,12 @@ def is_thin(x: Tensor, w: Tensor) -> bool:
 def is_few(x: Tensor, w: Tensor) -> bool:
     """Whether `gluon.few_rows` is the quickest, of plain weights: with longer rows the library is."""
     few = x.dim() == 2 and 0 < x.shape[0] <= _FEW_DENSE and x.shape[1] <= MOST_COLUMNS and x.shape[1] % 8 == 0
-    return few and has_ring(x) and x.dtype == w.dtype
+    return few and has_ring(x) and x.dtype == w.dtype and _is_copied_in_bulk(x)
+
+
+def _is_copied_in_bulk(x_TK: Tensor) -> bool:
+    """Whether its rows begin at multiples of 16 bytes, as bulk copies want them; part of a wider matrix may not."""
+    return x_TK.stride(0) * x_TK.element_size() % 16 == 0 and x_TK.data_ptr() % 16 == 0
 
 
 def has_ring(x: Tensor) -> bool:

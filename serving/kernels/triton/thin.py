@@ -24,8 +24,8 @@ _HELD_BYTES = 32 << 10
 def thin_product(x_TK: Tensor, w_NK: Tensor, *, silu: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     """x W^T [T, N] in `dtype` (that of x), or with `silu` silu(x gate^T) * (x up^T) [T, N / 2], W gate above up.
 
-    `x` [T, K], T from 1 to MOST_ROWS, K up to MOST_COLUMNS; `w` [N, K]; rows of both contiguous. `w` must be older
-    than the kernel asked for before.
+    `x` [T, K], T from 1 to MOST_ROWS, K up to MOST_COLUMNS; `w` [N, K]; rows of both contiguous. `w` must not
+    come from a kernel that lets the next one start early: it is read before the wait.
     """
     num_rows, width = x_TK.shape
     num_columns = w_NK.shape[0] // 2 if silu else w_NK.shape[0]
