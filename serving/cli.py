@@ -25,6 +25,7 @@ _BENCHMARKS = {
     "handoff": "prefill and decode on devices of their own, beside one worker that does both",
     "transfer": "pages of one prompt from one pool to another: NIXL, NCCL, the link",
     "served": "what HTTP, router and two workers cost over the engine alone",
+    "balance": "how evenly each way of placing experts spreads a load, and its time",
     "drafts": "the embedded model with drafts of its MTP layer and without",
     "idle": "CPU of a server without requests",
     "memory": "peak memory of the workers, against what they must hold",
