@@ -1,0 +1,228 @@
+"""Collectives over torch.distributed's backends: gloo between CPU processes, NCCL between GPUs.
+
+The backend objects are made here, each over its own part of the store, so that nothing is global and a group concerns its
+members alone. Everything that is not summed travels as bytes, since gloo knows neither float8 nor most narrow types.
+
+Who is missing is what the backends do not say. A rank that waits longer than a moment notes in the store how far it has come;
+at the deadline those without a note have not come. On CUDA a wait orders the stream and leaves the deadline to NCCL's watchdog,
+whose error, at the next call, is named in the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import NoReturn, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, Work
+
+from serving.core.errors import ConfigError
+from serving.parallel.collectives import Handle, RanksMissing, check_payloads, check_rows, even, row_bytes
+
+_PATIENCE_S = 0.05
+"""A wait that is longer is noted in the store."""
+_BACKENDS = ("gloo", "nccl")
+
+
+class _Backend(Protocol):
+    """What is used of torch's backend objects, whose stubs leave it out."""
+
+    def _allgather_base(self, output: Tensor, input: Tensor) -> Work: ...
+    def _reduce_scatter_base(self, output: Tensor, input: Tensor) -> Work: ...
+    def alltoall_base(self, output: Tensor, input: Tensor, recv: list[int], send: list[int]) -> Work: ...
+    def broadcast(self, tensor: Tensor, root: int) -> Work: ...
+    def barrier(self) -> Work: ...
+
+
+class TorchCollectives:
+    """Joins the group `name` of `ranks` as its member number `rank`; returns or raises within the deadline.
+
+    `store` is one object for the whole unit and of this start alone; its host is best a process that outlives the ranks."""
+
+    def __init__(
+        self, *, backend: str, store: Store, ranks: Sequence[int], rank: int, name: str, deadline_s: float
+    ) -> None:
+        if backend not in _BACKENDS:
+            raise ConfigError(f"there is no backend {backend!r} for collectives; choose one of {', '.join(_BACKENDS)}")
+        self.rank = rank
+        self.ranks = tuple(ranks)
+        self.world_size = len(self.ranks)
+        self._backend = backend
+        self._store = store
+        self._name = name
+        self._deadline_s = deadline_s
+        self._issued = 0
+        self._issued_s = time.monotonic()
+        self._broken: RanksMissing | None = None
+        self._note("came")
+        begin_s = time.monotonic()
+        try:
+            self._group = self._join()
+        except RuntimeError as error:
+            self._fail(self._issued, begin_s, error)
+
+    def _join(self) -> _Backend:
+        store = PrefixStore(self._key("group"), self._store)
+        # A call that was given up must end too, but after whoever waits for it has named the missing.
+        timeout = timedelta(seconds=2 * self._deadline_s)
+        store.set_timeout(timedelta(seconds=self._deadline_s))
+        if self._backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            return cast(_Backend, dist.ProcessGroupNCCL(store, self.rank, self.world_size, options))
+        return cast(_Backend, dist.ProcessGroupGloo(store, self.rank, self.world_size, timeout))
+
+    def all_gather(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
+        sizes = list(counts) if counts else even(len(out), self.world_size)
+        check_rows(out, tensor, sizes, self.rank)
+        if counts is None:
+            return self._issue(lambda: [self._group._allgather_base(row_bytes(out), row_bytes(tensor))])
+        copies = row_bytes(tensor).repeat(self.world_size, 1)
+        mine = [sizes[self.rank]] * self.world_size
+        return self._issue(lambda: [self._group.alltoall_base(row_bytes(out), copies, sizes, mine)])
+
+    def reduce_scatter(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
+        sizes = list(counts) if counts else even(len(tensor), self.world_size)
+        check_rows(tensor, out, sizes, self.rank)
+        if counts is None and tensor.is_cuda:
+            return self._issue(lambda: [self._group._reduce_scatter_base(out, tensor)])
+        parts = torch.empty((self.world_size, *out.shape), dtype=out.dtype, device=out.device)
+        flat = parts.view(self.world_size * len(out), *out.shape[1:])
+        mine = [len(out)] * self.world_size
+
+        def add() -> None:
+            out.copy_(parts[0])
+            for part in parts[1:]:
+                out.add_(part)
+
+        return self._issue(lambda: [self._group.alltoall_base(row_bytes(flat), row_bytes(tensor), mine, sizes)], add)
+
+    def all_to_all(
+        self,
+        outs: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        recv_counts: Sequence[int],
+        send_counts: Sequence[int],
+    ) -> Handle:
+        check_payloads(outs, tensors, recv_counts, send_counts, self.world_size)
+        received, sent = sum(recv_counts), sum(send_counts)
+        pairs = [(row_bytes(o[:received]), row_bytes(t[:sent])) for o, t in zip(outs, tensors, strict=True)]
+        recv, send = list(recv_counts), list(send_counts)
+        return self._issue(lambda: [self._group.alltoall_base(out, tensor, recv, send) for out, tensor in pairs])
+
+    def broadcast(self, tensor: Tensor, src: int) -> Handle:
+        return self._issue(lambda: [self._group.broadcast(row_bytes(tensor), src)])
+
+    def barrier(self) -> None:
+        self._issue(lambda: [self._group.barrier()]).wait()
+
+    def subgroup(self, ranks: Sequence[int], name: str, deadline_s: float | None = None) -> TorchCollectives:
+        return TorchCollectives(
+            backend=self._backend,
+            store=self._store,
+            ranks=ranks,
+            rank=tuple(ranks).index(self.ranks[self.rank]),
+            name=name,
+            deadline_s=deadline_s or self._deadline_s,
+        )
+
+    def close(self) -> None:
+        """The backend's threads and sockets end with its last reference."""
+        del self._group
+
+    def _issue(self, call: Callable[[], list[Work]], then: Callable[[], None] | None = None) -> Handle:
+        if self._broken:
+            raise self._broken
+        begin_s = time.monotonic()
+        idle_s, self._issued_s = begin_s - self._issued_s, begin_s
+        self._issued += 1
+        try:
+            # Gloo lets a late rank have what the others sent before they gave it up.
+            if idle_s > self._deadline_s / 2 and self._read("broken") is not None:
+                raise RuntimeError("the group was given up")
+            return _Handle(self, call(), self._issued, then)
+        except RuntimeError as error:
+            self._fail(self._issued, begin_s, error)
+
+    def _complete(self, works: Sequence[Work], number: int) -> None:
+        if self._broken:
+            raise self._broken
+        begin_s = time.monotonic()
+        try:
+            for work in works:
+                self._wait(work, begin_s)
+        except RuntimeError as error:
+            self._fail(number, begin_s, error)
+
+    def _wait(self, work: Work, begin_s: float) -> None:
+        if self._backend == "nccl":
+            work.wait()
+            return
+        try:
+            work.wait(timedelta(seconds=min(_PATIENCE_S, self._deadline_s / 4)))
+        except RuntimeError:
+            # Not here yet, or failed; the second wait tells.
+            self._note("came")
+            if self._read("broken") is not None:
+                raise
+            left_s = begin_s + self._deadline_s - time.monotonic()
+            work.wait(timedelta(seconds=max(left_s, 0.001)))
+
+    def _fail(self, number: int, begin_s: float, error: RuntimeError) -> NoReturn:
+        """A connection that broke says nothing of whose process is gone: the others have until the deadline to be heard."""
+        try:
+            self._note("came")
+            self._note("failed")
+            missing = self._missing(number, begin_s + self._deadline_s)
+            self._store.set(self._key("broken"), ",".join(map(str, missing)))
+        except RuntimeError:
+            # The store is gone, and with it the rank that hosts it.
+            missing = [0]
+        ranks = [self.ranks[index] for index in missing]
+        self._broken = RanksMissing(ranks, group=self._name, reason=f"deadline {self._deadline_s:g} s")
+        raise self._broken from error
+
+    def _missing(self, number: int, expiry_s: float) -> list[int]:
+        while True:
+            if (broken := self._read("broken")) is not None:
+                return [int(index) for index in broken.split(",") if index]
+            late = [index for index in range(self.world_size) if self._noted("came", index) < number]
+            if time.monotonic() >= expiry_s:
+                # All came, and one of them ended in the middle: it alone has not seen the call fail.
+                return late or [index for index in range(self.world_size) if self._noted("failed", index) < number]
+            time.sleep(0.02)
+
+    def _note(self, what: str) -> None:
+        self._store.set(self._key(f"{what}/{self.rank}"), str(self._issued))
+
+    def _noted(self, what: str, index: int) -> int:
+        return int(self._read(f"{what}/{index}") or -1)
+
+    def _read(self, what: str) -> str | None:
+        key = self._key(what)
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def _key(self, what: str) -> str:
+        # Groups of different members may bear one name: every TP group is "tp".
+        return f"{self._name}/{self.ranks[0]}-{self.ranks[-1]}-{self.world_size}/{what}"
+
+
+class _Handle:
+    def __init__(
+        self, group: TorchCollectives, works: list[Work], number: int, then: Callable[[], None] | None
+    ) -> None:
+        self._group = group
+        self._works = works
+        self._number = number
+        self._then = then
+
+    def wait(self) -> None:
+        self._group._complete(self._works, self._number)
+        self._works = []
+        if self._then is not None:
+            self._then()
+            self._then = None
