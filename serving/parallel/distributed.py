@@ -66,15 +66,17 @@ class TorchCollectives:
             self._fail(self._issued, begin_s, error)
 
     def _join(self) -> _Backend:
+        deadline, given_up = timedelta(seconds=self._deadline_s), timedelta(seconds=2 * self._deadline_s)
         store = PrefixStore(self._key("group"), self._store)
-        # A call that was given up must end too, but after whoever waits for it has named the missing.
-        timeout = timedelta(seconds=2 * self._deadline_s)
-        store.set_timeout(timedelta(seconds=self._deadline_s))
+        store.set_timeout(deadline)
         if self._backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
+            options._timeout = deadline
             return cast(_Backend, dist.ProcessGroupNCCL(store, self.rank, self.world_size, options))
-        return cast(_Backend, dist.ProcessGroupGloo(store, self.rank, self.world_size, timeout))
+        group = dist.ProcessGroupGloo(store, self.rank, self.world_size, deadline)
+        # A call that was given up must end too, but after whoever waits for it has named the missing.
+        group._set_default_timeout(given_up)
+        return cast(_Backend, group)
 
     def all_gather(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
         sizes = list(counts) if counts else even(len(out), self.world_size)

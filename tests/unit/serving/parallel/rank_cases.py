@@ -105,23 +105,24 @@ def rank_stays_away(group: Collectives, absent: int, name: str, deadline_s: floa
     return {"first": first, "first_s": first_s, "again": again, "again_s": again_s}
 
 
-def rank_dies(group: Collectives, victim: int) -> dict[str, Any]:
-    group.barrier()
+def rank_dies(group: Collectives, victim: int, name: str, deadline_s: float) -> dict[str, Any]:
+    part = group.subgroup(group.ranks, name, deadline_s)
+    part.barrier()
     if group.rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
-    first, first_s = _named(group)
+    first, first_s = _named(part)
     return {"first": first, "first_s": first_s}
 
 
-def joins_alone(group: Collectives, absent: int, name: str, deadline_s: float) -> list[int]:
+def joins_alone(group: Collectives, absent: int, name: str, deadline_s: float) -> tuple[list[int], float]:
     """`absent` never joins the new group."""
-    if group.rank == absent:
-        return []
+    begin_s, named = time.monotonic(), []
     try:
-        group.subgroup(group.ranks, name, deadline_s)
+        if group.rank != absent:
+            group.subgroup(group.ranks, name, deadline_s)
     except RanksMissing as error:
-        return list(error.ranks)
-    return [-1]
+        named = list(error.ranks)
+    return named, time.monotonic() - begin_s
 
 
 def cpu_share_of_a_wait(group: Collectives, late: int, wait_s: float) -> float:

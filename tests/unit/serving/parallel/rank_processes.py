@@ -15,21 +15,21 @@ from serving.parallel.distributed import TorchCollectives
 from serving.parallel.shared_memory import SharedMemoryCollectives
 from tests.unit.serving.parallel import rank_cases
 
-JOIN_S = 30.0
+DEADLINE_S = 30.0
 PART_BYTES = 64
 
 
 class RankProcesses:
-    """`deadline_s`: of the groups that the unit starts with. Parts are so small that most calls take several rounds."""
+    """Parts of the shared memory are so small that most calls take several rounds."""
 
-    def __init__(self, world_size: int, folder: Path, deadline_s: float = JOIN_S) -> None:
+    def __init__(self, world_size: int, folder: Path) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "serving.parallel.distributed"])
         self.processes = []
         self._pipes: list[Connection] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, folder, deadline_s), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, folder), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -58,16 +58,16 @@ def _result(pipe: Connection) -> Any:
     return result
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, folder: Path, deadline_s: float) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = range(world_size)
     store = dist.FileStore(str(folder / "store"), world_size)
     groups: dict[str, Collectives] = {
         "gloo": TorchCollectives(
-            backend="gloo", store=store, ranks=ranks, rank=rank, name="unit", deadline_s=deadline_s
+            backend="gloo", store=store, ranks=ranks, rank=rank, name="unit", deadline_s=DEADLINE_S
         ),
         "shared_memory": SharedMemoryCollectives(
-            name=folder.name, ranks=ranks, rank=rank, deadline_s=deadline_s, part_bytes=PART_BYTES
+            name=folder.name, ranks=ranks, rank=rank, deadline_s=DEADLINE_S, part_bytes=PART_BYTES
         ),
     }
     while True:

@@ -27,7 +27,7 @@ UNEVEN = [3, 0, 1, 5]
 PAIRS = [[1, 0, 2, 3], [0, 0, 0, 0], [4, 0, 0, 1], [0, 0, 5, 2]]
 IMPLEMENTATIONS = ["single", "virtual", "shared_memory", "gloo"]
 PROCESSES = ["shared_memory", "gloo"]
-DEADLINE_S = 0.4
+DEADLINE_S = 0.7
 
 Run = Callable[..., list[Any]]
 
@@ -155,7 +155,9 @@ def test_a_rank_that_stays_away_is_named_by_all_within_the_deadline(
 
 @pytest.mark.parametrize("implementation", PROCESSES)
 def test_a_rank_that_never_joins_is_named_by_all(processes: RankProcesses, implementation: str) -> None:
-    assert processes.run(implementation, "joins_alone", 1, "joins-alone", DEADLINE_S) == [[1], [], [1], [1]]
+    results = processes.run(implementation, "joins_alone", 1, "joins-alone", DEADLINE_S)
+    assert [named for named, _ in results] == [[1], [], [1], [1]]
+    assert max(taken_s for _, taken_s in results) < 1.8 * DEADLINE_S
 
 
 def test_shared_memory_waits_without_burning_a_core(processes: RankProcesses) -> None:
@@ -170,17 +172,17 @@ def test_shared_memory_leaves_nothing_behind(processes: RankProcesses) -> None:
 
 @pytest.mark.parametrize("implementation", PROCESSES)
 def test_a_rank_that_is_killed_is_named_by_all_who_live(tmp_path: Path, implementation: str) -> None:
-    deadline_s = 3.0
-    ranks = RankProcesses(3, tmp_path, deadline_s)
+    deadline_s = 1.0
+    ranks = RankProcesses(3, tmp_path)
     try:
-        results = ranks.run(implementation, "rank_dies", 1)
+        results = ranks.run(implementation, "rank_dies", 1, "dies", deadline_s)
     finally:
         ranks.close()
     assert results[1] is None
     assert [results[0]["first"], results[2]["first"]] == [[1], [1]]
     longest_s = max(results[0]["first_s"], results[2]["first_s"])
     # The kernel tells the ranks of one host; over a network the others get until the deadline to be heard.
-    assert longest_s < (0.5 if implementation == "shared_memory" else 1.3 * deadline_s)
+    assert longest_s < (0.5 if implementation == "shared_memory" else 1.5) * deadline_s
 
 
 def test_a_backend_that_does_not_exist_is_refused_with_those_that_do() -> None:
