@@ -74,7 +74,8 @@ class _Call:
 
 
 class SharedMemoryCollectives:
-    """Joins the group `name` of `ranks` as its member number `rank`; returns or raises within the deadline.
+    """Joins the group `name` of `ranks` as its member number `rank`, the only one of this process; returns or raises within
+    the deadline.
 
     `name` is new at every start; `part_bytes` is what a rank posts at once, a multiple of 64: calls of more take rounds."""
 

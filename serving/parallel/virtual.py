@@ -91,6 +91,8 @@ class VirtualUnit:
             try:
                 self._running = rank
                 results[rank] = main(VirtualCollectives(self, self._group("world", tuple(world)), rank))
+            except _Killed:
+                self.errors[rank] = RanksMissing([rank], group="world", reason="it was killed")
             except BaseException as error:
                 self.errors[rank] = error
             self._pass_turn()
@@ -101,10 +103,8 @@ class VirtualUnit:
         self._pass_turn()
         self._watch()
         if self.errors:
-            # False sorts first; a killed rank has no error that is worth raising.
-            raise min(
-                self.errors.values(), key=lambda error: (isinstance(error, _Killed), isinstance(error, RanksMissing))
-            )
+            # False sorts first.
+            raise min(self.errors.values(), key=lambda error: isinstance(error, RanksMissing))
         return [results[rank] for rank in world]
 
     def _watch(self) -> None:

@@ -146,7 +146,7 @@ def test_a_rank_that_stays_away_is_named_by_all_within_the_deadline(
         assert result["first"] == result["again"] == [2], f"rank {rank}"
         if rank != 2:
             assert 0.5 * DEADLINE_S < result["first_s"] < 1.8 * DEADLINE_S
-        assert result["again_s"] < 0.1
+        assert result["again_s"] < 0.5 * DEADLINE_S
     # Nobody stays away, and the unit's own group has not noticed.
     assert [result["first"] for result in processes.run(implementation, "rank_stays_away", -1, "all-come", 5.0)] == [
         []

@@ -24,6 +24,11 @@ def _traffic(unit: VirtualUnit, group: str, operation: str) -> dict[Link, tuple[
     }
 
 
+def _named(unit: VirtualUnit) -> dict[int, tuple[int, ...]]:
+    """Whom each rank's error names."""
+    return {rank: error.ranks for rank, error in unit.errors.items() if isinstance(error, RanksMissing)}
+
+
 def test_an_all_to_all_is_counted_by_the_link_of_each_pair() -> None:
     unit = VirtualUnit(GROUPS)
 
@@ -131,8 +136,7 @@ def test_a_dead_rank_is_named_by_all_and_not_those_who_wait_for_it_elsewhere() -
 
     with pytest.raises(RanksMissing, match="rank 3 did not come"):
         unit.run(main)
-    named = {rank: error.ranks for rank, error in unit.errors.items() if isinstance(error, RanksMissing)}
-    assert named == {0: (3,), 1: (3,), 2: (3,)}
+    assert _named(unit) == dict.fromkeys(range(4), (3,))
 
 
 def test_ranks_that_wait_for_each_other_in_different_groups_are_told_so() -> None:
@@ -145,7 +149,7 @@ def test_ranks_that_wait_for_each_other_in_different_groups_are_told_so() -> Non
     # Ranks 2 and 3 wait in the world group for 0 and 1.
     with pytest.raises(RanksMissing):
         unit.run(main)
-    assert {rank: error.ranks for rank, error in unit.errors.items() if isinstance(error, RanksMissing)} == {
+    assert _named(unit) == {
         0: (1,),
         1: (0,),
         2: (0, 1),
