@@ -1,4 +1,4 @@
-"""Collectives between processes, measured: every operation, size and implementation has a figure, slowest rank first."""
+"""Collectives between processes, measured: every operation, size and implementation has a figure."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ def test_every_call_is_timed_over_shared_memory_and_gloo(tmp_path: Path, capsys:
     points = json.loads(out.read_text())["points"]
     assert [point["operation"] for point in points] == ["all_gather", "reduce_scatter", "all_to_all", "barrier"]
     for point in points:
-        assert len(point["gloo_raw_us"]) == len(point["shared_memory_raw_us"]) == 2
-        assert min(point["gloo_raw_us"]) > min(point["shared_memory_raw_us"]) > 1.0
+        for name in ("shared_memory", "gloo"):
+            first_us, second_us = point[f"{name}_raw_us"]
+            assert min(first_us, second_us) > 1.0
+            assert point[f"{name}_us"] == pytest.approx((first_us + second_us) / 2, abs=0.11)
     assert "reduce_scatter" in capsys.readouterr().err
