@@ -5,8 +5,8 @@ from rank to rank and may be zero. Implementations: `distributed` (gloo, NCCL), 
 `virtual` (all ranks in one process), and `SingleRank` below.
 
 A call issues and returns a Handle. Until its `wait` has returned, `out` must not be read and inputs must not be changed. Handles
-complete in the order of issue, whichever is waited for first, and every rank of a group issues the same calls in the same order;
-groups are independent of one another. An implementation may hold an issue back until an older call has completed.
+may be waited for in any order, but every rank of a group issues the same calls in the same order; groups are independent of one
+another. An implementation may hold an issue back until an older call has completed.
 
 Each wait has a deadline. When it expires, or a rank is known to be dead, the ranks that did not come are named (RanksMissing)
 and the group is broken: the others of the group, and whoever comes late, get the same error from every later call.
