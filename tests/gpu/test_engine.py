@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,14 +132,24 @@ def test_a_latent_that_is_off_shows(prompts: list[list[int]], texts: list[list[i
 
 def test_a_sequence_joins_without_waiting_for_the_step_in_flight() -> None:
     runner = engine_on("cuda").runner
-    spec = SlotSpec(sampling=GREEDY, token_ids=[5, 9], num_prompt_tokens=2, page_ids=[3])
+    hidden_D = torch.randn(runner._hidden_SD.shape[1])
+    biased = SamplingParams(temperature=0.0, logit_bias={7: -3.0, 11: 2.0})
+    penalised = SamplingParams(
+        presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.1, logit_bias={7: -3.0}, seed=3
+    )
+    plain = SlotSpec(sampling=GREEDY, token_ids=[5, 9, 9], num_prompt_tokens=2, page_ids=[3])
+    specs = [replace(plain, sampling=sampling) for sampling in (GREEDY, biased, penalised, penalised)]
+    specs.append(replace(specs[-1], hidden=hidden_D.numpy().tobytes()))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        runner.open_slot(0, spec)
+        for slot, spec in enumerate(specs):
+            runner.open_slot(slot, spec)
         with pytest.raises(RuntimeError, match="synchroniz"):
             runner._last_token_S[0] = 9
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(runner._hidden_SD[len(specs) - 1].cpu(), hidden_D)
+    assert not runner._hidden_SD[0].any()
 
 
 def test_greedy_answers_in_bf16_part_from_the_cpus_only_at_ties(questions: list[list[int]]) -> None:

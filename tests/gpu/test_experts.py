@@ -45,6 +45,8 @@ def error(got: Tensor, want: Tensor) -> float:
 # Tokens from decode to prefill; widths with and without whole blocks of 128.
 CASES = [(1, 8, 4, 256, 128), (5, 16, 4, 256, 64), (40, 64, 6, 2048, 1408), (300, 16, 4, 256, 64)]
 CASES += [(700, 16, 4, 512, 208), (3000, 12, 4, 1024, 384)]
+# Shared experts beside the routed ones and apart; more pairs than one launch places, more experts than 256.
+CASES += [(64, 64, 6, 512, 256), (65, 64, 6, 512, 256), (200, 256, 8, 256, 128), (20, 300, 8, 256, 128)]
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k", "width", "inner"), CASES)
@@ -83,20 +85,20 @@ def test_fp8_experts(num_tokens: int, num_experts: int, top_k: int, width: int, 
     assert error(got, grouped_mlp_fp8_reference(rows, gate_up, down, experts, weights)) < 1e-2
     assert torch.equal(grouped_mlp(rows, gate_up, down, experts, weights), got)
     assert torch.equal(replayed(lambda: grouped_mlp(x, gate_up, down, experts, weights)), got)
-    beside = fp8_stack(randn(1, inner, width, seed=7) / width**0.5, randn(1, inner, width, seed=8) / width**0.5)
-    shared = tuple(
-        Fp8Weight(quantised=part.quantised[0], scales=part.scales[0])
-        for part in (beside, fp8_stack(randn(1, width, inner, seed=9) / inner**0.5))
-    )
-    stacked = [Fp8Weight(quantised=part.quantised[None], scales=part.scales[None]) for part in shared]
     everyone = torch.zeros(num_tokens, 1, dtype=torch.int64, device="cuda")
-    added = grouped_mlp_fp8_reference(rows, stacked[0], stacked[1], everyone, torch.ones_like(everyone).float())
-    more = grouped_mlp(rows, gate_up, down, experts, weights, (shared[0], shared[1]))
-    assert error(more, got + added) < 1.5e-2
-    assert error(more, got) > 0.05
-    assert torch.equal(
-        replayed(lambda: grouped_mlp(rows, gate_up, down, experts, weights, (shared[0], shared[1]))), more
-    )
+    for num_shared in (1, 2):
+        hidden = num_shared * inner
+        stacked = (
+            fp8_stack(randn(1, hidden, width, seed=7) / width**0.5, randn(1, hidden, width, seed=8) / width**0.5),
+            fp8_stack(randn(1, width, hidden, seed=9) / inner**0.5),
+        )
+        beside, below = (Fp8Weight(quantised=part.quantised[0], scales=part.scales[0]) for part in stacked)
+        added = grouped_mlp_fp8_reference(rows, *stacked, everyone, torch.ones_like(everyone).float())
+        more = grouped_mlp(rows, gate_up, down, experts, weights, (beside, below))
+        assert error(more, got + added) < 1.5e-2
+        assert error(more, got) > 0.05
+        again = replayed(lambda: grouped_mlp(rows, gate_up, down, experts, weights, (beside, below)))  # noqa: B023
+        assert torch.equal(again, more)
     gate_up.scales[:, -1] *= 2
     assert error(grouped_mlp(x, gate_up, down, experts, weights), got) > 0.05
 
@@ -115,10 +117,15 @@ def test_a_graph_follows_the_choice_of_experts() -> None:
     assert torch.equal(out, want)
 
 
-def test_all_tokens_to_one_expert_and_none_to_the_rest() -> None:
-    x, gate_up, down = randn(500, 256), randn(8, 512, 256, seed=1) / 16, randn(8, 256, 256, seed=2) / 16
-    gate_up[:3], down[:3] = float("nan"), float("nan")
-    experts = torch.full((500, 1), 3, device="cuda")
-    got = grouped_mlp(x, gate_up, down, experts, torch.ones(500, 1, device="cuda"))
-    want = grouped_mlp_reference(x.float(), gate_up.float(), down.float(), experts, torch.ones(500, 1, device="cuda"))
+# In large tiles, and in the ring's of 16: placed by one launch, and by more.
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(500, 8), (100, 8), (200, 32), (1100, 80)])
+def test_all_tokens_to_one_expert_and_none_to_the_rest(num_tokens: int, num_experts: int) -> None:
+    x = randn(num_tokens, 256)
+    gate_up, down = randn(num_experts, 512, 256, seed=1) / 16, randn(num_experts, 256, 256, seed=2) / 16
+    chosen = torch.arange(num_experts, device="cuda") == 3
+    gate_up[~chosen], down[~chosen] = float("nan"), float("nan")
+    experts, ones = torch.full((num_tokens, 1), 3, device="cuda"), torch.ones(num_tokens, 1, device="cuda")
+    got = grouped_mlp(x, gate_up, down, experts, ones)
+    want = grouped_mlp_reference(x.float(), gate_up.float(), down.float(), experts, ones)
     assert error(got, want) < 5e-3
+    assert error(got.roll(1, dims=0), want) > 0.5

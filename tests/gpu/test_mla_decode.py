@@ -18,6 +18,7 @@ pytestmark = [
 
 LATENT, WIDTH, SCALE = 512, 576, 576**-0.5
 RAGGED = [300 + 37 * i for i in range(40)]
+MANY_SHORT = [1 + 23 * i % 64 for i in range(300)]
 
 
 @dataclasses.dataclass
@@ -67,7 +68,8 @@ def error(out: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("heads", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize(
-    ("lens", "first"), [([64], 0), ([1], 0), ([100, 7, 640, 65], 0), ([4096] * 3, 0), (RAGGED, 0), ([2, 66, 500], 1)]
+    ("lens", "first"),
+    [([64], 0), ([1], 0), ([100, 7, 640, 65], 0), ([4096] * 3, 0), (RAGGED, 0), (MANY_SHORT, 0), ([2, 66, 500], 1)],
 )
 def test_any_mix_of_lengths(heads: int, dtype: torch.dtype, lens: list[int], first: int) -> None:
     pool = make_pool(lens, dtype, first=first)
@@ -130,7 +132,7 @@ def test_a_graph_holds_while_lengths_change(dtype: torch.dtype, heads: int) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("heads", [16, 32, 64])
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
 def test_every_run_gives_the_same_bits(dtype: torch.dtype, heads: int) -> None:
     pool = make_pool(RAGGED, dtype)
     q = torch.randn(len(RAGGED), heads, WIDTH, device="cuda", dtype=torch.bfloat16)
@@ -141,7 +143,8 @@ def test_every_run_gives_the_same_bits(dtype: torch.dtype, heads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
-def test_pages_past_2_31_elements(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("heads", [32, 128])
+def test_pages_past_2_31_elements(heads: int, dtype: torch.dtype) -> None:
     # Pages of 62 layers, as the published model has them.
     row = 656 if dtype == torch.uint8 else WIDTH
     num_pages = 2**31 // (62 * 64 * row) + 40
@@ -152,7 +155,7 @@ def test_pages_past_2_31_elements(dtype: torch.dtype) -> None:
     pool[far, 61] = pack_fp8_rows(rows.flatten(0, 1), LATENT).view(8, 64, -1) if row == 656 else rows.to(dtype)
     lens = torch.tensor([200, 256], dtype=torch.int32, device="cuda")
     here = Pool(pool, far.to(torch.int32).view(2, 4), lens)
-    q = torch.randn(2, 32, WIDTH, device="cuda", dtype=torch.bfloat16)
+    q = torch.randn(2, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
     want, _ = reference(here, q, layer=61)
     assert error(decode(here, q, layer=61)[0], want) < 6e-3
     near = Pool(pool, here.table - (num_pages - 9), lens)
@@ -160,15 +163,23 @@ def test_pages_past_2_31_elements(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
-def test_a_sequence_without_rows_gives_zeros_whatever_its_table_holds(dtype: torch.dtype) -> None:
-    pool = make_pool([70, 300], dtype)
-    pool.lens[0] = 0
-    pool.table[0] = (1 << 31) - 1
-    q = torch.randn(2, 32, WIDTH, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+@pytest.mark.parametrize("empty", [[0], [1, 2, 4], [0, 1, 2, 3, 4]])
+def test_a_sequence_without_rows_gives_zeros_whatever_its_table_holds(
+    empty: list[int], heads: int, dtype: torch.dtype
+) -> None:
+    pool = make_pool([70, 300, 64, 900, 5], dtype)
+    pool.lens[empty] = 0
+    pool.table[empty] = (1 << 31) - 1
+    q = torch.randn(5, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
     out, lse = decode(pool, q)
-    assert torch.equal(out[0], torch.zeros_like(out[0]))
-    assert torch.isneginf(lse[0]).all()
-    assert out[1].isfinite().all()
+    assert torch.equal(out[empty], torch.zeros_like(out[empty]))
+    assert torch.isneginf(lse[empty]).all()
+    for i in {0, 1, 2, 3, 4} - set(empty):
+        alone = Pool(pool.tensor, pool.table[i : i + 1], pool.lens[i : i + 1])
+        want, _ = reference(alone, q[i : i + 1])
+        assert error(out[i : i + 1], want) < 6e-3
+        assert error(out[i : i + 1].roll(1, dims=1), want) > 0.1
 
 
 @pytest.mark.parametrize("power", [-40, 0, 14])
