@@ -10,7 +10,10 @@ from serving.kernels.experts import grouped_mlp, grouped_mlp_fp8_reference, grou
 from serving.kernels.quant import Fp8Weight, quantise_block_fp8, quantise_rows_fp8, silu_mul_reference
 from tests.gpu.graphs import replayed
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -17,7 +17,10 @@ from serving.kernels.quant import (
 from serving.kernels.triton.gemm import FewRows, few_rows
 from tests.gpu.graphs import replayed
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
