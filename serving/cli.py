@@ -28,6 +28,7 @@ _BENCHMARKS = {
     "served": "what HTTP, router and two workers cost over the engine alone",
     "balance": "how evenly each way of placing experts spreads a load, and its time",
     "drafts": "the embedded model with drafts of its MTP layer and without",
+    "redundancy": "experts' replicas chosen anew in every step, beside a static placement and the optimum",
     "idle": "CPU of a server without requests",
     "memory": "peak memory of the workers, against what they must hold",
     "ask": "how often the embedded model answers right through the API",

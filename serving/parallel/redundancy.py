@@ -1,0 +1,207 @@
+"""Dynamic redundancy: which replicas compute a layer's tokens, decided anew at every step (DeepSeek-V3 report, section 3.4.1).
+
+A GPU hosts more experts than it may use in a step. Before a layer's dispatch the ranks exchange their token counts, and each of
+them computes for itself who takes what: no rank tells another. Hence integers alone and every tie broken by index, so that the
+same counts give the same answer everywhere. Whoever moves weights to the hosts (placement) and tokens to the replicas (dispatch)
+is not known here.
+
+    counts -> first shares -> large hand-overs along paths -> the fullest GPU relieved again and again -> parts of the source ranks
+              (further starts, from pieces of another size, where the first does not end even enough)
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import isqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.core.errors import ConfigError
+from serving.parallel.shares import Shares
+
+Ints = NDArray[np.int64]
+
+_PIECES = (8, 11, 14, 6)
+"""An expert is first split into pieces of about so many sixteenths of the mean load; start after start, until one ends well."""
+_ACCEPTED = 36
+"""Over the mean by at most one part in so many (2.8 %): no further start."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Assignment:
+    """tokens int64 [num_gpus, hosted_slots]: what each slot computes; a slot with 0 is not in use.
+
+    sent int64 [sources, num_gpus, hosted_slots]: the part of it that each source rank sends.
+    """
+
+    tokens: Ints
+    sent: Ints
+
+    @property
+    def balance(self) -> float:
+        """Mean over largest load of a GPU; 1 where there are no tokens."""
+        return balance(self.tokens.sum(axis=1))
+
+
+def balance(load: Ints) -> float:
+    """Mean over largest of `load` [num_gpus]; 1 where there is none."""
+    return float(load.mean() / load.max()) if load.any() else 1.0
+
+
+def assign(counts: Ints, hosted: Ints, *, active: int, gpus_per_node: int) -> Assignment:
+    """Tokens for replicas: the largest load of a GPU as small as a local search makes it, at most `active` slots of a GPU in use.
+
+    counts: tokens of each expert, integers [experts] or [source ranks, experts]; source ranks are spread evenly over the nodes,
+    in order; of one row alone no node is known.
+    hosted: expert of each slot, integers [num_gpus, hosted_slots], as `choose_hosted` makes them: no expert twice on a GPU, and `active`
+    slots a GPU can hold all. Among equals a replica on the node with most of its tokens is taken, and a node's tokens go to its own replicas first.
+    """
+    by_source = np.atleast_2d(np.asarray(counts, dtype=np.int64))
+    num_gpus, num_experts = hosted.shape[0], by_source.shape[1]
+    num_nodes = num_gpus // gpus_per_node
+    located = len(by_source) > 1
+    assert not located or len(by_source) % num_nodes == 0, f"{len(by_source)} source ranks on {num_nodes} nodes"
+    totals: list[int] = by_source.sum(axis=0).tolist()
+    local = _by_node(by_source, num_nodes).T.tolist() if located else [[0] * num_nodes] * num_experts
+    hosts: list[list[int]] = [[] for _ in range(num_experts)]
+    for gpu, row in enumerate(hosted.tolist()):
+        for expert in row:
+            hosts[expert].append(gpu)
+    mean = -(-sum(totals) // num_gpus)
+    best: Shares | None = None
+    for sixteenths in _PIECES:
+        shares = Shares(hosts, num_gpus=num_gpus, active=active, mean=mean)
+        shares.start(totals, piece=max(mean * sixteenths // 16, 1), local=local, gpus_per_node=gpus_per_node)
+        shares.even_out()
+        if best is None or max(shares.load) < max(best.load):
+            best = shares
+        if max(best.load) <= mean + mean // _ACCEPTED:
+            break
+    assert best is not None
+    tokens = np.array(
+        [[held.get(expert, 0) for expert in row] for held, row in zip(best.held, hosted.tolist(), strict=True)]
+    )
+    return Assignment(tokens=tokens, sent=_split(by_source, hosted, tokens, num_nodes))
+
+
+def _by_node(by_source: Ints, num_nodes: int) -> Ints:
+    """[sources, experts] -> [num_nodes, experts]."""
+    return by_source.reshape(num_nodes, -1, by_source.shape[1]).sum(axis=1)
+
+
+def _split(by_source: Ints, hosted: Ints, tokens: Ints, num_nodes: int) -> Ints:
+    """Parts of the source ranks in each slot's tokens: first within each node, then what is left, both in the order of ranks and slots."""
+    gpus, slots = np.nonzero(tokens)
+    experts, wanted = hosted[gpus, slots], tokens[gpus, slots]
+    order = np.argsort(experts, kind="stable")
+    gpus, slots, experts, wanted = gpus[order], slots[order], experts[order], wanted[order]
+    num_sources = len(by_source)
+    flat = np.zeros((num_sources, len(experts)), dtype=np.int64)
+    left = by_source.copy()
+    if num_sources > 1:
+        for node in range(num_nodes):
+            ranks = slice(node * num_sources // num_nodes, (node + 1) * num_sources // num_nodes)
+            here = np.flatnonzero(gpus * num_nodes // len(hosted) == node)
+            flat[ranks, here] = part = _overlap(by_source[ranks], experts[here], wanted[here])
+            np.subtract.at(left[ranks], (slice(None), experts[here]), part)
+    flat += _overlap(left, experts, wanted - flat.sum(axis=0))
+    sent = np.zeros((num_sources, *hosted.shape), dtype=np.int64)
+    sent[:, gpus, slots] = flat
+    return sent
+
+
+def _overlap(offered: Ints, experts: Ints, wanted: Ints) -> Ints:
+    """Tokens from rank to slot, [ranks, slots], when both stand in line, expert by expert.
+
+    offered [ranks, experts]; experts, wanted [slots], sorted by expert. Where the two sides differ, the end of the longer line is left over.
+    """
+    rank_ends = offered.cumsum(axis=0)[:, experts]
+    slot_ends = wanted.cumsum()
+    line_begins = np.searchsorted(experts, experts)
+    slot_ends = slot_ends - (slot_ends - wanted)[line_begins]
+    begins = np.maximum(rank_ends - offered[:, experts], slot_ends - wanted)
+    return np.maximum(np.minimum(rank_ends, slot_ends) - begins, 0)
+
+
+def choose_hosted(load: Ints, *, num_gpus: int, hosted_slots: int, active: int, gpus_per_node: int) -> Ints:
+    """Experts that each GPU hosts until the next renewal, int64 [num_gpus, hosted_slots]; no GPU hosts one twice.
+
+    load: tokens of each expert, integers [experts]. Copies go by load^(7/8), so that experts about to become hot have some, to other nodes
+    first, and to no more than half the GPUs. The first `active` slots of the rows hold every expert: there always is an assignment.
+    ConfigError: the experts do not fit.
+    """
+    num_experts = len(load)
+    if not (active <= hosted_slots <= num_experts <= num_gpus * active):
+        raise ConfigError(
+            f"{num_experts} experts do not fit {num_gpus} GPUs with hosted_slots = {hosted_slots}, {active} of them active: "
+            f"set at least {-(-num_experts // num_gpus)} active, no more than are hosted, and host at most {num_experts}"
+        )
+    tokens = [int(count) for count in load]
+    slots = num_gpus * hosted_slots
+    weights = [_less_steep(count) for count in tokens]
+    copies = _copies(weights, total=slots, most=max(num_gpus // 2, -(-slots // num_experts)))
+    share, order = _by_share(tokens, copies)
+    first = [(expert, active) for expert in order]
+    further = [(expert, hosted_slots) for expert in order for _ in range(copies[expert] - 1)]
+    return _pack([*first, *further], share, num_gpus=num_gpus, slots=hosted_slots, gpus_per_node=gpus_per_node)
+
+
+def static_placement(load: Ints, *, num_gpus: int, slots: int) -> Ints:
+    """What stands beside it: all slots in use and replicas sharing evenly, int64 [num_gpus, slots]; copies go by load [experts]."""
+    tokens = [int(count) for count in load]
+    copies = _copies(tokens, total=num_gpus * slots, most=num_gpus)
+    share, order = _by_share(tokens, copies)
+    placed = [(expert, slots) for expert in order for _ in range(copies[expert])]
+    return _pack(placed, share, num_gpus=num_gpus, slots=slots, gpus_per_node=num_gpus)
+
+
+def _less_steep(count: int) -> int:
+    """count^(7/8), up to a factor and in integers."""
+    count <<= 16
+    return isqrt(count * isqrt(count * isqrt(count)))
+
+
+def _copies(weights: Sequence[int], *, total: int, most: int) -> list[int]:
+    """Copies of each expert: one, and each further one to the largest weight a copy."""
+    copies = [1] * len(weights)
+    heap = [(-(weight << 32), expert) for expert, weight in enumerate(weights)]
+    heapq.heapify(heap)
+    for _ in range(total - len(weights)):
+        _, expert = heapq.heappop(heap)
+        copies[expert] += 1
+        if copies[expert] < most:
+            heapq.heappush(heap, (-((weights[expert] << 32) // copies[expert]), expert))
+    return copies
+
+
+def _by_share(tokens: Sequence[int], copies: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Tokens a copy, and the experts by it, heaviest first."""
+    share = [count // number for count, number in zip(tokens, copies, strict=True)]
+    return share, sorted(range(len(tokens)), key=lambda expert: (-share[expert], expert))
+
+
+def _pack(
+    placed: Iterable[tuple[int, int]], share: Sequence[int], *, num_gpus: int, slots: int, gpus_per_node: int
+) -> Ints:
+    """A GPU for each (expert, slots of a row that it may take part in): the node with fewest copies of it, there the least loaded.
+
+    A copy that no GPU can take any more is left out; slots that stay empty take the first experts that their GPU lacks.
+    """
+    rows: list[list[int]] = [[] for _ in range(num_gpus)]
+    load = [0] * num_gpus
+    on_node = [[0] * -(-num_gpus // gpus_per_node) for _ in share]
+    for expert, room in placed:
+        copies = on_node[expert]
+        free = [gpu for gpu, row in enumerate(rows) if len(row) < room and expert not in row]
+        if free:
+            gpu = min(free, key=lambda gpu: (copies[gpu // gpus_per_node], load[gpu], len(rows[gpu])))
+            rows[gpu].append(expert)
+            load[gpu] += share[expert]
+            copies[gpu // gpus_per_node] += 1
+    by_share = sorted(range(len(share)), key=lambda expert: (-share[expert], expert))
+    for row in rows:
+        row.extend([expert for expert in by_share if expert not in row][: slots - len(row)])
+    return np.array(rows, dtype=np.int64)
