@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from serving.bench.options import count
 from serving.bench.report import provenance, write_report
+from serving.bench.systems import installed_version
 from serving.parallel.redundancy import Assignment, assign, balance, choose_hosted, static_placement
 
 NUM_GPUS, GPUS_PER_NODE, NUM_EXPERTS, HOSTED, ACTIVE = 32, 8, 256, 16, 9
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="write the JSON here instead of standard output")
     options = parser.parse_args(argv)
     report = provenance(["baton", "bench", "redundancy", *argv])
+    report["versions"]["scipy"] = installed_version("scipy")
     report |= measure(
         steps=options.steps,
         tokens=options.tokens,

@@ -193,7 +193,8 @@ class Shares:
         held, load, all_hosts, active = self.held, self.load, self.hosts, self.active
         excess = load[gpu] - self.mean
         free_slot = len(held[gpu]) < active
-        best, plan = 0, None
+        best = 0
+        plan: tuple[int, int, int, tuple[int, int] | None] | None = None
         # Largest shares first, so that what could not be better is left out early.
         for there, expert in sorted(((count, expert) for expert, count in held[gpu].items()), reverse=True):
             most = there if there < excess else excess
