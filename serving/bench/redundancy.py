@@ -37,6 +37,7 @@ _ZIPF, _CORRELATION = 0.8, 0.9
 _LEANING = 0.5
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ def static_balance(totals: Ints, placement: Ints) -> float:
     return balance((totals / copies)[placement].sum(axis=1))
 
 
-def between_nodes(sent: Ints) -> float:
+def between_nodes(sent: Ints | Floats) -> float:
     """Part of the (expert, token) pairs in sent [sources, GPUs, slots] whose expert is computed on another node than the token's."""
     nodes = sent.reshape(NUM_GPUS // GPUS_PER_NODE, GPUS_PER_NODE, NUM_GPUS // GPUS_PER_NODE, -1).sum(axis=(1, 3))
     return float(1 - np.trace(nodes) / nodes.sum())
@@ -181,7 +182,7 @@ def between_nodes(sent: Ints) -> float:
 
 def beside_optimum(totals: Ints, hosted: Ints, result: Assignment, milp_s: float) -> dict[str, Any]:
     """The largest load over what is known of the optimum: `bound` is at most it, the MILP's best at least."""
-    bound = least_load(totals, hosted)
+    bound: float = least_load(totals, hosted)
     largest = int(result.tokens.sum(axis=1).max())
     sample: dict[str, Any] = {"largest_load": largest, "bound": bound, "over_bound": round(largest / bound, 5)}
     if importlib.util.find_spec("scipy"):
@@ -273,9 +274,10 @@ def _milp(totals: Ints, hosted: Ints, *, seconds: float) -> tuple[float | None, 
     return found, round(float(solved.mip_dual_bound * mean), 1)
 
 
-def _evenly(counts: Ints, tokens: Ints) -> NDArray[np.float64]:
+def _evenly(counts: Ints, tokens: Ints) -> Floats:
     """The same tokens of the slots, each drawn from all ranks alike: in proportion to what they have in all."""
-    return counts.sum(axis=1)[:, None, None] / counts.sum() * tokens
+    sent: Floats = counts.sum(axis=1)[:, None, None] / counts.sum() * tokens
+    return sent
 
 
 def _digests(steps: int, tokens: int, seed: int) -> list[int]:

@@ -89,7 +89,8 @@ def assign(counts: Ints, hosted: Ints, *, active: int, gpus_per_node: int) -> As
 
 def _by_node(by_source: Ints, num_nodes: int) -> Ints:
     """[sources, experts] -> [num_nodes, experts]."""
-    return by_source.reshape(num_nodes, -1, by_source.shape[1]).sum(axis=1)
+    nodes: Ints = by_source.reshape(num_nodes, -1, by_source.shape[1]).sum(axis=1)
+    return nodes
 
 
 def _split(by_source: Ints, hosted: Ints, tokens: Ints, num_nodes: int) -> Ints:
@@ -125,7 +126,8 @@ def _overlap(offered: Ints, experts: Ints, wanted: Ints) -> Ints:
     line_begins = np.searchsorted(experts, experts)
     slot_ends = slot_ends - (slot_ends - wanted)[line_begins]
     begins = np.maximum(rank_ends - offered[:, experts], slot_ends - wanted)
-    return np.maximum(np.minimum(rank_ends, slot_ends) - begins, 0)
+    sent: Ints = np.maximum(np.minimum(rank_ends, slot_ends) - begins, 0)
+    return sent
 
 
 def choose_hosted(load: Ints, *, num_gpus: int, hosted_slots: int, active: int, gpus_per_node: int) -> Ints:
