@@ -126,7 +126,9 @@ def measure(*, steps: int, tokens: int, samples: int, milp_s: float, seed: int) 
         totals = step.counts.sum(axis=0)
         balances.append(result.balance)
         static.append(static_balance(totals, step.static))
-        of_the_step.append(static_balance(totals, static_placement(totals, num_gpus=NUM_GPUS, slots=ACTIVE)))
+        if step.index % 10 == 0:
+            fresh = static_placement(totals, num_gpus=NUM_GPUS, slots=ACTIVE)
+            of_the_step.append(static_balance(totals, fresh))
         crossing.append(between_nodes(result.sent))
         crossing_anyhow.append(between_nodes(_evenly(step.counts, result.tokens)))
         if step.index % every == every - 1 and len(sampled) < samples:
