@@ -3,7 +3,7 @@
 Experts change ranks in the order of load as Gaussians that drift (AR(1), correlation 0.9 over 100 steps), and what an expert at a rank gets is
 Zipf; tokens are drawn from that. Each DP group leans towards experts of its own, so that there is something to save between nodes.
 
-The optimum lies between the bound (slots in use without limit: a maximum flow, exact) and what was found. With scipy installed HiGHS narrows that.
+The optimum lies between the bound (slots in use without limit: a maximum flow, exact) and what was found. HiGHS of scipy narrows that where `--milp-seconds` asks for it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from serving.bench.options import count
 from serving.bench.report import provenance, write_report
 from serving.bench.systems import installed_version
+from serving.core.errors import ConfigError
 from serving.parallel.redundancy import Assignment, assign, balance, choose_hosted, static_placement
 
 NUM_GPUS, GPUS_PER_NODE, NUM_EXPERTS, HOSTED, ACTIVE = 32, 8, 256, 16, 9
@@ -61,12 +62,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--milp-seconds",
         type=float,
-        default=10.0,
-        help="at most so long a sample for HiGHS, where scipy is installed (10)",
+        default=0.0,
+        help="at most so long a sample for HiGHS; needs scipy (0: compare with the lower bound alone)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the JSON here instead of standard output")
     options = parser.parse_args(argv)
+    if options.milp_seconds > 0 and not importlib.util.find_spec("scipy"):
+        raise ConfigError(
+            "--milp-seconds needs scipy, which is not installed; `pip install scipy`, or leave the option out"
+        )
     report = provenance(["baton", "bench", "redundancy", *argv])
     report["versions"]["scipy"] = installed_version("scipy")
     report |= measure(
@@ -187,7 +192,7 @@ def beside_optimum(totals: Ints, hosted: Ints, result: Assignment, milp_s: float
     bound: float = least_load(totals, hosted)
     largest = int(result.tokens.sum(axis=1).max())
     sample: dict[str, Any] = {"largest_load": largest, "bound": bound, "over_bound": round(largest / bound, 5)}
-    if importlib.util.find_spec("scipy"):
+    if milp_s > 0:
         found, proven = _milp(totals, hosted, seconds=milp_s)
         sample |= {"milp": found, "milp_bound": proven}
         bound = max(bound, proven)
