@@ -89,7 +89,7 @@ class Chunks:
         self._capture(max_batched_tokens, told)
 
     def run(self, chunks: tuple[PrefillChunk, ...]) -> EndedPrompts | None:
-        """None: no prompt ends with them."""
+        """None: no prompt ends with them. There may be none, where other ranks of the unit have some."""
         last_ND, logits_NV = self._run(chunks)
         ended = [i for i, chunk in enumerate(chunks) if chunk.sample]
         if not ended:
@@ -190,7 +190,7 @@ class Chunks:
     def _replay(self, packed: _Packed, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor] | None:
         """None: not a step that is captured."""
         graphs, num_tokens, num_chunks = self._graphs, len(packed.token_ids), len(chunks)
-        if graphs is None or num_chunks > _MOST_CAPTURED_CHUNKS or any(chunk.start for chunk in chunks):
+        if graphs is None or not 0 < num_chunks <= _MOST_CAPTURED_CHUNKS or any(chunk.start for chunk in chunks):
             return None
         size = graphs.captured_for(num_tokens)
         if size is None:

@@ -20,7 +20,7 @@ from kvcache.layout import PAGE_TOKENS
 from serving.engine.chunks import Chunks, PrefillModel
 from serving.engine.drafted import DraftedRows, DraftedStep
 from serving.engine.graphs import StepGraphs, decode_sizes
-from serving.engine.plan import DecodeRow, Launched, SampledToken, SlotSpec, StepPlan, StepResult
+from serving.engine.plan import DecodeRow, Launched, SampledToken, SlotSpec, StepPlan, StepResult, StepShape
 from serving.engine.sampler import Logprobs, Sampler
 from serving.engine.speculative import SlotState, Speculation
 from serving.engine.staging import ids, to_device, to_host
@@ -144,7 +144,10 @@ class Runner:
         self._rows = self._rows.stale()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, shape: StepShape | None = None) -> LaunchedStep:
+        """`shape`: what all ranks of the unit run, whether the plan has tokens of that kind or not; None: what the plan has."""
+        if shape is None:
+            shape = StepShape(prefill_tokens=plan.num_prefill_tokens, rows=len(plan.rows))
         assert self._num_in_flight < _MAX_IN_FLIGHT, "settle a step before launching a third"
         self._num_in_flight += 1
         logits: list[Tensor] = []
@@ -155,18 +158,19 @@ class Runner:
         for chunk in plan.chunks:
             if chunk.page_ids != self._page_ids[chunk.slot]:
                 self._set_pages(chunk.slot, chunk.page_ids)
-        ended = self._chunks.run(plan.chunks) if plan.chunks else None
+        ended = self._chunks.run(plan.chunks) if shape.prefill_tokens else None
         if ended is not None:
             slots += ended.slots
             positions += ended.positions
             logits.append(ended.logits_NV)
             hidden_ND = ended.hidden_ND
-        if plan.rows and self._drafted is None:
+        if shape.rows and self._drafted is None:
             at = _positions_of(plan)
-            slots += [row.slot for row in plan.rows]
-            positions += [position + 1 for position in at]
-            logits_BV, greedy_B = self._run_rows(plan.rows, at)
-            logits.append(logits_BV)
+            logits_BV, greedy_B = self._run_rows(plan.rows, at, shape.rows)
+            if plan.rows:
+                slots += [row.slot for row in plan.rows]
+                positions += [position + 1 for position in at]
+                logits.append(logits_BV)
         launched = LaunchedStep(plan=plan)
         if slots:
             launched = self._sample(plan, tuple(slots), positions, logits, greedy_B, hidden_ND)
@@ -242,15 +246,17 @@ class Runner:
             hidden_ND=to_host(hidden_ND) if wants_hidden and hidden_ND is not None else None,
         )
 
-    def _run_rows(self, rows: tuple[DecodeRow, ...], positions: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, V], and their argmax [B] where the step has it."""
+    def _run_rows(
+        self, rows: tuple[DecodeRow, ...], positions: list[int], most_rows: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, V], and their argmax [B] where the step has it. `most_rows`: of any rank; all replay the same captured step."""
         batch_rows = self._rows_of(rows)
         row_ids = [
             self._page_ids[row.slot][position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
             for row, position in zip(rows, positions, strict=True)
         ]
         if self._decode_graphs is not None:
-            size = self._decode_graphs.size_for(len(rows))
+            size = self._decode_graphs.size_for(most_rows)
             assert size is not None, "as many rows as slots are captured"
             rest = size - len(rows)
             values = [*batch_rows.slots, *[self._scratch_slot] * rest, *positions, *[0] * rest]
@@ -307,7 +313,9 @@ class Runner:
                 pages.append(row.new_page_id)
         if changed:
             slots_B = self._ids(slots)
-            width = 0 if self._decode_graphs is not None else max(len(self._page_ids[slot]) for slot in slots)
+            width = 0
+            if self._decode_graphs is None:
+                width = max((len(self._page_ids[slot]) for slot in slots), default=1)
             self._rows = _RowsBatch(slots, slots_B, self._page_table_SP[:, :width].index_select(0, slots_B))
         return self._rows
 
