@@ -24,6 +24,7 @@ from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
 from serving.core.spec import WorkerSpec
 from serving.engine.runner import Model, Runner
+from serving.engine.unit import Lockstep
 from serving.kernels.packed import packing
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
@@ -47,6 +48,7 @@ class Engine:
     `max_batched_tokens`: prefill tokens of one step. `draft_tokens`: the most that a decode step drafts a row.
 
     `identity` is equal for two engines whose pages mean the same: same weights, dtype, layout, MTP and protocol.
+    `lockstep` None: the only rank of its unit.
     """
 
     runner: Runner
@@ -58,6 +60,7 @@ class Engine:
     max_num_seqs: int
     max_batched_tokens: int
     draft_tokens: int
+    lockstep: Lockstep | None = None
 
 
 def build_engine(

@@ -70,7 +70,7 @@ class Leaving(IntEnum):
 
 
 class Header(NamedTuple):
-    """What a rank says of the next step: its own tokens, and the newest placement of the experts that it could put in force."""
+    """What a rank says of the next step: its own tokens, and the placement of the experts that it would run with."""
 
     prefill_tokens: int = 0
     rows: int = 0
@@ -80,11 +80,10 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreed:
-    """What follows from the headers of all ranks, the same on each. `step` None: nobody has work. `placement_version`: all have it."""
+    """What follows from the headers of all ranks, the same on each. `step` None: nobody has work."""
 
     step: StepShape | None
     ended: bool
-    placement_version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +100,13 @@ class MicroBatches:
 
 def agree(most: Header, least: Header, micro_batches: MicroBatches) -> Agreed:
     """From the largest and the smallest of each of the headers' fields. Pure, so that all ranks come to the same."""
+    assert most.placement_version == least.placement_version, f"placements {least} and {most} are in force at once"
     prefill_tokens, rows = most.prefill_tokens, most.rows
     number = micro_batches.number(prefill_tokens, rows)
     has_work = prefill_tokens > 0 or rows > 0
     return Agreed(
         step=StepShape(prefill_tokens=prefill_tokens, rows=rows, num_micro_batches=number) if has_work else None,
         ended=most.leaving == Leaving.STOPS or (least.leaving == Leaving.DRAINED and not has_work),
-        placement_version=least.placement_version,
     )
 
 
@@ -127,15 +126,15 @@ class Commands(msgspec.Struct, frozen=True, array_like=True):
     plan: StepPlan
 
 
-class Placing(Protocol):
-    """Experts that change their slots between steps (`serving.parallel.transaction`)."""
+class BetweenSteps(Protocol):
+    """What every rank does at the border of every step of the unit: experts that change their slots, loads that are gathered."""
 
     @property
-    def version(self) -> int:
-        """The newest that this rank could put in force."""
+    def placement_version(self) -> int:
+        """Of the placement in force, the same on all ranks."""
 
-    def before_step(self, version: int) -> None:
-        """On every rank before every step, with the version that all could put in force. May call collectives of its own."""
+    def advance(self) -> None:
+        """Called on all ranks before the same steps, so it may call collectives of its own."""
 
 
 class Lockstep:
@@ -148,7 +147,7 @@ class Lockstep:
         bell: Bell,
         *,
         micro_batches: MicroBatches | None = None,
-        placing: Placing | None = None,
+        between_steps: BetweenSteps | None = None,
     ) -> None:
         self.bell = bell
         self.number = 0
@@ -158,7 +157,7 @@ class Lockstep:
         self.has_followers = tp.world_size > 1
         self._world, self._tp = world, tp
         self._micro_batches = micro_batches or MicroBatches()
-        self._placing = placing
+        self._between_steps = between_steps
         self._headers = torch.zeros(world.world_size, len(Header._fields), dtype=torch.int64)
         self._block = torch.zeros(_LENGTH_BYTES + _INLINE_BYTES, dtype=torch.uint8)
         self._encoder = msgspec.msgpack.Encoder()
@@ -166,7 +165,7 @@ class Lockstep:
 
     def round(self, header: Header, commands: Commands | None) -> tuple[StepShape | None, Commands | None]:
         """`commands` None on a follower, which gets its leader's. Raises RanksMissing."""
-        version = self._placing.version if self._placing is not None else 0
+        version = self._between_steps.placement_version if self._between_steps is not None else 0
         mine = torch.tensor([header._replace(placement_version=version)])
         exchanged = self._world.all_gather(self._headers, mine)
         if self.has_followers:
@@ -176,8 +175,8 @@ class Lockstep:
         agreed = agree(most, least, self._micro_batches)
         self.number += 1
         self.parked, self.ended = agreed.step is None, agreed.ended
-        if self._placing is not None and agreed.step is not None:
-            self._placing.before_step(agreed.placement_version)
+        if self._between_steps is not None and agreed.step is not None:
+            self._between_steps.advance()
         return agreed.step, commands
 
     def _tell(self, commands: Commands | None) -> Commands | None:

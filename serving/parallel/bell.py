@@ -168,6 +168,8 @@ def _admitted(
         try:
             connection, _ = listener.accept()
         except OSError as error:
+            for joined in admitted.values():
+                joined.close()
             absent = [rank for index, rank in enumerate(ranks) if index and index not in admitted]
             raise RanksMissing(absent, group="bell", reason=f"deadline {deadline_s:g} s") from error
         connection.settimeout(max(1e-3, due_s - time.monotonic()))

@@ -258,7 +258,6 @@ def test_a_unit_ends_when_all_are_drained_or_one_stops(leaving: list[int], rows:
     assert Leaving.STOPS == 2
 
 
-def test_the_placement_in_force_is_one_that_all_ranks_have() -> None:
-    assert (
-        agree(Header(rows=1, placement_version=7), Header(placement_version=6), MicroBatches()).placement_version == 6
-    )
+def test_ranks_with_different_placements_run_no_step() -> None:
+    with pytest.raises(AssertionError, match="at once"):
+        agree(Header(rows=1, placement_version=7), Header(placement_version=6), MicroBatches())
