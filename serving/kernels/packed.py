@@ -52,6 +52,8 @@ def _fits(dtype: torch.dtype) -> bool:
 def packed_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """x W^T, [M, N]; the weight packed."""
     num_rows = x_MK.shape[0]
+    if not num_rows:
+        return x_MK.new_empty(0, weight_NK.shape[0])
     pieces = row_pieces(num_rows)
     num_padded = sum(pieces) - num_rows
     if num_padded:

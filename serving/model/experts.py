@@ -14,6 +14,7 @@ from serving.kernels.quant import QuantisedRows
 from serving.kernels.topk import gate_topk
 from serving.model.config import ModelConfig
 from serving.model.kernels import OURS, KernelChoices
+from serving.model.microbatches import Pass
 from serving.model.weight import Weight, expert_of, new_weight
 
 
@@ -58,8 +59,9 @@ class Moe:
     ) -> None:
         self.config = config
         hidden, inner, num_experts = config.hidden_size, config.moe_intermediate_size, config.num_routed_experts
-        # The gate decides in fp32 whatever the compute dtype.
-        self.gate = torch.empty(num_experts, hidden, dtype=torch.float32, device=device)
+        # The gate decides in fp32 whatever the compute dtype; of an fp64 model in fp64, so that batches do not change it.
+        gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.gate = torch.empty(num_experts, hidden, dtype=gate_dtype, device=device)
         self._is_bf16 = dtype == torch.bfloat16
         self.gate_bias = torch.empty(num_experts, dtype=torch.float32, device=device)
         # On CPU one matrix an expert, so that each can be packed as soon as it is loaded; else stacked over E.
@@ -96,15 +98,16 @@ class Moe:
         assert not isinstance(self.down, list)
         return expert_of(self.gate_up, expert), expert_of(self.down, expert)
 
-    def forward(self, x_TD: Tensor, rows: QuantisedRows | None = None) -> Tensor:
-        """`rows`: x quantised, for FP8 weights."""
+    def forward(self, x_TD: Tensor, rows: QuantisedRows | None = None) -> Pass:
+        """[T, D]. `rows`: x quantised, for FP8 weights."""
         x = x_TD if rows is None else rows
         shared = self.shared.gate_up, self.shared.down
+        yield from ()
         return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), shared)
 
     def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, K] and their weights fp32 [T, K]."""
-        return gate_topk(
+        experts_TK, weights_TK = gate_topk(
             self._gate_logits(x_TD),
             self.gate_bias,
             num_groups=self.config.num_groups,
@@ -113,8 +116,9 @@ class Moe:
             renormalise=self.config.norm_topk_prob,
             scaling=self.config.routed_scaling_factor,
         )
+        return experts_TK, weights_TK.to(torch.float32)
 
     def _gate_logits(self, x_TD: Tensor) -> Tensor:
         if self.gate.dtype == torch.bfloat16:
             return linear_fp32(x_TD, self.gate)
-        return linear(x_TD.to(torch.float32), self.gate)
+        return linear(x_TD.to(self.gate.dtype), self.gate)

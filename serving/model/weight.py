@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 Weight = Tensor | Fp8Weight
 
 
-def keeps_fp8(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether FP8 weights of the checkpoint stay FP8. Fused matrices must not part a scale's block."""
+def keeps_fp8(config: ModelConfig, dtype: torch.dtype, device: torch.device, tp: int = 1) -> bool:
+    """Whether FP8 weights of the checkpoint stay FP8. Neither fused matrices nor ranks must part a scale's block."""
+    heads = config.num_heads // tp
     fused = (
-        config.q_lora_rank or config.num_heads * config.qk_head_dim,
+        config.q_lora_rank or heads * config.qk_head_dim,
+        *((heads * config.qk_head_dim, heads * config.v_head_dim) if tp > 1 else ()),
         config.intermediate_size,
         config.moe_intermediate_size,
         config.shared_intermediate_size,

@@ -24,6 +24,7 @@ from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.heap import blocks_returned
 from serving.model.kernels import OURS, KernelChoices
 from serving.model.names import SCALE_SUFFIX, Target, name_table, name_tables
+from serving.model.parallel import SINGLE, Parallel
 
 _LOG = logging.getLogger("baton.weights")
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -53,15 +54,16 @@ def load_weights(
     device: torch.device | str = "cpu",
     *,
     kernels: KernelChoices = OURS,
+    parallel: Parallel = SINGLE,
     progress: Progress | None = None,
 ) -> DeepseekV3:
     """Read the folder's weights into a new model of compute dtype `dtype` on `device`, which computes with `kernels`.
 
-    Raises ModelFolderError, before reading any weight, with one line that counts the faults and then a line for each
+    Of a unit of many ranks only what this one keeps is read; the whole folder is checked all the same. Raises ModelFolderError, before reading any weight, with one line that counts the faults and then a line for each
     group of tensors that is missing, unexpected or of a wrong shape or dtype.
     """
     with blocks_returned():
-        return _load(Path(folder), config, dtype, device, kernels, progress)
+        return _load(Path(folder), config, dtype, device, kernels, parallel, progress)
 
 
 def _load(
@@ -70,12 +72,13 @@ def _load(
     dtype: torch.dtype,
     device: torch.device | str,
     kernels: KernelChoices,
+    parallel: Parallel,
     progress: Progress | None,
 ) -> DeepseekV3:
     entries = read_entries(folder)
-    model = _new_model(folder, config, dtype, device, kernels)
+    model = _new_model(folder, config, dtype, device, kernels, parallel)
     _check(folder, entries, config, name_table(model))
-    total_bytes = sum(entry.num_bytes for entry in entries.values())
+    total_bytes = sum(_kept_bytes(entries, name, target) for name, target in name_table(model).items())
     in_flight_bytes = min(max(total_bytes // 64, 1 << 20), 64 << 20)
     if progress is not None:
         progress.start(total_bytes)
@@ -102,11 +105,16 @@ def check_weights(folder: str | Path, config: ModelConfig) -> None:
 
 
 def _new_model(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, kernels: KernelChoices
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kernels: KernelChoices,
+    parallel: Parallel,
 ) -> DeepseekV3:
     """Uninitialised: on CPU nothing is resident before it is filled."""
     try:
-        return DeepseekV3(config, dtype, device, kernels=kernels)
+        return DeepseekV3(config, dtype, device, kernels=kernels, parallel=parallel)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ModelFolderError(
@@ -130,43 +138,76 @@ class _Files:
         if target.repeats is None:
             self._fill(name, target)
         else:
-            self._compare(name, target.repeats)
-        scales = self.entries.get(name + SCALE_SUFFIX)
-        return self.entries[name].num_bytes + (scales.num_bytes if scales else 0)
+            self._compare(name, target, target.repeats)
+        return _kept_bytes(self.entries, name, target)
 
     def _fill(self, name: str, target: Target) -> None:
         quantised = self.entries[name].dtype == _FP8
         block = self.config.weight_block_size or (1, 1)
-        for start, end in self._pieces(name, multiple_of=block[0] if quantised or target.scales is not None else 1):
-            part = self.reader.rows(name, start, end)
-            blocks = slice(start // block[0], -(-end // block[0]))
+        first = target.at[0]
+        for start, end in self._pieces(target, multiple_of=block[0] if quantised or target.scales is not None else 1):
+            if quantised and target.scales is None:
+                part = self._dequantised(name, target, start, end, block)
+            else:
+                part = self.reader.rows(name, first + start, first + end, _columns(target))
             if target.scales is not None:
+                blocks = slice(start // block[0], -(-end // block[0]))
                 if not quantised and start == 0:
                     _LOG.warning("%s is not FP8 in the checkpoint; it is quantised as its neighbours were", name)
-                parts = (part, self._scales(name, blocks)) if quantised else quantise_block_fp8(part, block)
+                parts = (
+                    (part, self._scales(name, target, start, end, block))
+                    if quantised
+                    else quantise_block_fp8(part, block)
+                )
                 part, scales = parts
                 target.scales[blocks].copy_(scales)
-            elif quantised:
-                part = dequantise_block_fp8(part, self._scales(name, blocks), block, target.into.dtype)
             target.into[start:end].copy_(part)
 
-    def _scales(self, name: str, blocks: slice) -> Tensor:
-        return self.reader.rows(name + SCALE_SUFFIX, blocks.start, blocks.stop)
+    def _dequantised(self, name: str, target: Target, start: int, end: int, block: tuple[int, int]) -> Tensor:
+        """Rows of the part; what is read begins where blocks do."""
+        row, column = target.at[0] + start, target.at[1]
+        before, left = row % block[0], column % block[1]
+        width = target.into.shape[1]
+        columns = None if _columns(target) is None else slice(column - left, column + width)
+        whole = self.reader.rows(name, row - before, target.at[0] + end, columns)
+        scales = self._scales(name, target, start, end, block)
+        return dequantise_block_fp8(whole, scales, block, target.into.dtype)[before:, left:]
 
-    def _compare(self, name: str, original: str) -> None:
+    def _scales(self, name: str, target: Target, start: int, end: int, block: tuple[int, int]) -> Tensor:
+        """Of the blocks that hold rows [start, end) of the part."""
+        first, left = target.at
+        columns = slice(left // block[1], -(-(left + target.into.shape[1]) // block[1]))
+        rows = (first + start) // block[0], -(-(first + end) // block[0])
+        return self.reader.rows(name + SCALE_SUFFIX, *rows, None if _columns(target) is None else columns)
+
+    def _compare(self, name: str, target: Target, original: str) -> None:
         """The copy in the file must be what it repeats."""
-        for start, end in self._pieces(name, multiple_of=1):
-            if not torch.equal(self.reader.rows(name, start, end), self.reader.rows(original, start, end)):
+        first = target.at[0]
+        for start, end in self._pieces(target, multiple_of=1):
+            rows = first + start, first + end
+            if not torch.equal(self.reader.rows(name, *rows), self.reader.rows(original, *rows)):
                 raise ModelFolderError(
                     f"{self.entries[name].shard}: {name} differs from {original}; an MTP layer with its own embedding "
                     "or head is not supported (set num_nextn_predict_layers to 0 in config.json to leave it out)"
                 )
 
-    def _pieces(self, name: str, *, multiple_of: int) -> list[tuple[int, int]]:
-        """Row ranges of about `piece_elements` each."""
-        shape = self.entries[name].shape
-        step = max(self.piece_elements // max(math.prod(shape[1:]), 1) // multiple_of, 1) * multiple_of
-        return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+    def _pieces(self, target: Target, *, multiple_of: int) -> list[tuple[int, int]]:
+        """Row ranges of the part, of about `piece_elements` each."""
+        num_rows, *width = target.into.shape
+        step = max(self.piece_elements // max(math.prod(width), 1) // multiple_of, 1) * multiple_of
+        return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _columns(target: Target) -> slice | None:
+    """Those that are read, where not all are."""
+    width = target.into.shape[-1]
+    return None if width == target.shape[-1] else slice(target.at[1], target.at[1] + width)
+
+
+def _kept_bytes(entries: dict[str, TensorEntry], name: str, target: Target) -> int:
+    """What the part takes of the files, its scales included."""
+    found = [entries[each].num_bytes for each in (name, name + SCALE_SUFFIX) if each in entries]
+    return sum(found) * target.into.numel() // max(math.prod(target.shape), 1)
 
 
 def _check(folder: Path, entries: dict[str, TensorEntry], config: ModelConfig, table: dict[str, Target]) -> None:
@@ -178,7 +219,7 @@ def _check(folder: Path, entries: dict[str, TensorEntry], config: ModelConfig, t
             if target.repeats is None:
                 faults["missing"].append(name)
             continue
-        entry, shape = entries[name], tuple(target.into.shape)
+        entry, shape = entries[name], target.shape
         if entry.shape != shape:
             faults[f"of shape {list(entry.shape)} where config.json asks for {list(shape)}"].append(name)
         if target.quantised and entry.dtype == _FP8 and config.weight_block_size:

@@ -1,0 +1,239 @@
+"""A unit of many ranks computes what one rank computes, whatever tokens each of them has."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.core.errors import ConfigError
+from serving.model.config import ModelConfig
+from serving.model.deepseek_v3 import DeepseekV3
+from serving.model.parallel import SINGLE, Parallel, shares
+from serving.model.weights import load_weights
+from serving.parallel.collectives import SingleRank
+from serving.parallel.groups import Groups
+from serving.parallel.virtual import VirtualCollectives, VirtualUnit
+from tests.model_factory import make_checkpoint
+from tests.unit.serving.model.paged import Paged
+
+FP64, FP32 = 1e-9, 1e-4
+VOCAB = 131
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": VOCAB}
+
+# Of each DP group, what its steps are: tokens of each text that a prefill computes, or the texts that decode one more.
+Step = dict[str, int] | str
+SCRIPTS: tuple[tuple[Step, ...], ...] = (
+    ({"a": 41, "b": 1, "c": 10}, {"a": 30, "c": 66}, "abc", "a", {}, "", "bc"),
+    ({}, {"a": 3, "b": 70}, "a", "", {"c": 6}, "c", "abc"),
+    ({"a": 2}, {}, "", "", {"a": 1}, "", "a"),
+    ({}, {}, "", "", {}, "", ""),
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    @functools.cache
+    def made(**overrides: Any) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        make_checkpoint(folder, seed=21, **{**SIZES, **overrides})
+        return folder
+
+    return made
+
+
+class Texts:
+    """The tokens of a DP group's texts, as many as are asked for."""
+
+    def __init__(self, group: int) -> None:
+        generator = torch.Generator().manual_seed(group)
+        self._ids = {name: torch.randint(0, VOCAB, (200,), generator=generator).tolist() for name in "abc"}
+        self._used = dict.fromkeys("abc", 0)
+
+    def take(self, name: str, count: int) -> list[int]:
+        start = self._used[name]
+        self._used[name] += count
+        return self._ids[name][start : start + count]
+
+
+def play(model: DeepseekV3, group: int, num_micro_batches: int = 1) -> list[Tensor]:
+    """Logits of each step of the group's script, then of drafts behind each of its texts."""
+    run, texts, out = Paged(model, num_pages=10), Texts(group), []
+    for step in SCRIPTS[group]:
+        if isinstance(step, str):
+            one_more = {name: texts.take(name, 1)[0] for name in step}
+            logits = run.decode_each(halves(one_more) if num_micro_batches == 2 else [one_more])
+        else:
+            chunks = {name: texts.take(name, count) for name, count in step.items()}
+            logits = run.prefill_each(cut(chunks) if num_micro_batches == 2 else [chunks])
+        out += [logits[name] for name in sorted(logits)]
+    return [*out, drafts(run)]
+
+
+def halves(tokens: dict[str, int]) -> list[dict[str, int]]:
+    names = sorted(tokens)
+    return [{name: tokens[name] for name in part} for part in (names[::2], names[1::2])]
+
+
+def cut(chunks: dict[str, list[int]]) -> list[dict[str, list[int]]]:
+    """The first text goes on in the second micro-batch."""
+    if not chunks:
+        return [{}, {}]
+    name = min(chunks)
+    first, rest = chunks[name][:2], chunks[name][2:]
+    return [{name: first}, {**({name: rest} if rest else {}), **{k: v for k, v in chunks.items() if k != name}}]
+
+
+def drafts(run: Paged) -> Tensor:
+    """Behind every text of two tokens or more, all its MTP rows stored."""
+    assert run.model.mtp is not None
+    names = [name for name in sorted(run.tokens) if len(run.tokens[name]) > 1]
+    none = torch.empty(0, dtype=torch.int64)
+    hidden = {name: torch.cat(run.hidden[name])[:-1] for name in names}
+    ids = {name: torch.tensor(run.tokens[name])[1:] for name in names}
+    rows = {name: run.rows(name, 1, len(run.tokens[name])) for name in names}
+    positions = {name: torch.arange(len(ids[name])) for name in names}
+    width = run.model.config.hidden_size
+    run.model.mtp.store_rows(
+        torch.cat([run.pool.new_empty(0, width), *hidden.values()]),
+        *(torch.cat([none, *parts.values()]) for parts in (ids, positions, rows)),
+        run.pool,
+    )
+    table = [[*run.page_ids[name], *[0] * (3 - len(run.page_ids[name]))] for name in names]
+    return run.model.mtp.draft(
+        torch.cat([run.pool.new_empty(0, width), *(parts[-1:] for parts in hidden.values())]),
+        *(torch.cat([none, *(each[-1:] for each in parts.values())]) for parts in (ids, positions, rows)),
+        torch.tensor(table, dtype=torch.int64).view(len(names), 3),
+        torch.tensor([len(run.tokens[name]) for name in names], dtype=torch.int64),
+        run.pool,
+    )
+
+
+class Counted:
+    """A rank's end of a group that notes what is called."""
+
+    def __init__(self, group: VirtualCollectives, name: str, calls: list[str]) -> None:
+        self._group, self._name, self._calls = group, name, calls
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier"):
+            self._calls.append(f"{self._name}.{name}")
+        return getattr(self._group, name)
+
+
+def play_unit(
+    folder: Path,
+    groups: Groups,
+    dtype: torch.dtype,
+    *,
+    num_micro_batches: int = 1,
+    spoil: Callable[[int, DeepseekV3], None] = lambda rank, model: None,
+    calls: dict[int, list[str]] | None = None,
+) -> list[list[Tensor]]:
+    """`play` on every rank, each with its DP group's script."""
+    config = ModelConfig.from_folder(folder)
+
+    def main(world: VirtualCollectives) -> list[Tensor]:
+        rank = world.rank
+        noted = [] if calls is None else calls.setdefault(rank, [])
+        tp: Any = Counted(world.subgroup(groups.tp_group(rank), "tp"), "tp", noted)
+        with torch.inference_mode():
+            model = load_weights(folder, config, dtype, parallel=Parallel(tp=tp))
+            spoil(rank, model)
+            return play(model, groups.coordinates(rank).dp_rank, num_micro_batches)
+
+    return VirtualUnit(groups).run(main)
+
+
+@functools.cache
+def wanted(folder: Path, dtype: torch.dtype, group: int) -> list[Tensor]:
+    """What a single rank computes."""
+    with torch.inference_mode():
+        return play(load_weights(folder, ModelConfig.from_folder(folder), dtype), group)
+
+
+def gap(folder: Path, groups: Groups, dtype: torch.dtype, got: Sequence[Sequence[Tensor]]) -> float:
+    """The largest difference of any rank's logits from the single rank's."""
+    worst = 0.0
+    for rank, ours in enumerate(got):
+        for mine, single in zip(ours, wanted(folder, dtype, groups.coordinates(rank).dp_rank), strict=True):
+            assert mine.shape == single.shape
+            worst = max(worst, *(mine - single).abs().flatten().tolist(), 0.0)
+            assert bool(torch.isfinite(mine).all())
+    return worst
+
+
+@pytest.mark.parametrize(("tp", "q_lora_rank"), [(2, 48), (4, None), (8, 48)])
+def test_tensor_parallel_ranks_equal_one(folders: Callable[..., Path], tp: int, q_lora_rank: int | None) -> None:
+    folder, groups = folders(q_lora_rank=q_lora_rank), Groups(tp=tp, dp=1, ep=1, ranks_per_node=tp)
+    calls: dict[int, list[str]] = {}
+    assert gap(folder, groups, torch.float64, play_unit(folder, groups, torch.float64, calls=calls)) < FP64
+    assert len(calls[0]) > 50
+    assert all(ours == calls[0] for ours in calls.values())
+
+
+def test_two_tensor_parallel_ranks_equal_one_in_fp32(folders: Callable[..., Path]) -> None:
+    folder, groups = folders(q_lora_rank=48), Groups(tp=2, dp=1, ep=1, ranks_per_node=2)
+    assert gap(folder, groups, torch.float32, play_unit(folder, groups, torch.float32)) < FP32
+
+
+def test_ranks_read_their_parts_of_an_fp8_folder(folders: Callable[..., Path]) -> None:
+    # Neither heads nor hidden sizes are whole blocks, so parts begin and end inside of them.
+    overrides = {"storage": "fp8", "hidden_size": 136, "qk_nope_head_dim": 40, "v_head_dim": 56}
+    folder, groups = folders(**overrides), Groups(tp=4, dp=1, ep=1, ranks_per_node=4)
+    assert gap(folder, groups, torch.float64, play_unit(folder, groups, torch.float64)) < FP64
+
+
+def _spoil_head(model: DeepseekV3) -> None:
+    model.head.weight[3, 5] += 0.1
+
+
+def _spoil_out(model: DeepseekV3) -> None:
+    out = model.blocks[1].attention.out
+    assert isinstance(out, Tensor)
+    out[3, 5] += 0.1
+
+
+def _spoil_embedding(model: DeepseekV3) -> None:
+    model.embed += 0.01
+
+
+@pytest.mark.parametrize("spoil", [_spoil_head, _spoil_out, _spoil_embedding])
+def test_one_wrong_weight_of_one_rank_shows(folders: Callable[..., Path], spoil: Callable[[DeepseekV3], None]) -> None:
+    folder, groups = folders(q_lora_rank=48), Groups(tp=2, dp=1, ep=1, ranks_per_node=2)
+
+    def spoil_second(rank: int, model: DeepseekV3) -> None:
+        if rank == 1:
+            spoil(model)
+
+    assert gap(folder, groups, torch.float64, play_unit(folder, groups, torch.float64, spoil=spoil_second)) > 1e-4
+
+
+def test_shares_are_even_and_the_first_ranks_have_more() -> None:
+    assert shares(10, 4) == [3, 3, 2, 2]
+    assert shares(2, 4) == [1, 1, 0, 0]
+    assert shares(0, 4) == [0, 0, 0, 0]
+
+
+def test_heads_that_do_not_divide_are_refused(folders: Callable[..., Path]) -> None:
+    class Three(SingleRank):
+        @property
+        def world_size(self) -> int:
+            return 3
+
+    assert SINGLE.tp.world_size == 1
+    with pytest.raises(ConfigError, match=r"tp = 3 does not divide the model's 8 heads"):
+        Parallel(tp=Three()).check(ModelConfig.from_folder(folders()))
