@@ -177,4 +177,6 @@ class Worker(ABC, Generic[J, T]):
 
 
 def _unit_of(engine: Engine) -> Unit:
-    return Alone(engine.runner) if engine.lockstep is None else Leader(engine.runner, engine.lockstep)
+    if engine.lockstep is None:
+        return Alone(engine.runner)
+    return Leader(engine.runner, engine.lockstep, engine.copies)

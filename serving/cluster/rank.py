@@ -36,10 +36,10 @@ class RankEvent:
 
 
 class Worker(Protocol):
-    """What a rank runs. Constructing it loads the model and binds its socket; `run` returns when it was drained."""
+    """What a rank runs. Constructing it loads the model and binds its socket, if it has one; `run` returns when it was drained."""
 
     @property
-    def address(self) -> PeerAddress: ...
+    def address(self) -> PeerAddress | None: ...
 
     def run(self) -> None: ...
 
@@ -114,6 +114,12 @@ class Rank:
 
 def build_worker(spec: WorkerSpec, progress: LoadProgress | None = None) -> Worker:
     """Imports only what the role needs. Raises BatonError."""
+    from serving.engine.joining import leads
+
+    if not leads(spec):
+        from serving.follower import FollowerWorker
+
+        return FollowerWorker(spec, progress=progress)
     if spec.role == "prefill":
         from prefill.worker import PrefillWorker
 

@@ -23,6 +23,8 @@ from serving.core.config import KernelsTable
 from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
 from serving.core.spec import WorkerSpec
+from serving.engine.copies import PageCopies
+from serving.engine.joining import join
 from serving.engine.runner import Model, Runner
 from serving.engine.unit import Lockstep
 from serving.kernels.packed import packing
@@ -49,7 +51,7 @@ class Engine:
     `max_batched_tokens`: prefill tokens of one step. `draft_tokens`: the most that a decode step drafts a row.
 
     `identity` is equal for two engines whose pages mean the same: same weights, dtype, layout, MTP and protocol.
-    `lockstep` None: the only rank of its unit.
+    `lockstep` None: the rank computes alone. `copies`: where pages come from other units and are to be on every TP rank.
     """
 
     runner: Runner
@@ -62,6 +64,7 @@ class Engine:
     max_batched_tokens: int
     draft_tokens: int
     lockstep: Lockstep | None = None
+    copies: PageCopies | None = None
 
 
 def build_engine(
@@ -144,12 +147,16 @@ def build_engine(
         max_batched_tokens=max_batched_tokens,
         draft_tokens=num_drafts,
         lockstep=lockstep,
+        copies=PageCopies(parallel.tp, pool.tensor) if parallel.tp.world_size > 1 and not prefills else None,
     )
 
 
 def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engine:
-    """The engine of one worker, as large as its role says. Raises as `build_engine` does."""
+    """The engine of one worker, as large as its role says; returns when all ranks of its unit have theirs. Raises as `build_engine` does,
+    StartupError and RanksMissing."""
     config, prefills, decodes = spec.config, spec.role != "decode", spec.role != "prefill"
+    model_config = _model_config(Path(spec.model_dir), mtp=config.model.mtp)
+    parallel, lockstep = join(spec, model_config, _device(config.model.device))
     try:
         engine = build_engine(
             spec.model_dir,
@@ -167,6 +174,8 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
             num_threads=spec.num_threads,
             prefills=prefills,
             decodes=decodes,
+            parallel=parallel,
+            lockstep=lockstep,
             progress=progress,
         )
         num_tokens = engine.max_batched_tokens if prefills else 0
@@ -175,6 +184,8 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
         raise ConfigError(
             "the GPU's memory is full before the first step; lower kv.memory_fraction or prefill.max_batched_tokens"
         ) from None
+    if lockstep is not None:
+        lockstep.meet()
     return engine
 
 

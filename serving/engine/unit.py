@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import torch
 
+from serving.engine.copies import PageCopies
 from serving.engine.plan import Executor, Launched, SlotSpec, StepPlan, StepResult, StepShape
 from serving.parallel.bell import Bell
 from serving.parallel.collectives import Collectives
@@ -120,10 +121,14 @@ class CloseSlot(msgspec.Struct, frozen=True, tag="close", array_like=True):
 
 
 class Commands(msgspec.Struct, frozen=True, array_like=True):
-    """What a leader asked of its Executor since the round before, in order, and last of all the plan, which may be empty."""
+    """What a leader asked of its Executor since the round before, in order, and last of all the plan, which may be empty.
+
+    `shared_page_ids`: pages to be copied to the followers before that.
+    """
 
     slots: list[OpenSlot | CloseSlot]
     plan: StepPlan
+    shared_page_ids: list[int] = []
 
 
 class BetweenSteps(Protocol):
@@ -138,7 +143,10 @@ class BetweenSteps(Protocol):
 
 
 class Lockstep:
-    """One rank's part in the rounds. `world`: all ranks of the unit; `tp`: those of its DP group, the leader first; both of CPU tensors."""
+    """One rank's part in the rounds. `world`: all ranks of the unit; `tp`: those of its DP group, the leader first; both of CPU tensors.
+
+    `start`: all ranks again, for what comes before the first round and may take longer; None: `world`.
+    """
 
     def __init__(
         self,
@@ -146,6 +154,7 @@ class Lockstep:
         tp: Collectives,
         bell: Bell,
         *,
+        start: Collectives | None = None,
         micro_batches: MicroBatches | None = None,
         between_steps: BetweenSteps | None = None,
     ) -> None:
@@ -155,7 +164,7 @@ class Lockstep:
         self.parked = True
         self.ended = False
         self.has_followers = tp.world_size > 1
-        self._world, self._tp = world, tp
+        self._world, self._tp, self._start = world, tp, start or world
         self._micro_batches = micro_batches or MicroBatches()
         self._between_steps = between_steps
         self._headers = torch.zeros(world.world_size, len(Header._fields), dtype=torch.int64)
@@ -165,9 +174,13 @@ class Lockstep:
 
     def least(self, number: int) -> int:
         """The smallest of what the ranks bring; all of them call it."""
-        numbers = torch.empty(self._world.world_size, dtype=torch.int64)
-        self._world.all_gather(numbers, torch.tensor([number])).wait()
+        numbers = torch.empty(self._start.world_size, dtype=torch.int64)
+        self._start.all_gather(numbers, torch.tensor([number])).wait()
         return int(numbers.min())
+
+    def meet(self) -> None:
+        """Returns when every rank is ready for the first round."""
+        self._start.barrier()
 
     def round(self, header: Header, commands: Commands | None) -> tuple[StepShape | None, Commands | None]:
         """`commands` None on a follower, which gets its leader's. Raises RanksMissing."""
@@ -207,10 +220,13 @@ class Lockstep:
 class Leader:
     """TP rank 0 of a DP group: an Executor, and the Unit of the step loop that calls it."""
 
-    def __init__(self, runner: UnitRunner, lockstep: Lockstep) -> None:
+    def __init__(self, runner: UnitRunner, lockstep: Lockstep, copies: PageCopies | None = None) -> None:
+        """`copies`: slots are opened with pages that the followers have not computed."""
         self._runner = runner
         self._lockstep = lockstep
+        self._copies = copies
         self._slots: list[OpenSlot | CloseSlot] = []
+        self._shared_page_ids: list[int] = []
         self._num_in_flight = 0
         self._idle_steps: deque[Launched] = deque()
         self._leaving = self._told_leaving = Leaving.STAYS
@@ -228,6 +244,8 @@ class Leader:
         self._runner.open_slot(slot, spec)
         if self._lockstep.has_followers:
             self._slots.append(OpenSlot(slot, spec))
+        if self._copies is not None:
+            self._shared_page_ids += spec.page_ids
 
     def close_slot(self, slot: int) -> None:
         self._runner.close_slot(slot)
@@ -274,9 +292,12 @@ class Leader:
     def _round(self, plan: StepPlan) -> Launched | None:
         """None: the unit parks, or ends without a step."""
         slots, self._slots = self._slots, []
+        page_ids, self._shared_page_ids = self._shared_page_ids, []
         self._took_part, self._told_leaving = True, self._leaving
         header = Header(plan.num_prefill_tokens, len(plan.rows), self._leaving)
-        step, _ = self._lockstep.round(header, Commands(slots, plan))
+        step, _ = self._lockstep.round(header, Commands(slots, plan, page_ids))
+        if self._copies is not None:
+            self._copies.share(page_ids)
         if step is None:
             return None
         if self._num_in_flight + len(self._idle_steps) == _MAX_IN_FLIGHT and self._idle_steps:
@@ -287,9 +308,11 @@ class Leader:
 class Follower:
     """Another TP rank of a DP group: does what its leader's Executor does, until the unit ends."""
 
-    def __init__(self, runner: UnitRunner, lockstep: Lockstep) -> None:
+    def __init__(self, runner: UnitRunner, lockstep: Lockstep, copies: PageCopies | None = None) -> None:
+        """`copies`: as its leader has them."""
         self._runner = runner
         self._lockstep = lockstep
+        self._copies = copies
         self._in_flight: deque[Launched] = deque()
         self._stopping = False
 
@@ -313,6 +336,8 @@ class Follower:
         self._lockstep.bell.close()
 
     def _replay(self, commands: Commands, step: StepShape | None) -> None:
+        if self._copies is not None:
+            self._copies.share(commands.shared_page_ids)
         for command in commands.slots:
             if isinstance(command, OpenSlot):
                 self._runner.open_slot(command.slot, command.spec)

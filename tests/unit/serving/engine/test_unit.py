@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.core.request import SamplingParams
+from serving.engine.copies import PageCopies
 from serving.engine.plan import DecodeRow, Launched, PrefillChunk, SlotSpec, StepPlan, StepResult, StepShape
 from serving.engine.unit import Follower, Header, Leader, Leaving, Lockstep, MicroBatches, agree
 from serving.parallel.collectives import Collectives, RanksMissing
@@ -91,7 +94,7 @@ def _lead(leader: Leader, lockstep: Lockstep, work: list[tuple[int, StepPlan]], 
             step = in_flight.popleft()
             leader.settle(step)
             leader.close_slot(step.plan.rows[0].slot if step.plan.rows else step.plan.chunks[0].slot)
-        elif not is_due and not leader.awake and (waiting or len(others.due) > 0) and not others.is_first(rank):
+        elif not is_due and not leader.awake and not others.is_first(rank):
             lockstep.bell.wait(lockstep.number, None)
 
 
@@ -176,6 +179,32 @@ def test_commands_of_any_size_arrive() -> None:
     _, runners = _run(SIZES[0], [plans, []])
     _check_alike(SIZES[0], runners)
     assert len(runners[1].steps) == 3
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_pages_from_elsewhere_are_on_every_rank_of_the_group_when_a_step_uses_them(shares: bool) -> None:
+    groups = Groups(tp=4, dp=1, ep=4, ranks_per_node=4)
+    pools: dict[int, torch.Tensor] = {}
+
+    def main(world: VirtualCollectives) -> None:
+        pool = pools[world.rank] = torch.full((200, 2, 3), float("nan"))
+        tp = world.subgroup(range(4), "tp")
+        copies = PageCopies(tp, pool) if shares else None
+        lockstep = Lockstep(world, world.subgroup(range(4), "control-tp"), VirtualBell(world))
+        runner = RecordingRunner(tp)
+        if world.rank:
+            Follower(runner, lockstep, copies).run()
+            return
+        leader = Leader(runner, lockstep, copies)
+        pool[torch.tensor([7, 150])] = torch.arange(12.0).view(2, 2, 3)
+        leader.open_slot(0, dataclasses.replace(_spec(0), page_ids=[150, 7]))
+        leader.settle(leader.launch(_plan(0, 1, 0)))
+        while not leader.turned(stopping=False, drained=True):
+            pass
+
+    VirtualUnit(groups).run(main)
+    equal = [torch.equal(pools[rank].nan_to_num(-1), pools[0].nan_to_num(-1)) for rank in range(1, 4)]
+    assert equal == [shares] * 3
 
 
 def test_a_follower_that_drops_a_command_is_found_out() -> None:
