@@ -21,6 +21,7 @@ def test_the_ranks_of_a_unit_die_and_start_again_together(server: WatchedServer,
     units = start_server(*ALONE, *TWO_NODES)
     prompts = [PROMPT + "!" * number for number in range(8)]
     texts = [server.complete(prompt) for prompt in prompts]
+    assert len(set(texts)) > 1
     assert sum(process.name() == "raylet" for process in units.family()) == 2
     assert set(units.worker_pids()) == RANKS
     with ThreadPoolExecutor(8) as pool:
