@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from serving.core.errors import ConfigError
+from serving.model.batch import DecodeBatch
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.experts import Moe
@@ -90,7 +91,7 @@ def play(model: DeepseekV3, group: int, num_micro_batches: int = 1, timeline: Ti
             chunks = {name: texts.take(name, count) for name, count in step.items()}
             logits = run.prefill_each(cut(chunks) if num_micro_batches == 2 else [chunks], timeline)
         out += [logits[name] for name in sorted(logits)]
-    return [*out, drafts(run)]
+    return [*out, again(run), drafts(run)]
 
 
 def halves(tokens: dict[str, int]) -> list[dict[str, int]]:
@@ -105,6 +106,27 @@ def cut(chunks: dict[str, list[int]]) -> list[dict[str, list[int]]]:
     name = min(chunks)
     first, rest = chunks[name][:2], chunks[name][2:]
     return [{name: first}, {**({name: rest} if rest else {}), **{k: v for k, v in chunks.items() if k != name}}]
+
+
+def again(run: Paged) -> Tensor:
+    """Logits of the last two tokens of every text that has them, in one decode step of two tokens a text."""
+    names = [name for name in sorted(run.tokens) if len(run.tokens[name]) > 1]
+    none = torch.empty(0, dtype=torch.int64)
+    lens = [len(run.tokens[name]) for name in names]
+    batch = DecodeBatch(
+        token_ids_B=torch.tensor([token for name in names for token in run.tokens[name][-2:]], dtype=torch.int64),
+        positions_B=torch.tensor([p for length in lens for p in (length - 2, length - 1)], dtype=torch.int64),
+        row_ids_B=torch.cat([none, *(run.rows(name, n - 2, n) for name, n in zip(names, lens, strict=True))]),
+        page_table_BP=page_table(run, names),
+        context_lens_B=torch.tensor(lens, dtype=torch.int64),
+        num_tokens=2,
+    )
+    return run.model.logits(run.model.decode(batch, run.pool))
+
+
+def page_table(run: Paged, names: list[str]) -> Tensor:
+    rows = [[*run.page_ids[name], *[0] * (3 - len(run.page_ids[name]))] for name in names]
+    return torch.tensor(rows, dtype=torch.int64).view(len(names), 3)
 
 
 def drafts(run: Paged) -> Tensor:
@@ -122,11 +144,10 @@ def drafts(run: Paged) -> Tensor:
         *(torch.cat([none, *parts.values()]) for parts in (ids, positions, rows)),
         run.pool,
     )
-    table = [[*run.page_ids[name], *[0] * (3 - len(run.page_ids[name]))] for name in names]
     return run.model.mtp.draft(
         torch.cat([run.pool.new_empty(0, width), *(parts[-1:] for parts in hidden.values())]),
         *(torch.cat([none, *(each[-1:] for each in parts.values())]) for parts in (ids, positions, rows)),
-        torch.tensor(table, dtype=torch.int64).view(len(names), 3),
+        page_table(run, names),
         torch.tensor([len(run.tokens[name]) for name in names], dtype=torch.int64),
         run.pool,
     )
