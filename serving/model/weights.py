@@ -77,8 +77,11 @@ def _load(
 ) -> DeepseekV3:
     entries = read_entries(folder)
     model = _new_model(folder, config, dtype, device, kernels, parallel)
-    _check(folder, entries, config, name_table(model))
-    total_bytes = sum(_kept_bytes(entries, name, target) for name, target in name_table(model).items())
+    table = name_table(model)
+    _check(folder, entries, config, table)
+    total_bytes = sum(_kept_bytes(entries, name, target) for name, target in table.items())
+    # Its views would keep alive what is packed.
+    del table
     in_flight_bytes = min(max(total_bytes // 64, 1 << 20), 64 << 20)
     if progress is not None:
         progress.start(total_bytes)
@@ -134,6 +137,8 @@ class _Files:
     def load(self, name: str, target: Target) -> int:
         """Fill one target; bytes of the files that this took."""
         if name not in self.entries:
+            return 0
+        if not target.into.numel():
             return 0
         if target.repeats is None:
             self._fill(name, target)
