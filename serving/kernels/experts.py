@@ -29,7 +29,7 @@ def grouped_mlp(
     """Over each token's experts weight * down(silu(gate x) * up x), and the same of `shared`; [T, D] in the dtype of x, bf16 from FP8 weights.
 
     `gate_up_EID` is [E, 2I, D], gate above up, `down_EDI` [E, D, I], both plain or both FP8, or on CPU a list of E packed
-    matrices; `shared`: gate_up [2 S I, D] and down [D, S I] of what every token takes, S a whole number; `experts_TK` int64, all below E; `weights_TK` fp32 (on a CPU rounded to the dtype of x). `x_TD` may come quantised where the weights are FP8. On a
+    matrices; `shared`: gate_up [2 S I, D] and down [D, S I] of what every token takes, S a whole number; `experts_TK` int64, all below E, on a CPU -1 for no expert; `weights_TK` fp32 (on a CPU rounded to the dtype of x). `x_TD` may come quantised where the weights are FP8. On a
     GPU nothing is read on the host and no shape depends on the choice of experts. The sum over K has one order whatever the
     batch.
     """
@@ -59,14 +59,23 @@ def grouped_mlp_reference(
     """As `grouped_mlp`. Pairs of token and expert are sorted by expert, so each chosen expert's weights are read once. The
     counts are read on the host, which an accelerator's kernel must not do."""
     top_k = experts_TK.shape[1]
-    by_expert = experts_TK.view(-1).argsort(stable=True)
-    counts = torch.bincount(experts_TK.view(-1), minlength=len(gate_up_EID)).tolist()
+    experts = experts_TK.view(-1)
+    by_expert = experts.argsort(stable=True)
+    num_unused, *counts = torch.bincount(experts + 1, minlength=len(gate_up_EID) + 1).tolist()
+    if num_unused:
+        by_expert = by_expert[num_unused:]
     hidden_NI = silu_mul(_grouped_linear(x_TD.index_select(0, by_expert // top_k), gate_up_EID, counts))
     out_ND = _grouped_linear(hidden_NI, down_EDI, counts)
     # Gathered in token order, so that the sum over K has one order whatever the batch.
-    places_TK = torch.empty_like(by_expert).scatter_(0, by_expert, torch.arange(by_expert.numel(), device=x_TD.device))
+    places = torch.empty_like(experts).scatter_(0, by_expert, torch.arange(len(by_expert), device=x_TD.device))
     weights_TK = weights_TK.to(out_ND.dtype)
-    return F.embedding_bag(places_TK.view(-1, top_k), out_ND, mode="sum", per_sample_weights=weights_TK)
+    if not num_unused:
+        return F.embedding_bag(places.view(-1, top_k), out_ND, mode="sum", per_sample_weights=weights_TK)
+    used_TK = experts_TK >= 0
+    counts_T = used_TK.sum(1)
+    weights = weights_TK[used_TK]
+    places = places[used_TK.view(-1)]
+    return F.embedding_bag(places, out_ND, counts_T.cumsum(0) - counts_T, mode="sum", per_sample_weights=weights)
 
 
 def _grouped_linear(x_NK: Tensor, weights_EMK: Tensor | list[Tensor], counts: list[int]) -> Tensor:
@@ -98,7 +107,7 @@ def grouped_mlp_fp8_reference(
         )
 
     out_TD = torch.zeros(x_TD.shape[0], down_EDI.shape[1], device=x_TD.device)
-    for expert in experts_TK.unique().tolist():
+    for expert in experts_TK[experts_TK >= 0].unique().tolist():
         gate = wide(gate_up_EID, expert, slice(inner), slice(blocks))
         up = wide(gate_up_EID, expert, slice(inner, None), slice(blocks, None))
         down = wide(down_EDI, expert, slice(None), slice(None))

@@ -13,7 +13,7 @@ from serving.kernels import packed as packing_rules
 from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear, linear_fp32
 from serving.kernels.packed import pack, row_pieces
-from serving.kernels.quant import silu_mul
+from serving.kernels.quant import BLOCK, Fp8Weight, quantise_block_fp8, silu_mul
 from serving.kernels.topk import gate_topk
 
 
@@ -78,6 +78,40 @@ def test_an_expert_nobody_chose_is_not_read() -> None:
     gate_up[1], down[1] = float("nan"), float("nan")
     out = grouped_mlp(randn(2, 4), gate_up, down, torch.tensor([[0, 2], [2, 0]]), torch.ones(2, 2))
     assert torch.isfinite(out).all()
+
+
+def fp8(stack: Tensor) -> Fp8Weight:
+    quantised = [quantise_block_fp8(weight, (BLOCK, BLOCK)) for weight in stack]
+    return Fp8Weight(quantised=torch.stack([q for q, _ in quantised]), scales=torch.stack([s for _, s in quantised]))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "packed", "fp8"])
+@pytest.mark.parametrize("used", [0.0, 0.6], ids=["no picks at all", "some picks"])
+def test_a_pick_of_no_expert_adds_nothing(kind: str, used: float) -> None:
+    """As the same pick of an expert, with weight 0; the weight of no expert may be anything."""
+    dtype = torch.float32 if kind in ("fp32", "packed") else torch.bfloat16
+    gate_up, down = randn(5, 256, 128, seed=1).to(dtype) / 8, randn(5, 128, 128, seed=2).to(dtype) / 8
+    x, weights = randn(20, 128).to(dtype), randn(20, 3, seed=3).abs()
+    experts = torch.randint(5, (20, 3), generator=torch.Generator().manual_seed(4))
+    taken = torch.rand(20, 3, generator=torch.Generator().manual_seed(5)) < used
+    taken[:2], taken[19] = False, used > 0
+    stored: dict[str, tuple[Any, Any]] = {
+        "packed": ([pack(w) for w in gate_up], [pack(w) for w in down]),
+        "fp8": (fp8(gate_up), fp8(down)),
+    }
+    up, out = stored.get(kind, (gate_up, down))
+    got = grouped_mlp(x, up, out, experts.where(taken, -1), weights.where(taken, float("nan")))
+    want = grouped_mlp(x, up, out, experts, weights.where(taken, 0.0))
+    torch.testing.assert_close(got, want, rtol=0.0, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert (got[:2] == 0).all()
+    taken[19] = False
+    lost = grouped_mlp(x, up, out, experts.where(taken, -1), weights)
+    assert torch.allclose(lost, want, atol=2e-2) == (used == 0)
+
+
+def test_no_rows_are_no_work() -> None:
+    empty = torch.empty(0, 3, dtype=torch.int64)
+    assert grouped_mlp(randn(0, 16), randn(2, 8, 16), randn(2, 16, 4), empty, torch.empty(0, 3)).shape == (0, 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

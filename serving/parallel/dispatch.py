@@ -1,0 +1,218 @@
+"""A layer's tokens to the ranks that hold their experts, and the results back.
+
+    send -> Sending.wait -> Arrived -> the local experts -> give_back -> Returning.wait -> sums [T, D]
+
+Both ways are steps, of which each is issued when what the one before it sent has come: `send` and `give_back` issue the first,
+`advance` the next, `wait` all that are left. How many there are depends on the kind of dispatch alone, so all ranks call the same
+collectives whatever their tokens. Which experts are where is not known here: slots are numbers, slot // slots_per_rank is a rank.
+
+    DirectDispatch        counts, rows | rows back                       each row to the ranks of its experts
+    HierarchicalDispatch  counts, rail, node | node back, rail back      to their nodes, there to their ranks
+    FixedDispatch         rows | rows back                               as many rows to every rank, nothing counted
+
+Legend: T tokens, D width, K picks, W ranks of the EP group, R rows that arrive, M columns of routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from serving.parallel.collectives import Collectives, Handle
+from serving.parallel.hops import (
+    FixedHop,
+    Hop,
+    X,
+    members_wanted,
+    payloads_of,
+    routing_of,
+    rows_like,
+    slots_in,
+    weights_in,
+)
+
+Result = TypeVar("Result")
+Steps = Generator[Sequence[Handle], None, Result]
+"""Yields the handles of what it has issued, and goes on when they have been waited for."""
+
+
+class InFlight(Generic[Result]):
+    """Steps of which the first has been issued. `num_more`: those that `advance` can still issue."""
+
+    def __init__(self, steps: Steps[Result], num_more: int) -> None:
+        self.num_more = num_more
+        self._steps = steps
+        self._handles = next(steps)
+        self._results: list[Result] = []
+
+    def advance(self) -> None:
+        """Waits for what was issued and issues the next step, if there is one. Raises RanksMissing."""
+        if self.num_more:
+            self.num_more -= 1
+            self._go_on()
+
+    def wait(self) -> Result:
+        """Returns when everything has come; again, the same. Raises RanksMissing."""
+        while not self._results:
+            self._go_on()
+        return self._results[0]
+
+    def _go_on(self) -> None:
+        for handle in self._handles:
+            handle.wait()
+        try:
+            self._handles = next(self._steps)
+        except StopIteration as end:
+            self._results.append(end.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrived(Generic[X]):
+    """What this rank's experts are to compute: each row once, however many of its experts are here.
+
+    x_RD: of the kind that was sent. slots_RK: int64, slots of this rank from 0, -1: not here. weights_RK: fp32.
+    """
+
+    x_RD: X
+    slots_RK: Tensor
+    weights_RK: Tensor
+
+
+class Sending(InFlight[Arrived[X]]):
+    """`hops`: the ways that its rows took."""
+
+    def __init__(self, hops: Sequence[Hop | FixedHop], steps: Steps[Arrived[X]], num_more: int) -> None:
+        super().__init__(steps, num_more)
+        self.hops = hops
+
+
+Returning = InFlight[Tensor]
+"""Of the sums [T, D]."""
+
+
+class Dispatch(Protocol):
+    """One rank's end, for all layers; every rank of the EP group calls the same methods in the same order."""
+
+    def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
+        """x: [T, D], or FP8 rows, which then arrive as such. slots_TK: int64 slots of the EP group, -1: none. weights_TK: fp32.
+        T may be 0 and differ from rank to rank. None of them may be changed until the wait has returned."""
+
+    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
+        """y_RD: of each arrived row, the weighted sum over its experts here, in the dtype in which it is to travel. What
+        returns is the sum over the ranks, in one order whatever the batch, rounded to that dtype at the end of each hop."""
+
+
+class DirectDispatch:
+    """One all-to-all each way, behind one of counts. `ep`: the group whose rank r holds slots from r * slots_per_rank on."""
+
+    def __init__(self, ep: Collectives, slots_per_rank: int) -> None:
+        self._ep = ep
+        self._slots_per_rank = slots_per_rank
+        self._ones = [1] * ep.world_size
+
+    def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
+        hop = Hop(self._ep, members_wanted(slots_TK // self._slots_per_rank, self._ep.world_size))
+        return Sending([hop], self._send(hop, x, routing_of(slots_TK, weights_TK)), 1)
+
+    def _send(self, hop: Hop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
+        sent_W1 = hop.wanted_TW.sum(0)[:, None]
+        received_W1 = torch.empty_like(sent_W1)
+        yield [self._ep.all_to_all([received_W1], [sent_W1], self._ones, self._ones)]
+        hop.sent, hop.received = torch.cat([sent_W1, received_W1], dim=1).t().tolist()
+        (*payloads, routing_RM), handle = hop.go([*payloads_of(x), routing_TM])
+        yield [handle]
+        return arrived(x, payloads, routing_RM, self._ep.rank * self._slots_per_rank, self._slots_per_rank)
+
+    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
+        return Returning(_return(sending.hops, y_RD), 0)
+
+
+class HierarchicalDispatch:
+    """A row goes once to each node that holds experts of it, to the rank with this one's local index, and from there once to each
+    of that node's ranks; on the way back a node's results are summed before they leave it.
+
+    `rail`: the ranks with this local index, by node; `node`: the ranks of this node, by local index. Rank rail.rank *
+    node.world_size + node.rank of the EP group holds slots from slots_per_rank times that on.
+    """
+
+    def __init__(self, rail: Collectives, node: Collectives, slots_per_rank: int) -> None:
+        self._rail = rail
+        self._node = node
+        self._slots_per_rank = slots_per_rank
+        self._slots_per_node = slots_per_rank * node.world_size
+
+    def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
+        num_nodes, num_locals = self._rail.world_size, self._node.world_size
+        wanted_TW = members_wanted(slots_TK // self._slots_per_rank, num_nodes * num_locals)
+        wanted_TNL = wanted_TW.unflatten(1, (num_nodes, num_locals))
+        hops = [Hop(self._rail, wanted_TNL.any(2))]
+        return Sending(hops, self._send(hops, wanted_TNL.sum(0), x, routing_of(slots_TK, weights_TK)), 2)
+
+    def _send(self, hops: list[Hop], sent_NL: Tensor, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
+        rail, node = self._rail, self._node
+        # To each node: the rows, and how many of them each of its ranks gets in the end.
+        sent = torch.cat([hops[0].wanted_TW.sum(0)[:, None], sent_NL], dim=1)
+        received = torch.empty_like(sent)
+        yield [rail.all_to_all([received], [sent], [1] * rail.world_size, [1] * rail.world_size)]
+        hops[0].sent, hops[0].received = torch.stack([sent[:, 0], received[:, 0]]).tolist()
+        forwarded_L1 = received[:, 1:].sum(0)[:, None]
+        expected_L1 = torch.empty_like(forwarded_L1)
+        ones = [1] * node.world_size
+        (*payloads, routing_AM), handle = hops[0].go([*payloads_of(x), routing_TM])
+        yield [handle, node.all_to_all([expected_L1], [forwarded_L1], ones, ones)]
+        on_node_AK = slots_in(routing_AM, rail.rank * self._slots_per_node, self._slots_per_node)
+        hops.append(Hop(node, members_wanted(on_node_AK // self._slots_per_rank, node.world_size)))
+        hops[1].sent, hops[1].received = torch.cat([forwarded_L1, expected_L1], dim=1).t().tolist()
+        (*payloads, routing_RM), handle = hops[1].go([*payloads, routing_AM])
+        yield [handle]
+        first = rail.rank * self._slots_per_node + node.rank * self._slots_per_rank
+        return arrived(x, payloads, routing_RM, first, self._slots_per_rank)
+
+    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
+        return Returning(_return(sending.hops, y_RD), 1)
+
+
+class FixedDispatch:
+    """Every rank sends `capacity` rows to every rank, those that it has no use for marked: T up to `capacity` fits whatever the
+    choice of experts, no shape depends on it and nothing is read on the host, so that a step can be captured.
+
+    Row t of rank r arrives as row r * capacity + t, as zeros without slots where it has no expert here; its result has to be 0.
+    """
+
+    def __init__(self, ep: Collectives, slots_per_rank: int, capacity: int) -> None:
+        self._ep = ep
+        self._slots_per_rank = slots_per_rank
+        self._capacity = capacity
+
+    def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
+        assert len(slots_TK) <= self._capacity, f"{len(slots_TK)} tokens where {self._capacity} fit"
+        wanted_TW = members_wanted(slots_TK // self._slots_per_rank, self._ep.world_size)
+        hop = FixedHop(self._ep, wanted_TW, self._capacity)
+        return Sending([hop], self._send(hop, x, routing_of(slots_TK, weights_TK)), 0)
+
+    def _send(self, hop: FixedHop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
+        (*payloads, routing_RM), handle = hop.go([*payloads_of(x), routing_TM])
+        yield [handle]
+        return arrived(x, payloads, routing_RM, self._ep.rank * self._slots_per_rank, self._slots_per_rank)
+
+    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
+        return Returning(_return(sending.hops, y_RD), 0)
+
+
+def arrived(x: X, payloads: Sequence[Tensor], routing_RM: Tensor, first: int, num_slots: int) -> Arrived[X]:
+    """Of the rows that came, where slots from `first` on are here. x: what was sent."""
+    slots_RK = slots_in(routing_RM, first, num_slots)
+    return Arrived(x_RD=rows_like(x, payloads), slots_RK=slots_RK, weights_RK=weights_in(routing_RM))
+
+
+def _return(hops: Sequence[Hop | FixedHop], y: Tensor) -> Steps[Tensor]:
+    """Back along the hops, summed at the near end of each."""
+    for hop in reversed(hops):
+        back, handle = hop.back(y)
+        yield [handle]
+        y = hop.total(back)
+    return y

@@ -1,0 +1,144 @@
+"""Rows to some of a group's members and back: one exchange of a dispatch, and what its rows are made of.
+
+    rows [T] -> a copy for each member that wants it [N], by member -> arrived [R], by source
+    sums [T] <- added in the members' order [N]                     <- results [R]
+
+A copy is a payload (plain, or FP8 values and scales) and its routing: int32 [2K], slots + 1 (0: none), then the weights' bits.
+So payloads alone are floating point, and a row that nobody uses is all zeros.
+
+Legend: T rows here, W members, N copies sent, R rows arrived, K picks, M = 2K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import Field, replace
+from typing import Any, ClassVar, Protocol, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serving.parallel.collectives import Collectives, Handle, row_bytes
+
+
+class ScaledRows(Protocol):
+    """A dataclass of FP8 rows: values [T, D] and scales [T, B] with strides (1, T rounded up to a multiple of 4)."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def values(self) -> Tensor: ...
+    @property
+    def scales(self) -> Tensor: ...
+
+
+X = TypeVar("X", bound=Tensor | ScaledRows)
+
+
+def payloads_of(x: Tensor | ScaledRows) -> list[Tensor]:
+    """What travels of rows [T, ...]."""
+    return [x] if isinstance(x, Tensor) else [x.values, x.scales]
+
+
+def rows_like(x: X, payloads: Sequence[Tensor]) -> X:
+    """Rows of x's kind out of what arrived."""
+    if isinstance(x, Tensor):
+        return cast(X, payloads[0])
+    values, scales_RB = payloads
+    num_rows, num_blocks = scales_RB.shape
+    scales = scales_RB.new_empty((num_blocks, -(-num_rows // 4) * 4)).t()[:num_rows].copy_(scales_RB)
+    return cast(X, replace(x, values=values, scales=scales))
+
+
+def routing_of(slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """int32 [T, M] from slots int64, -1: none, and weights fp32."""
+    return torch.cat([slots_TK.to(torch.int32).add_(1), weights_TK.contiguous().view(torch.int32)], dim=1)
+
+
+def slots_in(routing_RM: Tensor, first: int, num_slots: int) -> Tensor:
+    """int64 [R, K]: slots counted from `first` on; -1 where they are none of the `num_slots` there."""
+    slots_RK = routing_RM[:, : routing_RM.shape[1] // 2].to(torch.int64).sub_(first + 1)
+    return slots_RK.masked_fill_(slots_RK.div(num_slots, rounding_mode="floor") != 0, -1)
+
+
+def weights_in(routing_RM: Tensor) -> Tensor:
+    """fp32 [R, K]."""
+    return routing_RM[:, routing_RM.shape[1] // 2 :].contiguous().view(torch.float32)
+
+
+def members_wanted(targets_TK: Tensor, world_size: int) -> Tensor:
+    """bool [T, W]: which of the members each row's picks name; -1 names none."""
+    wanted_TW = targets_TK.new_zeros((len(targets_TK), world_size + 1), dtype=torch.bool)
+    return wanted_TW.scatter_(1, targets_TK + 1, True)[:, 1:]
+
+
+class Hop:
+    """Row t goes once to each member with wanted_TW[t, member]. Whoever makes it has `sent` and `received`, the rows for and from
+    each member, set before anything goes."""
+
+    sent: list[int]
+    received: list[int]
+
+    def __init__(self, group: Collectives, wanted_TW: Tensor) -> None:
+        self.group = group
+        self.wanted_TW = wanted_TW
+        self.rows_N = wanted_TW.t().nonzero()[:, 1].contiguous()
+
+    def go(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], Handle]:
+        """Each [T, ...] to [R, ...], to be read when the handle has been waited for."""
+        copies = [row.index_select(0, self.rows_N) for row in rows]
+        return self._exchange(copies, self.received, self.sent)
+
+    def back(self, y_RD: Tensor) -> tuple[Tensor, Handle]:
+        """[N, D] for `total`, once the handle has been waited for."""
+        (y_ND,), handle = self._exchange([y_RD], self.sent, self.received)
+        return y_ND, handle
+
+    def total(self, y_ND: Tensor) -> Tensor:
+        """[T, D]: over the members in their order, summed in fp32 at least; rows that nobody wanted are 0."""
+        counts_T = self.wanted_TW.sum(1)
+        by_row = self.rows_N.argsort(stable=True)
+        return F.embedding_bag(by_row, y_ND, counts_T.cumsum(0) - counts_T, mode="sum")
+
+    def _exchange(self, rows: list[Tensor], received: list[int], sent: list[int]) -> tuple[list[Tensor], Handle]:
+        num_rows = sum(received)
+        outs = [row.new_empty((num_rows, *row.shape[1:])) for row in rows]
+        return outs, self.group.all_to_all(outs, rows, received, sent)
+
+
+class FixedHop:
+    """`capacity` rows to every member whatever they want: row t of rank r arrives as r * capacity + t, as zeros where
+    wanted_TW[t, member] is false or there is no row t. Whoever answers a row of zeros answers zeros."""
+
+    def __init__(self, group: Collectives, wanted_TW: Tensor, capacity: int) -> None:
+        self.group = group
+        self._num_rows = len(wanted_TW)
+        self._capacity = capacity
+        self._counts = [capacity] * group.world_size
+        self._wanted_WT1 = wanted_TW.t()[:, :, None]
+
+    def go(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], Handle]:
+        """Each [T, ...] to [W * capacity, ...], to be read when the handle has been waited for."""
+        return self._exchange([self._spread(row) for row in rows])
+
+    def back(self, y_RD: Tensor) -> tuple[Tensor, Handle]:
+        """[W * capacity, D] for `total`, once the handle has been waited for."""
+        (y,), handle = self._exchange([y_RD])
+        return y, handle
+
+    def total(self, y: Tensor) -> Tensor:
+        """[T, D]: over the members in one order, summed in fp32 at least."""
+        y_WCD = y.view(self.group.world_size, self._capacity, *y.shape[1:])
+        return y_WCD[:, : self._num_rows].sum(0)
+
+    def _spread(self, row_TX: Tensor) -> Tensor:
+        # FP8 knows no choice between values.
+        values = row_bytes(row_TX) if row_TX.element_size() == 1 else row_TX
+        spread_WCX = values.new_zeros((self.group.world_size, self._capacity, *values.shape[1:]))
+        torch.where(self._wanted_WT1, values, spread_WCX[:, : self._num_rows], out=spread_WCX[:, : self._num_rows])
+        return spread_WCX.flatten(0, 1).view(row_TX.dtype)
+
+    def _exchange(self, rows: list[Tensor]) -> tuple[list[Tensor], Handle]:
+        outs = [torch.empty_like(row) for row in rows]
+        return outs, self.group.all_to_all(outs, rows, self._counts, self._counts)
