@@ -59,6 +59,8 @@ def packed_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     num_rows = x_MK.shape[0]
     if num_rows in _PIECE_SIZES:
         return _product(x_MK, weight_NK)
+    if not num_rows:
+        return x_MK.new_empty(0, weight_NK.shape[0])
     pieces = row_pieces(num_rows)
     num_padded = sum(pieces) - num_rows
     if num_padded:

@@ -115,8 +115,8 @@ class ShardReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._close()
 
-    def rows(self, name: str, start: int, end: int) -> Tensor:
-        """Rows `[start, end)` of a tensor, on CPU, in the file's dtype."""
+    def rows(self, name: str, start: int, end: int, columns: slice | None = None) -> Tensor:
+        """Rows `[start, end)` of a tensor, or those columns of them, on CPU, in the file's dtype."""
         entry = self._entries[name]
         if entry.shard != self._shard or self._bytes_read >= self._mapped_bytes:
             self._close()
@@ -127,7 +127,8 @@ class ShardReader:
             self._file = mapped.__enter__()
             self._shard = entry.shard
         self._bytes_read += entry.num_bytes * (end - start) // max(entry.shape[0], 1)
-        part: Tensor = self._file.get_slice(name)[start:end]
+        whole = self._file.get_slice(name)
+        part: Tensor = whole[start:end] if columns is None else whole[start:end, columns]
         return part
 
     def _close(self) -> None:

@@ -5,12 +5,15 @@ made from the latents, and *absorbed* for decode, where W_uk moves into the quer
 heads attend over one latent row a token. Only [c_t ; k^R_t] is cached.
 
 Shape suffixes: T tokens, B decode rows, D hidden, H heads, Q query width a head (nope + rope), C latent, R rope,
-V value width a head, W = C + R, N any number of rows. One rank, no collectives. Weights are filled by `weights`; which
-tensor of a checkpoint goes where is the table in `names`.
+V value width a head, W = C + R, N any number of rows. Weights are filled by `weights`; which tensor of a checkpoint goes
+where is the table in `names`. Of a unit of many ranks this is one rank's part: what that is, and its collectives, stands in
+`parallel`; there x of a block is the rank's share of the tokens, and H its own heads. A forward pass is a generator, so that
+two micro-batches can take turns (`microbatches`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +37,29 @@ from serving.kernels.quant import Fp8Weight, QuantisedRows
 from serving.kernels.rows import context_slots, layer_rows, slots, unpack_fp8_rows
 from serving.model.batch import DecodeBatch, PrefillBatch
 from serving.model.config import ModelConfig
+from serving.model.expert_slots import ModelExpertSlots
 from serving.model.experts import Mlp, Moe
 from serving.model.kernels import OURS, KernelChoices
+from serving.model.microbatches import Pass, Sent, run
 from serving.model.mtp import Mtp
+from serving.model.parallel import (
+    SINGLE,
+    Parallel,
+    gather,
+    gather_columns,
+    local_ids,
+    new_embedding,
+    scatter_sum,
+    vocabulary_rows,
+)
+from serving.model.routing import Routing
+from serving.model.timeline import Timeline
 from serving.model.weight import Weight, keeps_fp8, new_weight
+from serving.parallel.collectives import Collectives
 
 Activations = Tensor | QuantisedRows
+Half = Generator[Sent | None, Any, tuple[Tensor, Tensor]]
+"""A part of a pass that returns what a half of a block adds, and the sum before it."""
 
 # Norms on the latents have an epsilon of their own in the published code; config.json has no field for it.
 _LATENT_NORM_EPS = 1e-6
@@ -83,10 +103,13 @@ class Attention:
         *,
         fp8: bool = False,
         kernels: KernelChoices = OURS,
+        tp: Collectives = SINGLE.tp,
     ) -> None:
         self.config = config
         self.layer = layer
-        heads, hidden, latent = config.num_heads, config.hidden_size, config.kv_lora_rank
+        self.tp = tp
+        self.num_heads = config.num_heads // tp.world_size
+        heads, hidden, latent = self.num_heads, config.hidden_size, config.kv_lora_rank
         # Query first, latent below it: one product reads the hidden state for both.
         self.query_rows = config.q_lora_rank or heads * config.qk_head_dim
         kind: dict[str, Any] = {"dtype": dtype, "device": device, "fp8": fp8, "library": kernels.linear_fp8}
@@ -132,27 +155,28 @@ class Attention:
                 ends = starts[index : index + 2] - starts[index], whole
                 before = attend_varlen(q_THQ[own], *keys, *ends, scale=scale, causal=False)
                 merge_into(out_THV[own], lse_TH[own], *before)
-        return linear(out_THV.flatten(1), self.out)
+        return scatter_sum(self.tp, linear(out_THV.flatten(1), self.out))
 
     def decode(
         self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, plan: mla.Plan, kv_pool: Tensor, num_tokens: int = 1
-    ) -> Tensor:
+    ) -> Pass:
         """Absorbed form over the cached rows, this token's own among them. `num_tokens` rows of x are of one sequence."""
         latent = self.config.kv_lora_rank
         q_BHW = self._absorbed_query(x_BD, rope_B, slots_B, kv_pool)
+        yield None
         q = q_BHW if num_tokens == 1 else q_BHW.unflatten(0, (-1, num_tokens))
         out, _ = mla.decode_latent(q, kv_pool, self.layer, plan, latent=latent, scale=self.config.softmax_scale)
         out_BHC = out if num_tokens == 1 else out.flatten(0, 1)
         if not kv_pool.is_cuda:
             out_HBV = torch.bmm(out_BHC.transpose(0, 1), self.w_uv_HVC.transpose(1, 2))
-            return linear(out_HBV.transpose(0, 1).flatten(1), self.out)
+            return scatter_sum(self.tp, linear(out_HBV.transpose(0, 1).flatten(1), self.out))
         out_BHV = out_BHC.new_empty(*out_BHC.shape[:2], self.config.v_head_dim)
         per_head(out_BHC, self.w_uv_HVC.transpose(1, 2), out_BHV)
-        return linear(out_BHV.flatten(1), self.out)
+        return scatter_sum(self.tp, linear(out_BHV.flatten(1), self.out))
 
     def store(self, x_TD: Activations, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
         """Only the latent rows of these tokens, nothing attended."""
-        latent_TW = linear(x_TD, self.qkv_a)[:, self.query_rows :]
+        latent_TW = gather(self.tp, linear(x_TD, self.qkv_a)[:, self.query_rows :], len(slots_T))
         norm_rope_store(latent_TW, self.kv_norm, _LATENT_NORM_EPS, rope_T, kv_pool, self.layer, slots_T)
 
     def _absorbed_query(self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, kv_pool: Tensor) -> Tensor:
@@ -164,7 +188,7 @@ class Attention:
             q_HBC = torch.bmm(q_BHQ[:, :, :nope].transpose(0, 1), self.w_uk_HNC)
             return torch.cat([q_HBC.transpose(0, 1), q_BHQ[:, :, nope:]], dim=-1)
         # Both parts are written where they belong: a launch costs a GPU more than what it copies.
-        q_BHW = self.w_uk_HNC.new_empty(len(slots_B), config.num_heads, config.latent_width)
+        q_BHW = self.w_uk_HNC.new_empty(len(slots_B), self.num_heads, config.latent_width)
         q_BHQ, _ = self._query_and_latent(x_BD, rope_B, slots_B, kv_pool, q_rope_out=q_BHW[:, :, latent:])
         per_head(q_BHQ[:, :, :nope], self.w_uk_HNC, q_BHW[:, :, :latent])
         return q_BHW
@@ -180,11 +204,11 @@ class Attention:
         keep: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """q [T, H, Q] with its rope part turned, or turned into `q_rope_out`; the latent rows are stored, and returned [T, W] to `keep` them."""
-        both = linear(x_TD, self.qkv_a)
+        both = self._for_all(x_TD, len(slots_T))
         q_TX = both[:, : self.query_rows]
         if self.q_b is not None and self.q_norm is not None:
             q_TX = linear(_norm_for(self.q_b, q_TX, self.q_norm, _LATENT_NORM_EPS), self.q_b)
-        q_THQ = q_TX.unflatten(1, (self.config.num_heads, self.config.qk_head_dim))
+        q_THQ = q_TX.unflatten(1, (self.num_heads, self.config.qk_head_dim))
         latent_TW = norm_rope_store(
             both[:, self.query_rows :],
             self.kv_norm,
@@ -199,6 +223,18 @@ class Attention:
         )
         return q_THQ, latent_TW
 
+    @property
+    def gathers_input(self) -> bool:
+        """Whether `prefill` and `decode` pass x on to the TP group, which FP8 rows are not made for."""
+        return self.tp.world_size > 1 and self.q_b is None
+
+    def _for_all(self, x_TD: Activations, num_tokens: int) -> Tensor:
+        """The share's product with `qkv_a`, of all tokens of the group; what is narrower travels."""
+        if self.gathers_input:
+            assert isinstance(x_TD, Tensor)
+            return linear(gather(self.tp, x_TD, num_tokens), self.qkv_a)
+        return gather(self.tp, linear(x_TD, self.qkv_a), num_tokens)
+
     def _cached(self, kv_pool: Tensor, slots_S: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows [S, W] of the pool, dequantised."""
         rows = layer_rows(kv_pool, self.layer)[slots_S]
@@ -206,7 +242,7 @@ class Attention:
 
     def _expand(self, latent_SW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From rows [S, W]: keys of every head [S, H, N] and the rope part they share [S, R], values [S, H, V]."""
-        heads, latent = self.config.num_heads, self.config.kv_lora_rank
+        heads, latent = self.num_heads, self.config.kv_lora_rank
         c_SC, rope_SR = latent_SW[:, :latent], latent_SW[:, latent:]
         if self.kv_b is not None:
             both_SHX = linear(c_SC, self.kv_b).unflatten(1, (heads, -1))
@@ -222,7 +258,7 @@ class Attention:
         # Both products, the keys, and keys and values once more as the attention kernel pads them.
         width = config.qk_nope_head_dim + config.v_head_dim + 3 * max(config.qk_head_dim, config.v_head_dim)
         num_bytes = _EXPANDED_PREFIX_BYTES_CPU if self.kv_norm.device.type == "cpu" else _EXPANDED_PREFIX_BYTES
-        return max(64, num_bytes // (config.num_heads * width * self.kv_norm.element_size()))
+        return max(64, num_bytes // (self.num_heads * width * self.kv_norm.element_size()))
 
 
 class Block:
@@ -240,23 +276,29 @@ class Block:
         *,
         dense: bool,
         kernels: KernelChoices = OURS,
+        parallel: Parallel = SINGLE,
+        routing: Routing | None = None,
     ) -> None:
-        fp8 = keeps_fp8(config, dtype, device)
+        fp8 = keeps_fp8(config, dtype, device, parallel.tp.world_size)
         self.eps = config.rms_norm_eps
         self.attention_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self.attention = Attention(config, layer, dtype, device, fp8=fp8, kernels=kernels)
+        self.attention = Attention(config, layer, dtype, device, fp8=fp8, kernels=kernels, tp=parallel.tp)
         self.mlp_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
         self.mlp: Mlp | Moe
         if dense:
             self.mlp = Mlp(config.hidden_size, config.intermediate_size, dtype, device, fp8=fp8, kernels=kernels)
         else:
-            self.mlp = Moe(config, dtype, device, fp8=fp8, kernels=kernels)
+            moe_layer = layer - config.num_dense_layers
+            self.mlp = Moe(
+                config, dtype, device, fp8=fp8, kernels=kernels, parallel=parallel, layer=moe_layer, routing=routing
+            )
 
     def prefill(
         self, x_TD: Tensor, sum_TD: Tensor | None, rope_T: Tensor, slots_T: Tensor, batch: PrefillBatch, kv_pool: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Half:
         x, sum_TD = self._attention_input(x_TD, sum_TD)
-        return self._feed_forward(self.attention.prefill(x, rope_T, slots_T, batch, kv_pool), sum_TD)
+        attended_TD = self.attention.prefill(x, rope_T, slots_T, batch, kv_pool)
+        return (yield from self._feed_forward(attended_TD, sum_TD))
 
     def decode(
         self,
@@ -267,23 +309,26 @@ class Block:
         plan: mla.Plan,
         kv_pool: Tensor,
         num_tokens: int = 1,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Half:
         x, sum_BD = self._attention_input(x_BD, sum_BD)
-        return self._feed_forward(self.attention.decode(x, rope_B, slots_B, plan, kv_pool, num_tokens), sum_BD)
+        attended_BD = yield from self.attention.decode(x, rope_B, slots_B, plan, kv_pool, num_tokens)
+        return (yield from self._feed_forward(attended_BD, sum_BD))
 
     def store(self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
         """Only this layer's latent rows of these inputs."""
         self.attention.store(self._attention_input(x_TD, None)[0], rope_T, slots_T, kv_pool)
 
     def _attention_input(self, x_TD: Tensor, sum_TD: Tensor | None) -> tuple[Activations, Tensor]:
-        if isinstance(self.attention.qkv_a, Fp8Weight):
+        if isinstance(self.attention.qkv_a, Fp8Weight) and not self.attention.gathers_input:
             rows, _, new_sum_TD = rms_norm_quantise(x_TD, self.attention_norm, self.eps, residual_TD=sum_TD)
             return rows, x_TD if new_sum_TD is None else new_sum_TD
         return _add_norm(x_TD, sum_TD, self.attention_norm, self.eps)
 
-    def _feed_forward(self, x_TD: Tensor, sum_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _feed_forward(self, x_TD: Tensor, sum_TD: Tensor) -> Half:
         if not isinstance(self.attention.qkv_a, Fp8Weight):
             normed_TD, sum_TD = add_rms_norm(x_TD, sum_TD, self.mlp_norm, self.eps)
+            if isinstance(self.mlp, Moe):
+                return (yield from self.mlp.forward(normed_TD)), sum_TD
             return self.mlp.forward(normed_TD), sum_TD
         routes = isinstance(self.mlp, Moe)
         parts = rms_norm_quantise(x_TD, self.mlp_norm, self.eps, residual_TD=sum_TD, keep=routes)
@@ -291,7 +336,7 @@ class Block:
         assert new_sum_TD is not None
         if isinstance(self.mlp, Moe):
             assert kept_TD is not None
-            return self.mlp.forward(kept_TD, rows), new_sum_TD
+            return (yield from self.mlp.forward(kept_TD, rows)), new_sum_TD
         return self.mlp.forward(rows), new_sum_TD
 
 
@@ -310,8 +355,15 @@ def _norm_for(product: Weight, x_TD: Tensor, weight_D: Tensor, eps: float) -> Ac
 class Head:
     """The output head, the main model's and the MTP layer's."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, tp: Collectives = SINGLE.tp
+    ) -> None:
+        self.tp = tp
+        self.vocab_size = config.vocab_size
+        rows = vocabulary_rows(config.vocab_size, tp.world_size)
+        self.weight = torch.empty(rows, config.hidden_size, dtype=dtype, device=device)
+        # Rows past the vocabulary stay as they are.
+        self.weight[max(0, config.vocab_size - tp.rank * rows) :] = 0
 
     def pack(self) -> None:
         """Once loaded: into the layout that the product reads fastest."""
@@ -319,12 +371,14 @@ class Head:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 [N, vocab_size]; fp64 of an fp64 model."""
-        logits_NV = linear(hidden_ND, self.weight)
+        logits_NV = gather_columns(self.tp, linear(hidden_ND, self.weight))
+        if logits_NV.shape[1] > self.vocab_size:
+            logits_NV = logits_NV[:, : self.vocab_size].contiguous()
         return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.to(torch.float32)
 
 
 class DeepseekV3:
-    """The whole model on one device. Weights are uninitialised until `weights.load_weights` filled them.
+    """One rank's part of the model, of a single rank the whole. Weights are uninitialised until `weights.load_weights` filled them.
 
     `kv_pool`: [num_pages + 1, config.num_kv_layers, 64, config.latent_width], the last page scratch.
     """
@@ -336,43 +390,78 @@ class DeepseekV3:
         device: torch.device | str = "cpu",
         *,
         kernels: KernelChoices = OURS,
+        parallel: Parallel = SINGLE,
     ) -> None:
+        """Raises ConfigError where the model does not divide as `parallel` asks."""
+        parallel.check(config)
         device = torch.device(device)
         self.config = config
+        self.parallel = parallel
         self.kernels = kernels
         self.dtype = dtype
-        self.embed = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.embed = new_embedding(config, parallel.tp, dtype, device)
+        self.routing = Routing(config, parallel, device) if parallel.experts is not None else None
+        of_rank: dict[str, Any] = {"kernels": kernels, "parallel": parallel, "routing": self.routing}
         self.blocks = [
-            Block(config, layer, dtype, device, dense=layer < config.num_dense_layers, kernels=kernels)
+            Block(config, layer, dtype, device, dense=layer < config.num_dense_layers, **of_rank)
             for layer in range(config.num_layers)
         ]
         self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self.head = Head(config, dtype, device)
+        self.head = Head(config, dtype, device, parallel.tp)
         self.rope = Rope(config, device)
         self.mtp: Mtp | None = None
         if config.num_mtp_layers:
-            block = Block(config, config.num_layers, dtype, device, dense=False, kernels=kernels)
-            self.mtp = Mtp(config, block, self.embed, self.head, self.rope)
+            block = Block(config, config.num_layers, dtype, device, dense=False, **of_rank)
+            self.mtp = Mtp(config, block, self.embed, self.head, self.rope, parallel.tp)
+
+    @property
+    def expert_slots(self) -> ModelExpertSlots:
+        """This rank's experts, for whoever moves them; `routing` is to be told afterwards."""
+        blocks = [*self.blocks, *([] if self.mtp is None else [self.mtp.block])]
+        return ModelExpertSlots([block.mlp for block in blocks if isinstance(block.mlp, Moe)])
 
     @property
     def captures_prefill(self) -> bool:
         """Whether `prefill` of prompts without a cached part reads nothing back, on a GPU."""
         config = self.config
-        return has_kernel(config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, self.dtype)
+        return self.routing is None and has_kernel(
+            config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, self.dtype
+        )
 
     @torch.inference_mode()
     def prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Tensor:
         """Store the latents of the batch and return hidden states [T, D] after the final norm."""
-        rope_T = self.rope.at(batch.positions_T)
-        slots_T = slots(kv_pool, batch.row_ids_T)
-        x_TD, sum_TD = F.embedding(batch.token_ids_T, self.embed), None
-        for block in self.blocks:
-            x_TD, sum_TD = block.prefill(x_TD, sum_TD, rope_T, slots_T, batch, kv_pool)
-        return self._final_norm(x_TD, sum_TD)
+        return self.prefill_each([batch], kv_pool)[0]
+
+    @torch.inference_mode()
+    def prefill_each(
+        self, batches: Sequence[PrefillBatch], kv_pool: Tensor, *, timeline: Timeline | None = None
+    ) -> list[Tensor]:
+        """`prefill` of one micro-batch, or of two that take turns; a later one may go on where an earlier one ends."""
+        return run([self._prefill(batch, kv_pool) for batch in batches], timeline=timeline)
 
     @torch.inference_mode()
     def decode(self, batch: DecodeBatch, kv_pool: Tensor) -> Tensor:
         """Store the latents of the tokens, return their hidden states [B, D] (or [B * T, D]) after the final norm."""
+        return self.decode_each([batch], kv_pool)[0]
+
+    @torch.inference_mode()
+    def decode_each(
+        self, batches: Sequence[DecodeBatch], kv_pool: Tensor, *, timeline: Timeline | None = None
+    ) -> list[Tensor]:
+        """`decode` of one micro-batch, or of two that take turns."""
+        return run([self._decode(batch, kv_pool) for batch in batches], ahead=1, timeline=timeline)
+
+    def _prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Pass:
+        rope_T = self.rope.at(batch.positions_T)
+        slots_T = slots(kv_pool, batch.row_ids_T)
+        ids_T = local_ids(self.parallel.tp, batch.token_ids_T, self.embed)
+        x_TD, sum_TD = scatter_sum(self.parallel.tp, F.embedding(ids_T, self.embed)), None
+        for block in self.blocks:
+            x_TD, sum_TD = yield from block.prefill(x_TD, sum_TD, rope_T, slots_T, batch, kv_pool)
+        return self._final_norm(x_TD, sum_TD, len(slots_T))
+
+    def _decode(self, batch: DecodeBatch, kv_pool: Tensor) -> Pass:
         num_tokens = batch.num_tokens
         last_rows_B = batch.row_ids_B[num_tokens - 1 :: num_tokens]
         plan = mla.plan_decode(
@@ -385,15 +474,17 @@ class DeepseekV3:
         )
         rope_B = self.rope.at(batch.positions_B)
         slots_B = slots(kv_pool, batch.row_ids_B)
-        x_BD, sum_BD = self.embed[batch.token_ids_B], None
+        ids_B = local_ids(self.parallel.tp, batch.token_ids_B, self.embed)
+        x_BD, sum_BD = scatter_sum(self.parallel.tp, self.embed[ids_B]), None
         for block in self.blocks:
-            x_BD, sum_BD = block.decode(x_BD, sum_BD, rope_B, slots_B, plan, kv_pool, num_tokens)
-        return self._final_norm(x_BD, sum_BD)
+            x_BD, sum_BD = yield from block.decode(x_BD, sum_BD, rope_B, slots_B, plan, kv_pool, num_tokens)
+        return self._final_norm(x_BD, sum_BD, len(slots_B))
 
     @torch.inference_mode()
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """fp32 (fp64 for an fp64 model) [N, vocab_size]; ids past the tokenizer's are the sampler's to mask."""
         return self.head.logits(hidden_ND)
 
-    def _final_norm(self, x_TD: Tensor, sum_TD: Tensor | None) -> Tensor:
-        return _add_norm(x_TD, sum_TD, self.norm, self.config.rms_norm_eps)[0]
+    def _final_norm(self, x_TD: Tensor, sum_TD: Tensor | None, num_tokens: int) -> Tensor:
+        """Of this rank's share; [num_tokens, D] of the group."""
+        return gather(self.parallel.tp, _add_norm(x_TD, sum_TD, self.norm, self.config.rms_norm_eps)[0], num_tokens)

@@ -20,6 +20,9 @@ from serving.kernels.gemm import linear
 from serving.kernels.norm_rope import add_rms_norm, rms_norm
 from serving.kernels.packed import pack
 from serving.kernels.rows import slots
+from serving.model.microbatches import Pass, run
+from serving.model.parallel import SINGLE, gather, local_ids, own_share, scatter_sum
+from serving.parallel.collectives import Collectives
 
 if TYPE_CHECKING:
     from serving.model.config import ModelConfig
@@ -29,8 +32,11 @@ if TYPE_CHECKING:
 class Mtp:
     """One MTP layer around its `block`; `embed` [V, D], `head` and `rope` are the main model's own."""
 
-    def __init__(self, config: ModelConfig, block: Block, embed: Tensor, head: Head, rope: Rope) -> None:
+    def __init__(
+        self, config: ModelConfig, block: Block, embed: Tensor, head: Head, rope: Rope, tp: Collectives = SINGLE.tp
+    ) -> None:
         dtype, device = embed.dtype, embed.device
+        self.tp = tp
         self.eps = config.rms_norm_eps
         self.embed, self.head, self.rope = embed, head, rope
         self.block = block
@@ -90,10 +96,18 @@ class Mtp:
     ) -> Tensor:
         """As `draft`, before the head: [B, D] after the layer's norm. Taken for h_{i+1}, the layer drafts token i+3."""
         plan = mla.plan_decode(kv_pool, row_ids_B, page_table_BP, context_lens_B, first=1)
-        x_BD = self._join(hidden_prev_BD, token_ids_B)
-        parts = self.block.decode(x_BD, None, self.rope.at(positions_B), slots(kv_pool, row_ids_B), plan, kv_pool)
-        return add_rms_norm(*parts, self.norm, self.eps)[0]
+
+        def steps() -> Pass:
+            x_BD = self._join(hidden_prev_BD, token_ids_B)
+            rope_B, slots_B = self.rope.at(positions_B), slots(kv_pool, row_ids_B)
+            parts = yield from self.block.decode(x_BD, None, rope_B, slots_B, plan, kv_pool)
+            return gather(self.tp, add_rms_norm(*parts, self.norm, self.eps)[0], len(slots_B))
+
+        return run([steps()])[0]
 
     def _join(self, hidden_prev_TD: Tensor, token_ids_T: Tensor) -> Tensor:
-        embedded = rms_norm(F.embedding(token_ids_T, self.embed), self.embed_norm, self.eps)
+        """Of this rank's share of the tokens."""
+        embedded = scatter_sum(self.tp, F.embedding(local_ids(self.tp, token_ids_T, self.embed), self.embed))
+        embedded = rms_norm(embedded, self.embed_norm, self.eps)
+        hidden_prev_TD = own_share(self.tp, hidden_prev_TD)
         return linear(torch.cat([embedded, rms_norm(hidden_prev_TD, self.hidden_norm, self.eps)], dim=-1), self.join)

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 Weight = Tensor | Fp8Weight
 
 
-def keeps_fp8(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether FP8 weights of the checkpoint stay FP8. Fused matrices must not part a scale's block."""
+def keeps_fp8(config: ModelConfig, dtype: torch.dtype, device: torch.device, tp: int = 1) -> bool:
+    """Whether FP8 weights of the checkpoint stay FP8. Neither fused matrices nor ranks must part a scale's block."""
+    heads = config.num_heads // tp
     fused = (
-        config.q_lora_rank or config.num_heads * config.qk_head_dim,
+        config.q_lora_rank or heads * config.qk_head_dim,
+        *((heads * config.qk_head_dim, heads * config.v_head_dim) if tp > 1 else ()),
         config.intermediate_size,
         config.moe_intermediate_size,
         config.shared_intermediate_size,
@@ -53,3 +55,14 @@ def expert_of(weight: Weight, expert: int) -> Weight:
     if isinstance(weight, Fp8Weight):
         return replace(weight, quantised=weight.quantised[expert], scales=weight.scales[expert])
     return weight[expert]
+
+
+def copy_weight(into: Weight, source: Weight) -> None:
+    """Both of one kind and shape."""
+    if isinstance(into, Fp8Weight) and isinstance(source, Fp8Weight):
+        into.quantised.copy_(source.quantised)
+        into.scales.copy_(source.scales)
+        return
+    assert isinstance(into, Tensor)
+    assert isinstance(source, Tensor)
+    into.copy_(source)

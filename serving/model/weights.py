@@ -24,6 +24,7 @@ from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.heap import blocks_returned
 from serving.model.kernels import OURS, KernelChoices
 from serving.model.names import SCALE_SUFFIX, Target, name_table, name_tables
+from serving.model.parallel import SINGLE, Parallel
 
 _LOG = logging.getLogger("baton.weights")
 _FLOATS = ("BF16", "F16", "F32", "F64")
@@ -53,15 +54,17 @@ def load_weights(
     device: torch.device | str = "cpu",
     *,
     kernels: KernelChoices = OURS,
+    parallel: Parallel = SINGLE,
     progress: Progress | None = None,
 ) -> DeepseekV3:
     """Read the folder's weights into a new model of compute dtype `dtype` on `device`, which computes with `kernels`.
 
-    Raises ModelFolderError, before reading any weight, with one line that counts the faults and then a line for each
-    group of tensors that is missing, unexpected or of a wrong shape or dtype.
+    Of a unit of many ranks only what this one keeps is read; the whole folder is checked all the same. Raises
+    ModelFolderError, before reading any weight, with one line that counts the faults and then a line for each group of
+    tensors that is missing, unexpected or of a wrong shape or dtype; ConfigError where the model does not divide as asked.
     """
     with blocks_returned():
-        return _load(Path(folder), config, dtype, device, kernels, progress)
+        return _load(Path(folder), config, dtype, device, kernels, parallel, progress)
 
 
 def _load(
@@ -70,12 +73,16 @@ def _load(
     dtype: torch.dtype,
     device: torch.device | str,
     kernels: KernelChoices,
+    parallel: Parallel,
     progress: Progress | None,
 ) -> DeepseekV3:
     entries = read_entries(folder)
-    model = _new_model(folder, config, dtype, device, kernels)
-    _check(folder, entries, config, name_table(model))
-    total_bytes = sum(entry.num_bytes for entry in entries.values())
+    model = _new_model(folder, config, dtype, device, kernels, parallel)
+    table = name_table(model)
+    _check(folder, entries, config, table)
+    total_bytes = sum(_kept_bytes(entries, name, target) for name, target in table.items())
+    # Its views would keep alive what is packed.
+    del table
     in_flight_bytes = min(max(total_bytes // 64, 1 << 20), 64 << 20)
     if progress is not None:
         progress.start(total_bytes)
@@ -102,11 +109,16 @@ def check_weights(folder: str | Path, config: ModelConfig) -> None:
 
 
 def _new_model(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, kernels: KernelChoices
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kernels: KernelChoices,
+    parallel: Parallel,
 ) -> DeepseekV3:
     """Uninitialised: on CPU nothing is resident before it is filled."""
     try:
-        return DeepseekV3(config, dtype, device, kernels=kernels)
+        return DeepseekV3(config, dtype, device, kernels=kernels, parallel=parallel)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ModelFolderError(
@@ -127,46 +139,83 @@ class _Files:
         """Fill one target; bytes of the files that this took."""
         if name not in self.entries:
             return 0
+        if not target.into.numel():
+            return 0
         if target.repeats is None:
             self._fill(name, target)
         else:
-            self._compare(name, target.repeats)
-        scales = self.entries.get(name + SCALE_SUFFIX)
-        return self.entries[name].num_bytes + (scales.num_bytes if scales else 0)
+            self._compare(name, target, target.repeats)
+        return _kept_bytes(self.entries, name, target)
 
     def _fill(self, name: str, target: Target) -> None:
         quantised = self.entries[name].dtype == _FP8
         block = self.config.weight_block_size or (1, 1)
-        for start, end in self._pieces(name, multiple_of=block[0] if quantised or target.scales is not None else 1):
-            part = self.reader.rows(name, start, end)
-            blocks = slice(start // block[0], -(-end // block[0]))
-            if target.scales is not None:
-                if not quantised and start == 0:
+        for start, end in self._pieces(target, multiple_of=block[0] if quantised or target.scales is not None else 1):
+            if target.scales is None:
+                part = (
+                    self._dequantised(name, target, start, end, block)
+                    if quantised
+                    else self._rows(name, target, start, end)
+                )
+                target.into[start:end].copy_(part)
+                continue
+            # What stays FP8 begins where its blocks do.
+            part = self._rows(name, target, start, end)
+            if quantised:
+                scales = self._scales(name, target, start, end, block)
+            else:
+                if start == 0:
                     _LOG.warning("%s is not FP8 in the checkpoint; it is quantised as its neighbours were", name)
-                parts = (part, self._scales(name, blocks)) if quantised else quantise_block_fp8(part, block)
-                part, scales = parts
-                target.scales[blocks].copy_(scales)
-            elif quantised:
-                part = dequantise_block_fp8(part, self._scales(name, blocks), block, target.into.dtype)
+                part, scales = quantise_block_fp8(part, block)
             target.into[start:end].copy_(part)
+            target.scales[start // block[0] : -(-end // block[0])].copy_(scales)
 
-    def _scales(self, name: str, blocks: slice) -> Tensor:
-        return self.reader.rows(name + SCALE_SUFFIX, blocks.start, blocks.stop)
+    def _rows(self, name: str, target: Target, start: int, end: int) -> Tensor:
+        """Rows [start, end) of the part, as they are in the file."""
+        first, left = target.at
+        columns = None if target.has_all_columns else slice(left, left + target.into.shape[1])
+        return self.reader.rows(name, first + start, first + end, columns)
 
-    def _compare(self, name: str, original: str) -> None:
+    def _dequantised(self, name: str, target: Target, start: int, end: int, block: tuple[int, int]) -> Tensor:
+        """The same of FP8 blocks; what is read begins where they do."""
+        row, left = target.at[0] + start, target.at[1]
+        rows_before, columns_before = row % block[0], left % block[1]
+        columns = None if target.has_all_columns else slice(left - columns_before, left + target.into.shape[1])
+        whole = self.reader.rows(name, row - rows_before, target.at[0] + end, columns)
+        scales = self._scales(name, target, start, end, block)
+        return dequantise_block_fp8(whole, scales, block, target.into.dtype)[rows_before:, columns_before:]
+
+    def _scales(self, name: str, target: Target, start: int, end: int, block: tuple[int, int]) -> Tensor:
+        """Of the blocks that hold rows [start, end) of the part."""
+        first, left = target.at
+        right = left + target.into.shape[1]
+        columns = None if target.has_all_columns else slice(left // block[1], -(-right // block[1]))
+        return self.reader.rows(
+            name + SCALE_SUFFIX, (first + start) // block[0], -(-(first + end) // block[0]), columns
+        )
+
+    def _compare(self, name: str, target: Target, original: str) -> None:
         """The copy in the file must be what it repeats."""
-        for start, end in self._pieces(name, multiple_of=1):
-            if not torch.equal(self.reader.rows(name, start, end), self.reader.rows(original, start, end)):
+        first = target.at[0]
+        for start, end in self._pieces(target, multiple_of=1):
+            rows = first + start, first + end
+            if not torch.equal(self.reader.rows(name, *rows), self.reader.rows(original, *rows)):
                 raise ModelFolderError(
                     f"{self.entries[name].shard}: {name} differs from {original}; an MTP layer with its own embedding "
                     "or head is not supported (set num_nextn_predict_layers to 0 in config.json to leave it out)"
                 )
 
-    def _pieces(self, name: str, *, multiple_of: int) -> list[tuple[int, int]]:
-        """Row ranges of about `piece_elements` each."""
-        shape = self.entries[name].shape
-        step = max(self.piece_elements // max(math.prod(shape[1:]), 1) // multiple_of, 1) * multiple_of
-        return [(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+    def _pieces(self, target: Target, *, multiple_of: int) -> list[tuple[int, int]]:
+        """Row ranges of the part, of about `piece_elements` each."""
+        num_rows, *width = target.into.shape
+        step = max(self.piece_elements // max(math.prod(width), 1) // multiple_of, 1) * multiple_of
+        return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _kept_bytes(entries: dict[str, TensorEntry], name: str, target: Target) -> int:
+    """What the part takes of the files, its scales included."""
+    found = [entries[each].num_bytes for each in (name, name + SCALE_SUFFIX) if each in entries]
+    return sum(found) * target.into.numel() // max(math.prod(target.shape), 1)
 
 
 def _check(folder: Path, entries: dict[str, TensorEntry], config: ModelConfig, table: dict[str, Target]) -> None:
@@ -178,7 +227,7 @@ def _check(folder: Path, entries: dict[str, TensorEntry], config: ModelConfig, t
             if target.repeats is None:
                 faults["missing"].append(name)
             continue
-        entry, shape = entries[name], tuple(target.into.shape)
+        entry, shape = entries[name], target.shape
         if entry.shape != shape:
             faults[f"of shape {list(entry.shape)} where config.json asks for {list(shape)}"].append(name)
         if target.quantised and entry.dtype == _FP8 and config.weight_block_size:

@@ -1,0 +1,71 @@
+"""The schedule of a step's micro-batches: while one has something in flight, the other computes.
+
+A micro-batch's way through the model is a generator, a *pass*. It gives way where it has sent something, and where its
+attention is half done; when its turn comes again, what it waits for is waited for first. D, M, C: dispatch, experts, combine.
+
+    prefill     A0 D> A1 D> M0 C> M1 C> A0 D> ...      attention and experts of one hide dispatch and combine of the other
+    decode   a0 b0 D> a1    M0 C> b1 D> a0  M1 C> b0 ...  the halves a, b of one's attention hide dispatch and combine of the other
+
+So in decode the first pass is one turn ahead. Passes of one step give way equally often, whatever their tokens, so the order
+of collectives is the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from serving.model.timeline import Timeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent:
+    """What a pass waits for: its turn begins with what `wait` returns."""
+
+    name: str
+    wait: Callable[[], Any]
+
+
+Pass = Generator[Sent | None, Any, Tensor]
+"""None: it gives way with nothing in flight."""
+
+
+def run(passes: Sequence[Pass], *, ahead: int = 0, timeline: Timeline | None = None) -> list[Tensor]:
+    """What the passes return, in their order. `ahead`: turns by which the first leads the others."""
+    running = [_Running(index, steps, timeline) for index, steps in enumerate(passes)]
+    for _ in range(ahead if len(running) > 1 else 0):
+        running[0].turn()
+    while any(one.result is None for one in running):
+        for one in running:
+            one.turn()
+    return [one.result for one in running if one.result is not None]
+
+
+class _Running:
+    """A pass between its turns."""
+
+    def __init__(self, index: int, steps: Pass, timeline: Timeline | None) -> None:
+        self.result: Tensor | None = None
+        self._index = index
+        self._steps = steps
+        self._timeline = timeline
+        self._in_flight: Sent | None = None
+
+    def turn(self) -> None:
+        """On to where it next gives way, or to its end; nothing where it has ended."""
+        if self.result is not None:
+            return
+        if self._timeline is not None:
+            self._timeline.waits(self._index)
+        arrived = None if self._in_flight is None else self._in_flight.wait()
+        if self._timeline is not None:
+            self._timeline.computes(self._index)
+        try:
+            self._in_flight = self._steps.send(arrived)
+        except StopIteration as end:
+            self.result, self._in_flight = end.value, None
+        if self._timeline is not None:
+            self._timeline.gives_way(self._index, None if self._in_flight is None else self._in_flight.name)
