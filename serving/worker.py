@@ -1,7 +1,7 @@
 """What the three workers have in common: an engine and its pages, a mailbox, and the life of the step loop.
 
-    running --Drain, nothing left to do--> gone
-       |  stop: after the turn under way
+    running --Drain, nothing left to do, on no rank of the unit--> gone
+       |  stop: after the turn under way, or the unit's round
        |  an exception of our own: every job is failed loudly, then it is raised
 
 A worker says what a turn does, when nothing is left and how it is. Knows no scheduler and no hand-off.
@@ -23,6 +23,7 @@ from serving.core.messages import AnyMessage, Attach, Drain, MetricsQuery, Worke
 from serving.core.spec import WorkerSpec
 from serving.engine.build import Engine
 from serving.engine.drafting import Drafting
+from serving.engine.unit import Alone, Leader, Unit
 from serving.mailbox import Driver, Mailbox
 from serving.metrics import Metrics
 from serving.reporter import Reporter
@@ -74,7 +75,9 @@ class Worker(ABC, Generic[J, T]):
         self._manager = manager or KVManager(engine.pool.num_pages, prefix_cache=config.kv.prefix_cache)
         self._audit = Audit(self._manager)
         self._reporter = Reporter(self._mailbox, self._metrics, self._state)
-        self._executor = WatchedExecutor(engine.runner, self._reporter)
+        self._unit = _unit_of(engine)
+        self._unit.tell(self._mailbox.wake)
+        self._executor = WatchedExecutor(self._unit.executor, self._reporter)
         on_cpu = not engine.pool.tensor.is_cuda
         self._run_ahead = config.engine.run_ahead and not on_cpu if run_ahead is None else run_ahead
         self._drafting = Drafting(engine.draft_tokens, engine.runner.step_s) if engine.draft_tokens else None
@@ -83,16 +86,18 @@ class Worker(ABC, Generic[J, T]):
         self._draining = self._stopping = False
 
     def run(self) -> None:
-        """Blocks until drained or stopped. An exception is our bug: every job is failed loudly before it is raised."""
+        """Blocks until drained or stopped, and with it all ranks of its unit. An exception is our bug, or RanksMissing: every job is
+        failed loudly before it is raised."""
         self._mailbox.start()
         try:
-            while not self._stopping and not (self._draining and self._is_empty()):
+            while not self._unit.turned(stopping=self._stopping, drained=self._draining and self._is_empty()):
                 self._turn()
         except BaseException:
             self._log.exception("the worker stops")
             self._fail_all("the worker has failed")
             raise
         finally:
+            self._unit.close()
             self._mailbox.close()
 
     def stop(self) -> None:
@@ -120,11 +125,12 @@ class Worker(ABC, Generic[J, T]):
         """How the worker is now; `step_s`: what a step takes."""
 
     def _patience_s(self, *due_s: float | None) -> float | None:
-        """How long to wait for a message: not at all after a turn that changed something, None if nothing else can happen.
+        """How long to wait for a message: not at all after a turn that changed something or while the unit runs steps, None if nothing
+        else can happen.
 
         `due_s`: when there will be something to do besides the reporter's work; None: not before something happens.
         """
-        if self._moved:
+        if self._moved or self._unit.awake:
             return 0.0
         due = [moment_s for moment_s in (self._reporter.due_s(), *due_s) if moment_s is not None]
         return max(0.0, min(due) - time.monotonic()) if due else None
@@ -168,3 +174,9 @@ class Worker(ABC, Generic[J, T]):
     def _fail_all(self, reason: str) -> None:
         for job_id in list(self._jobs):
             self._fail(job_id, reason, retryable=True)
+
+
+def _unit_of(engine: Engine) -> Unit:
+    if engine.lockstep is None:
+        return Alone(engine.runner)
+    return Leader(engine.runner, engine.lockstep, engine.copies)

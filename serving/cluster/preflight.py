@@ -5,7 +5,6 @@ Every fault is a BatonError of one line that says what to do.
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 from pathlib import Path
 
@@ -66,20 +65,19 @@ def num_hosts(units: tuple[UnitPlan, ...]) -> int:
     return max(unit.groups.num_nodes for unit in units)
 
 
-_ALONE = UnitTable(ep=1)
-_NOT_SERVED = ("tp", "ep", "microbatches", "redundant_experts", "hosted_slots", "shared_expert_routed", "kv_sharding")
+_DEFAULTS = UnitTable()
+_NOT_SERVED = ("hosted_slots", "kv_sharding")
 
 
 def check_served(config: Config) -> None:
-    """The one place that knows that the engine's ranks compute alone as yet: these keys would otherwise be passed over in silence."""
+    """The one place that knows what the engine's ranks do not do as yet: these keys would otherwise be passed over in silence."""
     for name, table in (("prefill", config.prefill), ("decode", config.decode)):
-        asked = dataclasses.replace(table, ep=table.ep or table.tp * table.dp)
         for key in _NOT_SERVED:
-            value, served = getattr(asked, key), getattr(_ALONE, key)
+            value, served = getattr(table, key), getattr(_DEFAULTS, key)
             if value != served:
                 raise StartupError(
-                    f"[{name}] {key} = {str(value).lower()}: in this build every rank computes alone, with all heads, all experts once "
-                    f"and one batch at a time; set {key} to {str(served).lower()}"
+                    f"[{name}] {key} = {str(value).lower()}: in this build a rank's experts stay in their slots for a step, and every TP rank "
+                    f"holds every page; set {key} to {str(served).lower()}"
                 )
 
 

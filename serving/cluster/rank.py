@@ -37,10 +37,10 @@ class RankEvent:
 
 
 class Worker(Protocol):
-    """What a rank runs. Constructing it loads the model and binds its socket; `run` returns when it was drained."""
+    """What a rank runs. Constructing it loads the model and binds its socket, if it has one; `run` returns when it was drained."""
 
     @property
-    def address(self) -> PeerAddress: ...
+    def address(self) -> PeerAddress | None: ...
 
     def run(self) -> None: ...
 
@@ -115,13 +115,19 @@ class Rank:
 
 def build_worker(spec: WorkerSpec, progress: LoadProgress | None = None) -> Worker:
     """Raises BatonError."""
-    worker = worker_class(spec.role)
+    from serving.engine.joining import leads
+
+    worker = worker_class(spec.role, leads=leads(spec))
     unmap_library_pages()
     return worker(spec, progress=progress)
 
 
-def worker_class(role: str) -> Callable[..., Worker]:
+def worker_class(role: str, *, leads: bool = True) -> Callable[..., Worker]:
     """Imports only what the role needs."""
+    if not leads:
+        from serving.follower import FollowerWorker
+
+        return FollowerWorker
     if role == "prefill":
         from prefill.worker import PrefillWorker
 

@@ -23,12 +23,16 @@ from serving.core.config import KernelsTable
 from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
 from serving.core.spec import WorkerSpec
+from serving.engine.copies import PageCopies
+from serving.engine.joining import join
 from serving.engine.runner import Model, Runner
+from serving.engine.unit import Lockstep
 from serving.kernels.packed import packing
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
 from serving.model.heap import products_use_the_heap
 from serving.model.kernels import choose_kernels
+from serving.model.parallel import SINGLE, Parallel
 from serving.model.weight import keeps_fp8
 from serving.model.weights import Progress, load_weights
 
@@ -47,6 +51,7 @@ class Engine:
     `max_batched_tokens`: prefill tokens of one step. `draft_tokens`: the most that a decode step drafts a row.
 
     `identity` is equal for two engines whose pages mean the same: same weights, dtype, layout, MTP and protocol.
+    `lockstep` None: the rank computes alone. `copies`: where pages come from other units and are to be on every TP rank.
     """
 
     runner: Runner
@@ -58,6 +63,8 @@ class Engine:
     max_num_seqs: int
     max_batched_tokens: int
     draft_tokens: int
+    lockstep: Lockstep | None = None
+    copies: PageCopies | None = None
 
 
 def build_engine(
@@ -77,6 +84,8 @@ def build_engine(
     num_threads: int = 0,
     prefills: bool = True,
     decodes: bool = True,
+    parallel: Parallel = SINGLE,
+    lockstep: Lockstep | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """Load `model_dir` and make everything a step needs. `max_num_seqs` slots; `num_threads` 0 leaves torch's own number.
@@ -84,6 +93,8 @@ def build_engine(
     `draft_tokens`: a number as text, at most MOST_DRAFTS, or "auto".
     `num_pages` 0: `memory_fraction` (0: what suits the device) of the memory that is free then. On a GPU that is what `gpu_share` of it
     leaves beside the weights and the largest steps, which are run to know what they take; `prefills`, `decodes`: which steps there will be.
+    `parallel`, `lockstep`: this rank's part in a unit of several, all of which build their engines at once, with the same arguments; their
+    pools are as large as the smallest.
 
     Raises ModelFolderError (also for a damaged tokenizer.json, whose size bounds what is sampled) and ConfigError.
     """
@@ -94,10 +105,16 @@ def build_engine(
     torch_dtype = _dtype(dtype, torch_device)
     config = _model_config(folder, mtp=mtp)
     num_drafts = _num_drafts(draft_tokens, config)
+    if num_drafts and lockstep is not None:
+        raise ConfigError(
+            "drafts are made by units of one rank only; set decode.draft_tokens to 0 or auto, or tp and dp to 1"
+        )
     chosen = choose_kernels(kernels, config, torch_dtype, torch_device)
     layout = _layout(config, torch_dtype)
     with packing(decodes):
-        model = load_weights(folder, config, torch_dtype, torch_device, kernels=chosen, progress=progress)
+        model = load_weights(
+            folder, config, torch_dtype, torch_device, kernels=chosen, parallel=parallel, progress=progress
+        )
     longest = max_model_len or config.max_position_embeddings
     max_batched_tokens = max_batched_tokens or _BATCHED_TOKENS[torch_device.type]
     runner_of = partial(
@@ -116,6 +133,7 @@ def build_engine(
     if not num_pages:
         fraction = memory_fraction or _MEMORY_FRACTION[torch_device.type]
         num_pages = _num_pages(layout, fraction, _free_bytes(torch_device, gpu_share, try_steps))
+        num_pages = num_pages if lockstep is None else lockstep.least(num_pages)
     longest = min(longest, num_pages * PAGE_TOKENS)
     pool = _pool(layout, num_pages, torch_dtype, torch_device)
     return Engine(
@@ -128,12 +146,17 @@ def build_engine(
         max_num_seqs=max_num_seqs,
         max_batched_tokens=max_batched_tokens,
         draft_tokens=num_drafts,
+        lockstep=lockstep,
+        copies=PageCopies(parallel.tp, pool.tensor) if parallel.tp.world_size > 1 and not prefills else None,
     )
 
 
 def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engine:
-    """The engine of one worker, as large as its role says. Raises as `build_engine` does."""
+    """The engine of one worker, as large as its role says; returns when all ranks of its unit have theirs. Raises as `build_engine` does,
+    StartupError and RanksMissing."""
     config, prefills, decodes = spec.config, spec.role != "decode", spec.role != "prefill"
+    model_config = _model_config(Path(spec.model_dir), mtp=config.model.mtp)
+    parallel, lockstep = join(spec, model_config, _device(config.model.device))
     try:
         engine = build_engine(
             spec.model_dir,
@@ -151,6 +174,8 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
             num_threads=spec.num_threads,
             prefills=prefills,
             decodes=decodes,
+            parallel=parallel,
+            lockstep=lockstep,
             progress=progress,
         )
         num_tokens = engine.max_batched_tokens if prefills else 0
@@ -159,6 +184,8 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
         raise ConfigError(
             "the GPU's memory is full before the first step; lower kv.memory_fraction or prefill.max_batched_tokens"
         ) from None
+    if lockstep is not None:
+        lockstep.meet()
     return engine
 
 

@@ -71,7 +71,24 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(chunk.token_ids) for chunk in self.chunks) + len(self.rows) * (1 + self.num_drafts)
+        return self.num_prefill_tokens + len(self.rows) * (1 + self.num_drafts)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """What all ranks of a unit run in one step, whatever their own plans hold.
+
+    `prefill_tokens`, `rows`: the most of any rank; where there are none of a kind, no rank runs that kind. A rank with fewer,
+    or none, runs the same collectives. `num_micro_batches`: parts that each rank's tokens are computed in.
+    """
+
+    prefill_tokens: int = 0
+    rows: int = 0
+    num_micro_batches: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ a rank that never comes is known, not guessed: nobody can go on, and it is none 
 
 Time is virtual too: a rank's clock moves only by the delays that were asked for, and the deadline is held against it.
 
-    ready -> running -> waiting -> ready ... -> ended
+    ready -> running -> waiting, asleep -> ready ... -> ended
 
 Gradients and inference mode are a thread's own in torch: `main` enters them. torch.set_num_threads(1) keeps each of hundreds
 of threads from a pool of its own.
@@ -68,6 +68,10 @@ class VirtualUnit:
             turn.acquire()
         self._ready: deque[int] = deque()
         self._waiting: dict[int, _Call] = {}
+        self._asleep: dict[int, int] = {}
+        """The ring that each of these ranks waits for."""
+        self._rung = -1
+        self._bell_broken: RanksMissing | None = None
         self._running = -1
         self._num_turns = 0
         self._done = threading.Event()
@@ -123,8 +127,14 @@ class VirtualUnit:
             # All came if executing the call is what ended one of them.
             ended = [rank for rank in absent or call.group.ranks if rank not in self._waiting]
             call.group.broken = RanksMissing(ended or absent, group=call.group.name, reason="no rank can go on")
-        self._ready.extend(sorted(self._waiting))
+        if self._asleep:
+            gone = [
+                rank for rank in range(self.groups.world_size) if rank not in self._waiting and rank not in self._asleep
+            ]
+            self._bell_broken = RanksMissing(gone or list(self._asleep), group="bell", reason="nobody is left to ring")
+        self._ready.extend(sorted([*self._waiting, *self._asleep]))
         self._waiting.clear()
+        self._asleep.clear()
 
     def _wait(self, rank: int, call: _Call) -> None:
         if not call.is_done and call.group.broken is None:
@@ -136,6 +146,22 @@ class VirtualUnit:
             assert call.group.broken is not None, "a rank goes on when its call is done or its group broken"
             raise call.group.broken
         self._clocks_s[rank] = max(self._clocks_s[rank], *call.arrived_s.values())
+
+    def _ring(self, number: int) -> None:
+        self._rung = max(self._rung, number)
+        woken = sorted(rank for rank, awaited in self._asleep.items() if awaited <= self._rung)
+        for rank in woken:
+            del self._asleep[rank]
+        self._ready.extend(woken)
+
+    def _sleep(self, rank: int, number: int) -> None:
+        if self._rung < number and self._bell_broken is None:
+            self._asleep[rank] = number
+            self._pass_turn()
+            self._turns[rank].acquire()
+            self._running = rank
+        if self._bell_broken is not None:
+            raise self._bell_broken
 
     def _arrive(self, rank: int, group: _Group, number: int, arguments: _Arguments) -> _Call:
         """`rank` comes to the group's call `number`, and executes it if it is the last."""
@@ -255,6 +281,30 @@ class VirtualCollectives:
         number, rank = self._num_issued, self.ranks[self.rank]
         self._num_issued += 1
         return _Handle(self._unit, rank, self._unit._arrive(rank, self._group, number, arguments))
+
+
+class VirtualBell:
+    """One rank's end of the unit's bell (`serving.parallel.bell.Bell`); who waits gives up the turn."""
+
+    def __init__(self, world: VirtualCollectives) -> None:
+        self._unit = world._unit
+        self._rank = world.ranks[world.rank]
+
+    def ring(self, number: int) -> None:
+        self._unit._ring(number)
+
+    def wait(self, number: int, timeout_s: float | None) -> bool:
+        """There is no clock to wait by: `timeout_s` is 0 or None."""
+        assert not timeout_s, "a virtual rank waits until somebody rings, or not at all"
+        if timeout_s is None:
+            self._unit._sleep(self._rank, number)
+        return self._unit._rung >= number
+
+    def tell(self, rung: Callable[[], None]) -> None:
+        """Who waits, waits for the bell alone."""
+
+    def close(self) -> None:
+        """The unit owns what there is."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,130 @@
+"""From a worker's spec to its place in its unit: the groups of ranks, the dispatch of its experts, the lockstep.
+
+    rendezvous -> world -> tp | ep | rail, node      of tensors where the model is
+                        -> control, control-tp       of the lockstep, in host memory        bell
+
+The ranks of one node exchange through shared memory, those of several over gloo. All ranks of a unit come here at once and ask for the
+same groups in the same order. Ranks that share neither heads nor experts join nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch._C._distributed_c10d import FileStore
+
+from serving.core.config import unit_table
+from serving.core.errors import ConfigError
+from serving.core.spec import WorkerSpec
+from serving.engine.unit import Lockstep, MicroBatches
+from serving.model.config import ModelConfig
+from serving.model.parallel import SINGLE, Parallel, num_moe_layers
+from serving.model.units import UnitShape, groups_of, shape_of
+from serving.parallel.balance import global_placement, hierarchical_placement, single_placement
+from serving.parallel.bell import TcpBell
+from serving.parallel.collectives import Collectives, SingleRank
+from serving.parallel.dispatch import DirectDispatch, Dispatch, HierarchicalDispatch
+from serving.parallel.distributed import TorchCollectives
+from serving.parallel.groups import Groups
+from serving.parallel.placement import Placement
+from serving.parallel.shared_memory import SharedMemoryCollectives
+
+START_DEADLINE_S = 600.0
+"""Ranks load at different speeds."""
+STEP_DEADLINE_S = 60.0
+"""More than any step takes; a rank whose process ends is known at once."""
+_SPLIT_PREFILL_TOKENS = 64
+_SPLIT_ROWS = 8
+"""Below, two micro-batches hide less than they cost."""
+
+GroupOf = Callable[[str, Sequence[int]], Collectives]
+"""Name and ranks of a group that this rank is in -> its end of it."""
+
+
+def join(spec: WorkerSpec, config: ModelConfig, device: torch.device) -> tuple[Parallel, Lockstep | None]:
+    """No lockstep: the rank computes alone. Raises ConfigError, StartupError, RanksMissing."""
+    table = unit_table(spec.config, spec.role)
+    shape = shape_of(table, config)
+    if shape.groups.tp == shape.groups.ep == 1:
+        return SINGLE, None
+    if device.type == "cuda":
+        raise ConfigError("units of several ranks compute on CPUs as yet; set model.device to cpu, or tp and dp to 1")
+    world = _world(spec, shape.groups)
+    splits = table.microbatches > 1
+    micro_batches = MicroBatches(
+        prefill_tokens=_SPLIT_PREFILL_TOKENS if splits else 0, rows=_SPLIT_ROWS if splits else 0
+    )
+
+    def group_of(name: str, ranks: Sequence[int]) -> Collectives:
+        return world.subgroup(ranks, name, STEP_DEADLINE_S)
+
+    parallel = parallel_of(shape, spec.rank, config, group_of, by_nodes=spec.role == "prefill")
+    lockstep = Lockstep(
+        group_of("control", world.ranks),
+        _group(group_of, "control-tp", shape.groups.tp_group(spec.rank)),
+        TcpBell(world, host=spec.host, deadline_s=START_DEADLINE_S),
+        start=world,
+        micro_batches=micro_batches,
+    )
+    return parallel, lockstep
+
+
+def leads(spec: WorkerSpec) -> bool:
+    """Whether the rank has the scheduler of its DP group."""
+    return groups_of(unit_table(spec.config, spec.role)).coordinates(spec.rank).tp_rank == 0
+
+
+def parallel_of(
+    shape: UnitShape, rank: int, config: ModelConfig, group_of: GroupOf, *, by_nodes: bool = False
+) -> Parallel:
+    """`by_nodes`: one copy of a token to each node, where an EP group has several. Raises ConfigError."""
+    groups = shape.groups
+    tp = _group(group_of, "tp", groups.tp_group(rank))
+    if groups.ep == 1:
+        return Parallel(tp=tp)
+    dispatch: Dispatch
+    if by_nodes and groups.ep > groups.ranks_per_node:
+        rail, node = group_of("rail", groups.rail_group(rank)), group_of("node", groups.node_group(rank))
+        dispatch = HierarchicalDispatch(rail, node, shape.active_slots)
+    else:
+        dispatch = DirectDispatch(group_of("ep", groups.ep_group(rank)), shape.active_slots)
+    return Parallel(
+        tp=tp,
+        experts=dispatch,
+        placement=first_placement(shape, config),
+        ep_rank=groups.coordinates(rank).ep_rank,
+        shared_is_routed=shape.shared_expert_routed,
+    )
+
+
+def first_placement(shape: UnitShape, config: ModelConfig) -> Placement:
+    """Before any load is known: all experts alike, but for a routed shared one, which every token takes."""
+    groups, num_experts = shape.groups, shape.num_experts
+    loads = np.ones((num_moe_layers(config), num_experts))
+    if shape.shared_expert_routed:
+        loads[:, -1] = config.num_routed_experts / config.num_experts_per_token
+    if shape.active_slots == 1:
+        return single_placement(loads, num_gpus=groups.ep)
+    num_nodes = max(1, groups.ep // groups.ranks_per_node)
+    if num_nodes == 1 or config.num_groups == 1 or config.num_groups % num_nodes or shape.shared_expert_routed:
+        return global_placement(loads, num_slots=shape.num_slots, num_gpus=groups.ep)
+    return hierarchical_placement(
+        loads, num_slots=shape.num_slots, num_gpus=groups.ep, num_nodes=num_nodes, num_groups=config.num_groups
+    )
+
+
+def _group(group_of: GroupOf, name: str, ranks: tuple[int, ...]) -> Collectives:
+    return group_of(name, ranks) if len(ranks) > 1 else SingleRank(ranks=ranks)
+
+
+def _world(spec: WorkerSpec, groups: Groups) -> Collectives:
+    ranks, name = range(groups.world_size), Path(spec.rendezvous).name
+    if groups.num_nodes == 1:
+        return SharedMemoryCollectives(name=name, ranks=ranks, rank=spec.rank, deadline_s=START_DEADLINE_S)
+    store = FileStore(spec.rendezvous, groups.world_size)
+    return TorchCollectives(
+        backend="gloo", store=store, ranks=ranks, rank=spec.rank, name=name, deadline_s=START_DEADLINE_S
+    )

@@ -1,0 +1,202 @@
+"""What wakes a parked unit: any rank rings, every rank that waits goes on.
+
+Rings are numbered, because several may ring for the same waking: one that is late must not wake a unit that has parked again since.
+The number is that of the round which the waking begins (`serving.engine.unit`), so all ranks know it alike. Waiting takes no CPU.
+Implementations: `TcpBell` between processes, `serving.parallel.virtual.VirtualBell` between virtual ranks.
+
+    rank 0 listens; every other rank keeps one connection to it        a ring -> rank 0 -> everybody else
+    a connection that ends before `close` is a rank that is missing: rank 0 tells the others
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from serving.core.errors import StartupError
+from serving.parallel.collectives import Collectives, RanksMissing
+
+_WORD = struct.Struct("<q")
+_HELLO = struct.Struct("<16sq")
+_INVITATION_BYTES = 128
+
+
+class Bell(Protocol):
+    """One rank's end."""
+
+    def ring(self, number: int) -> None:
+        """Every rank's wait for `number`, or for one before it, returns, now or when it is made. From any thread."""
+
+    def wait(self, number: int, timeout_s: float | None) -> bool:
+        """Whether `number`, or a later one, has been rung; waits up to `timeout_s` for it (None: for ever). Raises RanksMissing."""
+
+    def tell(self, rung: Callable[[], None]) -> None:
+        """`rung` is called, from any thread, whenever a wait may have become shorter: for who waits for something else too."""
+
+    def close(self) -> None:
+        """The others' waits raise RanksMissing from now on, unless they have closed theirs."""
+
+
+class TcpBell:
+    """Joins the ranks of `world`, each in a process of its own, of one host or of several; returns or raises within `deadline_s`.
+
+    `host`: the address under which the others reach this rank; rank 0's is what counts. A rank is admitted by a token that
+    travels over `world`.
+    """
+
+    def __init__(self, world: Collectives, *, host: str, deadline_s: float) -> None:
+        """Raises StartupError, RanksMissing."""
+        self._ranks = world.ranks
+        self._rank = world.rank
+        self._rung = -1
+        self._missing: RanksMissing | None = None
+        self._closing = False
+        self._changed = threading.Condition()
+        self._sending = threading.Lock()
+        self._told: Callable[[], None] = _nobody
+        self._peers = self._join(world, host, deadline_s)
+        self._thread = threading.Thread(target=self._read, name=f"bell-{self._rank}", daemon=True)
+        self._thread.start()
+
+    def ring(self, number: int) -> None:
+        self._hear(number, sender=self._rank)
+
+    def wait(self, number: int, timeout_s: float | None) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._rung >= number or self._missing is not None, timeout_s)
+            if self._missing is not None:
+                raise self._missing
+            return self._rung >= number
+
+    def tell(self, rung: Callable[[], None]) -> None:
+        self._told = rung
+
+    def close(self) -> None:
+        self._closing = True
+        for connection in self._peers.values():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        for connection in self._peers.values():
+            connection.close()
+
+    def _join(self, world: Collectives, host: str, deadline_s: float) -> dict[int, socket.socket]:
+        """Connections by index in the world: rank 0's to everybody, everybody's to rank 0."""
+        invitation = torch.zeros(_INVITATION_BYTES, dtype=torch.uint8)
+        if self._rank:
+            world.broadcast(invitation, 0).wait()
+            return {0: _connected(bytes(invitation.tolist()), self._rank, self._ranks, deadline_s)}
+        with _listening(host) as listener:
+            token, address = os.urandom(16), listener.getsockname()
+            text = f"{address[1]} {address[0]}".encode()
+            invitation[: 16 + len(text)] = torch.frombuffer(bytearray(token + text), dtype=torch.uint8)
+            world.broadcast(invitation, 0).wait()
+            return _admitted(listener, token, self._ranks, deadline_s)
+
+    def _read(self) -> None:
+        """Until every connection has ended."""
+        with selectors.DefaultSelector() as selector:
+            for index, connection in self._peers.items():
+                selector.register(connection, selectors.EVENT_READ, index)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    index = key.data
+                    word = _received(self._peers[index], _WORD.size)
+                    if not word:
+                        selector.unregister(self._peers[index])
+                        word = _WORD.pack(-1 - index)
+                    if not self._closing:
+                        self._hear(_WORD.unpack(word)[0], sender=index)
+
+    def _hear(self, number: int, *, sender: int) -> None:
+        """A ring, or below 0 a rank that is missing; rank 0 passes it on."""
+        with self._changed:
+            if number >= 0:
+                self._rung = max(self._rung, number)
+            elif self._missing is None:
+                self._missing = RanksMissing(
+                    [self._ranks[-1 - number]], group="bell", reason="its connection has ended"
+                )
+            self._changed.notify_all()
+        if not self._rank or sender == self._rank:
+            with self._sending:
+                for index, connection in self._peers.items():
+                    if index != sender:
+                        with contextlib.suppress(OSError):  # its end is heard by `_read`
+                            connection.sendall(_WORD.pack(number))
+        self._told()
+
+
+def _nobody() -> None:
+    """Until there is somebody to tell."""
+
+
+def _listening(host: str) -> socket.socket:
+    try:
+        return socket.create_server((socket.gethostbyname(host), 0))
+    except OSError as error:
+        raise StartupError(f"cannot listen on {host}: {error}; give an address of this machine") from error
+
+
+def _connected(invitation: bytes, index: int, ranks: tuple[int, ...], deadline_s: float) -> socket.socket:
+    token, (port, host) = invitation[:16], invitation[16:].rstrip(b"\0").decode().split(" ", 1)
+    try:
+        connection = socket.create_connection((host, int(port)), deadline_s)
+        connection.sendall(_HELLO.pack(token, index))
+    except OSError as error:
+        raise RanksMissing([ranks[0]], group="bell", reason=f"{host}:{port}: {error}") from error
+    return _kept_alive(connection)
+
+
+def _admitted(
+    listener: socket.socket, token: bytes, ranks: tuple[int, ...], deadline_s: float
+) -> dict[int, socket.socket]:
+    """Connections of all other ranks. A stranger is sent away."""
+    admitted: dict[int, socket.socket] = {}
+    due_s = time.monotonic() + deadline_s
+    while len(admitted) < len(ranks) - 1:
+        listener.settimeout(max(1e-3, due_s - time.monotonic()))
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:
+            for joined in admitted.values():
+                joined.close()
+            absent = [rank for index, rank in enumerate(ranks) if index and index not in admitted]
+            raise RanksMissing(absent, group="bell", reason=f"deadline {deadline_s:g} s") from error
+        connection.settimeout(max(1e-3, due_s - time.monotonic()))
+        hello = _received(connection, _HELLO.size)
+        said, index = _HELLO.unpack(hello) if hello else (b"", 0)
+        if said == token and 0 < index < len(ranks):
+            admitted[index] = _kept_alive(connection)
+        else:
+            connection.close()
+    return admitted
+
+
+def _kept_alive(connection: socket.socket) -> socket.socket:
+    """The kernel finds out within some ten seconds that a host is gone."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return connection
+
+
+def _received(connection: socket.socket, num_bytes: int) -> bytes:
+    """b"": the connection has ended."""
+    with contextlib.suppress(OSError):
+        data = connection.recv(num_bytes, socket.MSG_WAITALL)
+        if len(data) == num_bytes:
+            return data
+    return b""

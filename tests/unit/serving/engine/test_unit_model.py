@@ -1,0 +1,96 @@
+"""A unit's text is one rank's text, whatever groups have work and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from serving.core.config import UnitTable
+from serving.engine.unit import MicroBatches
+from serving.parallel.collectives import RanksMissing
+from serving.parallel.virtual import Fault
+from tests.engine_factory import GREEDY, create_engine, create_loop, random_prompts
+from tests.unit.serving.engine.unit_loops import Arrival, run_unit
+
+NUM_NEW = 6
+LENGTHS = [1, 5, 40, 63, 64, 70, 90, 130, 2, 30, 65, 12]
+TP2_DP2 = UnitTable(tp=2, dp=2, ranks_per_node=2, redundant_experts=4)
+TP1_DP4 = UnitTable(tp=1, dp=4, ranks_per_node=4)
+SPLIT = MicroBatches(prefill_tokens=8, rows=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return random_prompts(LENGTHS, seed=3)
+
+
+@pytest.fixture(scope="module")
+def wanted(folder: Path, prompts: list[list[int]]) -> dict[int, list[int]]:
+    loop = create_loop(create_engine(folder), max_batched_tokens=48)
+    return dict(enumerate(loop.generate(prompts, GREEDY, NUM_NEW)))
+
+
+def _arrivals(prompts: list[list[int]], dp: int) -> list[list[Arrival]]:
+    """The last group has nothing; the second begins while the first is at work; after a pause there is more."""
+    numbers = [[*range(0, 12, dp - 1)], [*range(1, 12, dp - 1)], [*range(2, 12, dp - 1)]][: dp - 1]
+    return [
+        [
+            Arrival(round=4 * dp_rank + 30 * (i // 3), number=number, prompt=prompts[number], num_new=NUM_NEW)
+            for i, number in enumerate(of_group)
+        ]
+        for dp_rank, of_group in enumerate(numbers)
+    ] + [[]]
+
+
+@pytest.mark.parametrize(
+    ("table", "micro_batches", "by_nodes", "run_ahead"),
+    [
+        (TP2_DP2, None, False, False),
+        (TP2_DP2, SPLIT, True, True),
+        (TP1_DP4, None, False, True),
+        (TP1_DP4, SPLIT, False, False),
+    ],
+)
+def test_the_text_is_that_of_one_rank(
+    folder: Path,
+    prompts: list[list[int]],
+    wanted: dict[int, list[int]],
+    table: UnitTable,
+    micro_batches: MicroBatches | None,
+    by_nodes: bool,
+    run_ahead: bool,
+) -> None:
+    outcome = run_unit(
+        folder,
+        table,
+        _arrivals(prompts, table.dp),
+        micro_batches=micro_batches,
+        by_nodes=by_nodes,
+        run_ahead=run_ahead,
+    )
+    assert outcome.texts == wanted
+    assert len(set(outcome.num_rounds)) == 1
+
+
+def test_a_wrong_expert_of_a_rank_without_work_shows(
+    folder: Path, prompts: list[list[int]], wanted: dict[int, list[int]]
+) -> None:
+    outcome = run_unit(folder, TP1_DP4, _arrivals(prompts, 4), spoil_rank=3)
+    assert outcome.texts.keys() == wanted.keys()
+    assert outcome.texts != wanted
+
+
+@pytest.mark.parametrize(("rank", "call"), [(1, 60), (2, 200)])
+def test_a_rank_that_dies_in_a_step_ends_the_unit(folder: Path, prompts: list[list[int]], rank: int, call: int) -> None:
+    outcome = run_unit(folder, TP2_DP2, _arrivals(prompts, 2), faults=[Fault(rank=rank, call=call)])
+    named = {other: error.ranks for other, error in outcome.errors.items() if isinstance(error, RanksMissing)}
+    assert named.keys() == set(range(4))
+    assert all(rank in ranks for ranks in named.values())

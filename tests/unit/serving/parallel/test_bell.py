@@ -1,0 +1,110 @@
+"""The bell of a unit's processes, each played by a thread: numbered rings, strangers, and ranks that end."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.parallel.bell import TcpBell
+from serving.parallel.collectives import Done, Handle, RanksMissing, SingleRank
+
+DEADLINE_S = 10.0
+RANKS = (4, 5, 6)
+
+
+@dataclass
+class _Room:
+    """Where the threads exchange what rank 0 broadcasts."""
+
+    filled: threading.Event = field(default_factory=threading.Event)
+    invitation: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _World(SingleRank):
+    """A group as the bell needs it."""
+
+    room: _Room
+    index: int
+
+    def broadcast(self, tensor: Tensor, src: int) -> Handle:
+        if self.index == src:
+            self.room.invitation = tensor.clone()
+            self.room.filled.set()
+        assert self.room.filled.wait(DEADLINE_S)
+        tensor.copy_(self.room.invitation)
+        return Done()
+
+
+def _join(room: _Room, index: int, deadline_s: float) -> TcpBell:
+    world = _World(ranks=RANKS, room=room, index=index)
+    object.__setattr__(world, "rank", index)
+    return TcpBell(world, host="127.0.0.1", deadline_s=deadline_s)
+
+
+def _join_all(room: _Room, indices: Sequence[int], deadline_s: float = DEADLINE_S) -> list[TcpBell]:
+    with ThreadPoolExecutor(len(indices)) as pool:
+        return list(pool.map(lambda index: _join(room, index, deadline_s), indices))
+
+
+@pytest.fixture
+def bells() -> Iterator[list[TcpBell]]:
+    with ExitStack() as stack:
+        made = _join_all(_Room(), range(3))
+        for bell in made:
+            stack.callback(bell.close)
+        yield made
+
+
+@pytest.mark.parametrize("ringer", range(3))
+def test_a_ring_is_heard_by_all_and_ends_waits_for_it_and_those_before(bells: list[TcpBell], ringer: int) -> None:
+    assert not any(bell.wait(0, 0.0) for bell in bells)
+    bells[ringer].ring(5)
+    for bell in bells:
+        assert bell.wait(5, DEADLINE_S)
+        assert bell.wait(4, 0.0)
+        assert not bell.wait(6, 0.02)
+
+
+def test_who_waits_for_something_else_is_told(bells: list[TcpBell]) -> None:
+    told = threading.Event()
+    bells[2].tell(told.set)
+    bells[1].ring(0)
+    assert told.wait(DEADLINE_S)
+
+
+@pytest.mark.parametrize("gone", range(3))
+def test_a_rank_that_ends_is_named_in_every_wait(bells: list[TcpBell], gone: int) -> None:
+    bells[gone].close()
+    for index, bell in enumerate(bells):
+        if index != gone:
+            with pytest.raises(RanksMissing) as missing:
+                bell.wait(0, DEADLINE_S)
+            assert missing.value.ranks == (RANKS[gone],)
+
+
+def test_a_rank_that_does_not_join_is_named_and_a_stranger_is_not_admitted() -> None:
+    room = _Room()
+
+    def knock() -> None:
+        assert room.filled.wait(DEADLINE_S)
+        text = bytes(room.invitation.tolist())[16:].rstrip(b"\0").decode()
+        with socket.create_connection(("127.0.0.1", int(text.split()[0]))) as stranger:
+            stranger.sendall(bytes(24))
+            assert stranger.recv(1) == b""
+
+    with ThreadPoolExecutor(2) as pool:
+        knocking, joining = pool.submit(knock), pool.submit(_join, room, 1, DEADLINE_S)
+        with pytest.raises(RanksMissing) as missing:
+            _join(room, 0, 0.5)
+        knocking.result()
+        joining.result().close()
+    assert missing.value.ranks == (RANKS[2],)
