@@ -198,6 +198,7 @@ def without_feed_forward(model: DeepseekV3, layer: int) -> DeepseekV3:
     block.mlp = copy.copy(block.mlp)
     block.mlp.down = _zeroed(block.mlp.down)
     if isinstance(block.mlp, Moe):
+        assert block.mlp.shared is not None, "a single rank"
         block.mlp.shared = copy.copy(block.mlp.shared)
         block.mlp.shared.down = _zeroed(block.mlp.shared.down)
     return less

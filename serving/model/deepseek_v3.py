@@ -37,6 +37,7 @@ from serving.kernels.quant import Fp8Weight, QuantisedRows
 from serving.kernels.rows import context_slots, layer_rows, slots, unpack_fp8_rows
 from serving.model.batch import DecodeBatch, PrefillBatch
 from serving.model.config import ModelConfig
+from serving.model.expert_slots import ModelExpertSlots
 from serving.model.experts import Mlp, Moe
 from serving.model.kernels import OURS, KernelChoices
 from serving.model.microbatches import Pass, Sent, run
@@ -51,6 +52,7 @@ from serving.model.parallel import (
     scatter_sum,
     vocabulary_rows,
 )
+from serving.model.routing import Routing
 from serving.model.timeline import Timeline
 from serving.model.weight import Weight, keeps_fp8, new_weight
 from serving.parallel.collectives import Collectives
@@ -275,6 +277,7 @@ class Block:
         dense: bool,
         kernels: KernelChoices = OURS,
         parallel: Parallel = SINGLE,
+        routing: Routing | None = None,
     ) -> None:
         fp8 = keeps_fp8(config, dtype, device, parallel.tp.world_size)
         self.eps = config.rms_norm_eps
@@ -285,7 +288,10 @@ class Block:
         if dense:
             self.mlp = Mlp(config.hidden_size, config.intermediate_size, dtype, device, fp8=fp8, kernels=kernels)
         else:
-            self.mlp = Moe(config, dtype, device, fp8=fp8, kernels=kernels)
+            moe_layer = layer - config.num_dense_layers
+            self.mlp = Moe(
+                config, dtype, device, fp8=fp8, kernels=kernels, parallel=parallel, layer=moe_layer, routing=routing
+            )
 
     def prefill(
         self, x_TD: Tensor, sum_TD: Tensor | None, rope_T: Tensor, slots_T: Tensor, batch: PrefillBatch, kv_pool: Tensor
@@ -394,10 +400,10 @@ class DeepseekV3:
         self.kernels = kernels
         self.dtype = dtype
         self.embed = new_embedding(config, parallel.tp, dtype, device)
+        self.routing = Routing(config, parallel, device) if parallel.experts is not None else None
+        of_rank: dict[str, Any] = {"kernels": kernels, "parallel": parallel, "routing": self.routing}
         self.blocks = [
-            Block(
-                config, layer, dtype, device, dense=layer < config.num_dense_layers, kernels=kernels, parallel=parallel
-            )
+            Block(config, layer, dtype, device, dense=layer < config.num_dense_layers, **of_rank)
             for layer in range(config.num_layers)
         ]
         self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
@@ -405,14 +411,22 @@ class DeepseekV3:
         self.rope = Rope(config, device)
         self.mtp: Mtp | None = None
         if config.num_mtp_layers:
-            block = Block(config, config.num_layers, dtype, device, dense=False, kernels=kernels, parallel=parallel)
+            block = Block(config, config.num_layers, dtype, device, dense=False, **of_rank)
             self.mtp = Mtp(config, block, self.embed, self.head, self.rope, parallel.tp)
+
+    @property
+    def expert_slots(self) -> ModelExpertSlots:
+        """This rank's experts, for whoever moves them; `routing` is to be told afterwards."""
+        blocks = [*self.blocks, *([] if self.mtp is None else [self.mtp.block])]
+        return ModelExpertSlots([block.mlp for block in blocks if isinstance(block.mlp, Moe)])
 
     @property
     def captures_prefill(self) -> bool:
         """Whether `prefill` of prompts without a cached part reads nothing back, on a GPU."""
         config = self.config
-        return has_kernel(config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, self.dtype)
+        return self.routing is None and has_kernel(
+            config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, self.dtype
+        )
 
     @torch.inference_mode()
     def prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Tensor:

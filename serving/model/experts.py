@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +12,15 @@ from torch import Tensor
 from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear, linear_fp32, linear_silu_mul
 from serving.kernels.packed import pack
-from serving.kernels.quant import QuantisedRows
+from serving.kernels.quant import Fp8Weight, QuantisedRows
 from serving.kernels.topk import gate_topk
 from serving.model.config import ModelConfig
 from serving.model.kernels import OURS, KernelChoices
-from serving.model.microbatches import Pass
-from serving.model.weight import Weight, expert_of, new_weight
+from serving.model.microbatches import Pass, Sent
+from serving.model.parallel import SINGLE, Parallel
+from serving.model.routing import Routing
+from serving.model.weight import Weight, copy_weight, expert_of, new_weight
+from serving.parallel.dispatch import Arrived
 
 
 class Mlp:
@@ -46,7 +51,11 @@ class Mlp:
 
 
 class Moe:
-    """Routed experts chosen by the gate, plus the shared experts that every token takes. Nothing is dropped."""
+    """Routed experts chosen by the gate, plus the shared experts that every token takes. Nothing is dropped.
+
+    `layer` counts those with experts. `experts_here`: the logical expert in each slot of this rank. `shared` is None where the
+    shared expert is in a slot of some rank, as the last logical expert.
+    """
 
     def __init__(
         self,
@@ -56,25 +65,34 @@ class Moe:
         *,
         fp8: bool = False,
         kernels: KernelChoices = OURS,
+        parallel: Parallel = SINGLE,
+        layer: int = 0,
+        routing: Routing | None = None,
     ) -> None:
         self.config = config
+        self.layer = layer
+        self.routing = routing
+        self.experts_here = parallel.experts_here(config, layer)
+        num_slots = len(self.experts_here)
         hidden, inner, num_experts = config.hidden_size, config.moe_intermediate_size, config.num_routed_experts
         # The gate decides in fp32 whatever the compute dtype; of an fp64 model in fp64, so that batches do not change it.
         gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.gate = torch.empty(num_experts, hidden, dtype=gate_dtype, device=device)
         self._is_bf16 = dtype == torch.bfloat16
         self.gate_bias = torch.empty(num_experts, dtype=torch.float32, device=device)
-        # On CPU one matrix an expert, so that each can be packed as soon as it is loaded; else stacked over E.
+        # On CPU one matrix a slot, so that each can be packed as soon as it is loaded; else stacked.
         self.gate_up: Weight | list[Tensor]
         self.down: Weight | list[Tensor]
         if device.type == "cpu" and not fp8:
-            self.gate_up = [torch.empty(2 * inner, hidden, dtype=dtype) for _ in range(num_experts)]
-            self.down = [torch.empty(hidden, inner, dtype=dtype) for _ in range(num_experts)]
+            self.gate_up = [torch.empty(2 * inner, hidden, dtype=dtype) for _ in range(num_slots)]
+            self.down = [torch.empty(hidden, inner, dtype=dtype) for _ in range(num_slots)]
         else:
             kind: dict[str, Any] = {"dtype": dtype, "device": device, "fp8": fp8, "library": kernels.grouped_fp8}
-            self.gate_up = new_weight(num_experts, 2 * inner, hidden, **kind)
-            self.down = new_weight(num_experts, hidden, inner, **kind)
-        self.shared = Mlp(hidden, config.shared_intermediate_size, dtype, device, fp8=fp8, kernels=kernels)
+            self.gate_up = new_weight(num_slots, 2 * inner, hidden, **kind)
+            self.down = new_weight(num_slots, hidden, inner, **kind)
+        self.shared: Mlp | None = None
+        if not parallel.shared_is_routed:
+            self.shared = Mlp(hidden, config.shared_intermediate_size, dtype, device, fp8=fp8, kernels=kernels)
 
     def pack_gate(self) -> None:
         """Once loaded: into the layout that the products read fastest."""
@@ -84,26 +102,56 @@ class Moe:
             self.gate = rounded if torch.equal(rounded.to(torch.float32), self.gate) else self.gate
         self.gate = pack(self.gate)
 
-    def pack_expert(self, expert: int) -> None:
-        """The same for one routed expert."""
-        if isinstance(self.gate_up, list) and isinstance(self.down, list):
-            self.gate_up[expert] = pack(self.gate_up[expert])
-            self.down[expert] = pack(self.down[expert])
+    def slots_of(self, expert: int) -> list[int]:
+        """Slots of this rank that hold a logical expert."""
+        return [slot for slot, other in enumerate(self.experts_here) if other == expert]
 
-    def expert(self, expert: int) -> tuple[Weight, Weight]:
-        """gate_up [2I, D] and down [D, I] of one routed expert, as views."""
+    def pack_expert(self, slot: int, *copies: int) -> None:
+        """The same for one expert, which `copies` get too."""
         if isinstance(self.gate_up, list) and isinstance(self.down, list):
-            return self.gate_up[expert], self.down[expert]
+            self.gate_up[slot] = pack(self.gate_up[slot])
+            self.down[slot] = pack(self.down[slot])
+            for copy in copies:
+                self.gate_up[copy], self.down[copy] = self.gate_up[slot], self.down[slot]
+            return
+        for copy in copies:
+            for into, source in zip(self.expert(copy), self.expert(slot), strict=True):
+                copy_weight(into, source)
+
+    def write_expert(self, slot: int, gate_up: Tensor, down: Tensor, scales: Sequence[Tensor]) -> None:
+        """Plain tensors into a slot; `scales` are theirs, of FP8 weights."""
+        if isinstance(self.gate_up, list) and isinstance(self.down, list):
+            # Copies share memory, so what is here is replaced.
+            self.gate_up[slot], self.down[slot] = pack(gate_up.clone()), pack(down.clone())
+            return
+        for index, (into, values) in enumerate(zip(self.expert(slot), (gate_up, down), strict=True)):
+            source = replace(into, quantised=values, scales=scales[index]) if isinstance(into, Fp8Weight) else values
+            copy_weight(into, source)
+
+    def expert(self, slot: int) -> tuple[Weight, Weight]:
+        """gate_up [2I, D] and down [D, I] of the expert in a slot, as views."""
+        if isinstance(self.gate_up, list) and isinstance(self.down, list):
+            return self.gate_up[slot], self.down[slot]
         assert not isinstance(self.gate_up, list)
         assert not isinstance(self.down, list)
-        return expert_of(self.gate_up, expert), expert_of(self.down, expert)
+        return expert_of(self.gate_up, slot), expert_of(self.down, slot)
 
     def forward(self, x_TD: Tensor, rows: QuantisedRows | None = None) -> Pass:
         """[T, D]. `rows`: x quantised, for FP8 weights."""
         x = x_TD if rows is None else rows
-        shared = self.shared.gate_up, self.shared.down
-        yield from ()
-        return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), shared)
+        if self.routing is None:
+            assert self.shared is not None, "a rank that holds all experts holds the shared one"
+            shared = self.shared.gate_up, self.shared.down
+            return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), shared)
+        sending = self.routing.send(self.layer, x, *self.choose(x_TD))
+        # While the counts travel; then the rows do.
+        shared_TD = None if self.shared is None else self.shared.forward(x)
+        sending.advance()
+        arrived: Arrived[Tensor | QuantisedRows] = yield Sent(name="dispatch", wait=sending.wait)
+        y_RD = grouped_mlp(arrived.x_RD, self.gate_up, self.down, arrived.slots_RK, arrived.weights_RK)
+        returning = self.routing.dispatch.give_back(sending, y_RD)
+        routed_TD: Tensor = yield Sent(name="combine", wait=returning.wait)
+        return routed_TD if shared_TD is None else routed_TD.add_(shared_TD)
 
     def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, K] and their weights fp32 [T, K]."""

@@ -130,9 +130,23 @@ def _moe(prefix: str, moe: Moe) -> Iterator[Part]:
     }
     yield moe.pack_gate, gate
     for expert in range(moe.config.num_routed_experts):
-        targets = dict(_mlp(f"{prefix}experts.{expert}.", *moe.expert(expert)))
-        yield partial(moe.pack_expert, expert), targets
-    yield moe.shared.pack, dict(_mlp(prefix + "shared_experts.", moe.shared.gate_up, moe.shared.down))
+        yield _expert(f"{prefix}experts.{expert}.", moe, expert)
+    if moe.shared is None:
+        yield _expert(prefix + "shared_experts.", moe, moe.config.num_routed_experts)
+    else:
+        yield moe.shared.pack, dict(_mlp(prefix + "shared_experts.", moe.shared.gate_up, moe.shared.down))
+
+
+def _expert(prefix: str, moe: Moe, expert: int) -> Part:
+    """A logical expert, into the first of its slots here; of one that others hold, nothing."""
+    if slots := moe.slots_of(expert):
+        return partial(moe.pack_expert, *slots), dict(_mlp(prefix, *moe.expert(slots[0])))
+    hidden, inner = moe.config.hidden_size, moe.config.moe_intermediate_size
+    shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    return None, {
+        f"{prefix}{name}.weight": Target(into=moe.gate_bias.new_empty(0, shape[1]), whole=shape, quantised=True)
+        for name, shape in shapes.items()
+    }
 
 
 def _mlp(prefix: str, gate_up: Weight, down: Weight) -> Iterator[tuple[str, Target]]:

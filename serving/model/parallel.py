@@ -20,13 +20,26 @@ from torch import Tensor
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
 from serving.parallel.collectives import Collectives, SingleRank
+from serving.parallel.dispatch import Dispatch
+from serving.parallel.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Parallel:
-    """One rank's place in its unit. `tp`: its end of the TP group."""
+    """One rank's place in its unit.
+
+    `tp`: its end of the TP group. `experts`: its end of the dispatch of the EP group, whose rank `ep_rank` it is; None: it holds
+    all experts itself. `placement`: the logical expert in each slot of the EP group, of each layer with experts (the MTP layer is
+    the last). `shared_is_routed`: the shared expert is the last logical expert, which every token selects. `near`: EP ranks
+    whose copies of an expert are taken first.
+    """
 
     tp: Collectives = field(default_factory=SingleRank)
+    experts: Dispatch | None = None
+    placement: Placement | None = None
+    ep_rank: int = 0
+    shared_is_routed: bool = False
+    near: range | None = None
 
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError where the model does not divide so."""
@@ -34,9 +47,35 @@ class Parallel:
             raise ConfigError(
                 f"tp = {self.tp.world_size} does not divide the model's {config.num_heads} heads; choose a tp that does"
             )
+        if self.shared_is_routed and config.num_shared_experts != 1:
+            raise ConfigError(
+                f"the model has {config.num_shared_experts} shared experts, and only one can be routed; let every rank hold them"
+            )
+        assert (self.experts is None) == (self.placement is None), "a dispatch goes by a placement"
+        if self.placement is not None:
+            wanted = num_moe_layers(config), config.num_routed_experts + self.shared_is_routed
+            placed = len(self.placement.slots), self.placement.num_experts
+            if placed != wanted:
+                raise ConfigError(
+                    f"the placement is of {placed[0]} layers and {placed[1]} experts, the model has {wanted[0]} and {wanted[1]}; "
+                    "make one for this model"
+                )
+
+    def experts_here(self, config: ModelConfig, layer: int) -> list[int]:
+        """The logical expert in each slot of this rank; `layer` counts those with experts."""
+        if self.placement is None:
+            return list(range(config.num_routed_experts))
+        first = self.ep_rank * self.placement.slots_per_gpu
+        experts: list[int] = self.placement.slots[layer, first : first + self.placement.slots_per_gpu].tolist()
+        return experts
 
 
 SINGLE = Parallel()
+
+
+def num_moe_layers(config: ModelConfig) -> int:
+    """Layers with experts, the MTP layer among them."""
+    return config.num_layers - config.num_dense_layers + config.num_mtp_layers
 
 
 def shares(num_tokens: int, tp: int) -> list[int]:

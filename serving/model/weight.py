@@ -55,3 +55,14 @@ def expert_of(weight: Weight, expert: int) -> Weight:
     if isinstance(weight, Fp8Weight):
         return replace(weight, quantised=weight.quantised[expert], scales=weight.scales[expert])
     return weight[expert]
+
+
+def copy_weight(into: Weight, source: Weight) -> None:
+    """Both of one kind and shape."""
+    if isinstance(into, Fp8Weight) and isinstance(source, Fp8Weight):
+        into.quantised.copy_(source.quantised)
+        into.scales.copy_(source.scales)
+        return
+    assert isinstance(into, Tensor)
+    assert isinstance(source, Tensor)
+    into.copy_(source)

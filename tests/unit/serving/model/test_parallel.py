@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,16 +16,20 @@ from torch import Tensor
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
+from serving.model.experts import Moe
 from serving.model.parallel import SINGLE, Parallel, shares
 from serving.model.weights import load_weights
 from serving.parallel.collectives import SingleRank
+from serving.parallel.dispatch import DirectDispatch, Dispatch, HierarchicalDispatch
 from serving.parallel.groups import Groups
+from serving.parallel.placement import Placement
 from serving.parallel.virtual import VirtualCollectives, VirtualUnit
 from tests.model_factory import make_checkpoint
 from tests.unit.serving.model.paged import Paged
 
 FP64, FP32 = 1e-9, 1e-4
 VOCAB = 131
+NUM_EXPERTS = 8
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": VOCAB}
 
 # Of each DP group, what its steps are: tokens of each text that a prefill computes, or the texts that decode one more.
@@ -134,13 +140,49 @@ class Counted:
         return getattr(self._group, name)
 
 
+def placement(ep: int, slots_per_gpu: int, *, shared_is_routed: bool = False) -> Placement:
+    """Of the MoE layers and the MTP layer, in no order, the slots that are left for copies of any expert."""
+    num_experts, num_slots = NUM_EXPERTS + shared_is_routed, ep * slots_per_gpu
+    random = np.random.default_rng(5)
+    slots = [
+        random.permutation(np.r_[np.arange(num_experts), random.integers(num_experts, size=num_slots - num_experts)])
+        for _ in range(3)
+    ]
+    return Placement(slots=np.array(slots), num_experts=num_experts, num_gpus=ep)
+
+
+def parallel_of(
+    world: VirtualCollectives, groups: Groups, placed: Placement | None, shared_is_routed: bool, calls: list[str]
+) -> Parallel:
+    """A rank's place; across nodes the dispatch goes by rails."""
+
+    def group(name: str, ranks: Sequence[int]) -> Any:
+        return Counted(world.subgroup(ranks, name), name, calls)
+
+    rank = world.rank
+    tp = group("tp", groups.tp_group(rank))
+    if placed is None:
+        return Parallel(tp=tp)
+    dispatch: Dispatch
+    if groups.num_nodes > 1:
+        rail, node = group("rail", groups.rail_group(rank)), group("node", groups.node_group(rank))
+        dispatch = HierarchicalDispatch(rail, node, placed.slots_per_gpu)
+    else:
+        dispatch = DirectDispatch(group("ep", groups.ep_group(rank)), placed.slots_per_gpu)
+    ep_rank = groups.coordinates(rank).ep_rank
+    return Parallel(tp=tp, experts=dispatch, placement=placed, ep_rank=ep_rank, shared_is_routed=shared_is_routed)
+
+
 def play_unit(
     folder: Path,
     groups: Groups,
     dtype: torch.dtype,
     *,
+    placed: Placement | None = None,
+    shared_is_routed: bool = False,
     num_micro_batches: int = 1,
     spoil: Callable[[int, DeepseekV3], None] = lambda rank, model: None,
+    meanwhile: Callable[[int, DeepseekV3, VirtualCollectives], None] = lambda rank, model, world: None,
     calls: dict[int, list[str]] | None = None,
 ) -> list[list[Tensor]]:
     """`play` on every rank, each with its DP group's script."""
@@ -149,10 +191,11 @@ def play_unit(
     def main(world: VirtualCollectives) -> list[Tensor]:
         rank = world.rank
         noted = [] if calls is None else calls.setdefault(rank, [])
-        tp: Any = Counted(world.subgroup(groups.tp_group(rank), "tp"), "tp", noted)
+        parallel = parallel_of(world, groups, placed, shared_is_routed, noted)
         with torch.inference_mode():
-            model = load_weights(folder, config, dtype, parallel=Parallel(tp=tp))
+            model = load_weights(folder, config, dtype, parallel=parallel)
             spoil(rank, model)
+            meanwhile(rank, model, world)
             return play(model, groups.coordinates(rank).dp_rank, num_micro_batches)
 
     return VirtualUnit(groups).run(main)
@@ -165,11 +208,14 @@ def wanted(folder: Path, dtype: torch.dtype, group: int) -> list[Tensor]:
         return play(load_weights(folder, ModelConfig.from_folder(folder), dtype), group)
 
 
-def gap(folder: Path, groups: Groups, dtype: torch.dtype, got: Sequence[Sequence[Tensor]]) -> float:
-    """The largest difference of any rank's logits from the single rank's."""
+def gap(
+    folder: Path, groups: Groups, dtype: torch.dtype, got: Sequence[Sequence[Tensor]], *, drafts: bool = True
+) -> float:
+    """The largest difference of any rank's logits from the single rank's, of drafts too."""
     worst = 0.0
     for rank, ours in enumerate(got):
-        for mine, single in zip(ours, wanted(folder, dtype, groups.coordinates(rank).dp_rank), strict=True):
+        singles = wanted(folder, dtype, groups.coordinates(rank).dp_rank)
+        for mine, single in zip(ours, singles if drafts else singles[:-1], strict=True):
             assert mine.shape == single.shape
             worst = max(worst, *(mine - single).abs().flatten().tolist(), 0.0)
             assert bool(torch.isfinite(mine).all())
@@ -181,13 +227,94 @@ def test_tensor_parallel_ranks_equal_one(folders: Callable[..., Path], tp: int, 
     folder, groups = folders(q_lora_rank=q_lora_rank), Groups(tp=tp, dp=1, ep=1, ranks_per_node=tp)
     calls: dict[int, list[str]] = {}
     assert gap(folder, groups, torch.float64, play_unit(folder, groups, torch.float64, calls=calls)) < FP64
-    assert len(calls[0]) > 50
+    assert len(calls[0]) >= 45
     assert all(ours == calls[0] for ours in calls.values())
 
 
 def test_two_tensor_parallel_ranks_equal_one_in_fp32(folders: Callable[..., Path]) -> None:
     folder, groups = folders(q_lora_rank=48), Groups(tp=2, dp=1, ep=1, ranks_per_node=2)
     assert gap(folder, groups, torch.float32, play_unit(folder, groups, torch.float32)) < FP32
+
+
+EXPERT_PARALLEL = {
+    "TP2 x DP2, EP4": (Groups(tp=2, dp=2, ep=4, ranks_per_node=4), 2, False, 48),
+    "TP2 x DP2, EP4 on 2 nodes, redundant experts": (Groups(tp=2, dp=2, ep=4, ranks_per_node=2), 3, False, None),
+    "TP1 x DP4, EP4, routed shared expert": (Groups(tp=1, dp=4, ep=4, ranks_per_node=4), 4, True, 48),
+    "TP4 x DP1, EP2, redundant experts": (Groups(tp=4, dp=1, ep=2, ranks_per_node=4), 6, False, 48),
+}
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("name", EXPERT_PARALLEL)
+def test_expert_parallel_ranks_equal_one(folders: Callable[..., Path], name: str, num_micro_batches: int) -> None:
+    groups, slots_per_gpu, shared_is_routed, q_lora_rank = EXPERT_PARALLEL[name]
+    folder, calls = folders(q_lora_rank=q_lora_rank), dict[int, list[str]]()
+    got = play_unit(
+        folder,
+        groups,
+        torch.float64,
+        placed=placement(groups.ep, slots_per_gpu, shared_is_routed=shared_is_routed),
+        shared_is_routed=shared_is_routed,
+        num_micro_batches=num_micro_batches,
+        calls=calls,
+    )
+    assert gap(folder, groups, torch.float64, got) < FP64
+    # Some groups have no tokens in a step, one has none at all: they call what the others call.
+    assert len(calls[0]) >= 45
+    assert all(ours == calls[0] for ours in calls.values())
+
+
+def test_expert_parallel_ranks_equal_one_in_fp32(folders: Callable[..., Path]) -> None:
+    groups, folder = Groups(tp=2, dp=2, ep=4, ranks_per_node=4), folders(q_lora_rank=48)
+    got = play_unit(folder, groups, torch.float32, placed=placement(4, 3), num_micro_batches=2)
+    assert gap(folder, groups, torch.float32, got) < FP32
+
+
+def test_one_wrong_expert_shows_in_other_groups(folders: Callable[..., Path]) -> None:
+    groups, folder = Groups(tp=1, dp=4, ep=4, ranks_per_node=4), folders(q_lora_rank=48)
+
+    def spoil(rank: int, model: DeepseekV3) -> None:
+        # Of the group that has no tokens itself.
+        if rank == 3:
+            gate_up, _ = moe_of(model, 1).expert(0)
+            assert isinstance(gate_up, Tensor)
+            gate_up[3] *= 1.5
+
+    got = play_unit(folder, groups, torch.float64, placed=placement(4, 2), spoil=spoil)
+    assert gap(folder, groups, torch.float64, got) > 1e-4
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_experts_that_change_places_change_nothing(folders: Callable[..., Path], spoiled: bool) -> None:
+    groups, folder, before = Groups(tp=1, dp=2, ep=2, ranks_per_node=2), folders(q_lora_rank=48), placement(2, 5)
+    after = Placement(slots=before.slots[:, ::-1], num_experts=NUM_EXPERTS, num_gpus=2)
+    held: dict[tuple[int, int, int], tuple[list[Tensor], int]] = {}
+
+    def exchange(rank: int, model: DeepseekV3, world: VirtualCollectives) -> None:
+        """Every slot gets what the mirrored slot of the other rank held."""
+        experts = model.expert_slots
+        assert (experts.num_layers, experts.num_slots) == (3, 5)
+        for layer, slot in itertools.product(range(3), range(5)):
+            held[rank, layer, slot] = experts.read(layer, slot), experts.checksum(layer, slot)
+        world.barrier()
+        for layer, slot in itertools.product(range(3), range(5)):
+            tensors, checksum = held[1 - rank, layer, 4 - slot]
+            experts.write(layer, slot, [tensor * 1.1 for tensor in tensors] if spoiled and layer == 2 else tensors)
+            assert (experts.checksum(layer, slot) == checksum) != (spoiled and layer == 2)
+        assert model.routing is not None
+        model.routing.place(after)
+        world.barrier()
+
+    got = play_unit(folder, groups, torch.float32, placed=before, meanwhile=exchange)
+    # What is spoiled is the MTP layer, and of that only drafts depend on it.
+    assert (gap(folder, groups, torch.float32, got) < FP32) != spoiled
+    assert gap(folder, groups, torch.float32, [logits[:-1] for logits in got], drafts=False) < FP32
+
+
+def moe_of(model: DeepseekV3, block: int) -> Moe:
+    moe = model.blocks[block].mlp
+    assert isinstance(moe, Moe)
+    return moe
 
 
 def test_ranks_read_their_parts_of_an_fp8_folder(folders: Callable[..., Path]) -> None:
