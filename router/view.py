@@ -136,7 +136,7 @@ class View:
         return self._workers.get(worker_id)
 
     def apply(self, roster: Roster, now_s: float) -> RosterChange:
-        """Take over what the supervisor says. A worker without an endpoint yet is not in the view."""
+        """Take over what the supervisor says. A worker without an endpoint yet, or that leads no DP group, is not in the view."""
         listed = {info.address.worker_id: info for info in roster.workers if _reachable(info)}
         left = [worker for worker in self if not _same_life(worker, listed.get(worker.worker_id))]
         for worker in left:
@@ -169,7 +169,7 @@ class View:
 
 
 def _reachable(info: WorkerInfo) -> bool:
-    return info.state != "dead" and bool(info.address.endpoint)
+    return info.leads and info.state != "dead" and bool(info.address.endpoint)
 
 
 def _same_life(worker: Worker, info: WorkerInfo | None) -> bool:

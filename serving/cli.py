@@ -91,12 +91,16 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _check_config(options: argparse.Namespace) -> int:
+    from serving.cluster.sizes import describe_units
+
     config = load_config(options.file)
+    described = describe_units(config)
     for table, keys in to_dict(config).items():
         print(f"[{table}]")
         for key, value in keys.items():
             hidden = value and is_secret(table, key)
             print(f"# {key}: {len(value)} in force, not shown" if hidden else f"{key} = {_toml(value)}")
+    print("\n".join(["", *(f"# {line}" for line in described)]))
     return 0
 
 
@@ -137,7 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         _add_server_options(command)
     commands.add_parser("chat", help="talk to a server", add_help=False)
     commands.add_parser("bench", help="measure: " + ", ".join(_BENCHMARKS), add_help=False)
-    check = commands.add_parser("check-config", help="read a configuration file and print all settings in force")
+    check = commands.add_parser(
+        "check-config", help="read a configuration file, print all settings in force and what its units come to"
+    )
     check.add_argument("file", type=Path, metavar="FILE")
     return parser
 

@@ -100,7 +100,8 @@ def _devices(config: Config) -> Finding:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     num_cores = len(os.sched_getaffinity(0))
     ranks = [rank for unit in plan_units(config, num_cores=num_cores, num_gpus=num_gpus) for rank in unit.ranks]
-    found = f"{num_gpus} GPUs, {num_cores} cores for {len(ranks)} workers of {', '.join(str(rank.num_threads) for rank in ranks)} threads"
+    threads = " or ".join(str(number) for number in sorted({rank.num_threads for rank in ranks}))
+    found = f"{num_gpus} GPUs, {num_cores} cores for {len(ranks)} workers of {threads} threads"
     missing_gpu = config.model.device == "cuda" and not num_gpus
     return Finding(
         "devices",

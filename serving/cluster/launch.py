@@ -24,7 +24,14 @@ from urllib.parse import urlsplit
 from serving.cluster.directory import directory_mailbox
 from serving.cluster.display import Display
 from serving.cluster.placement import UnitPlan, count_ranks, plan_units
-from serving.cluster.preflight import check_model_folder, check_ports, resolve_model_dir, router_ports
+from serving.cluster.preflight import (
+    check_model_folder,
+    check_ports,
+    check_units,
+    num_hosts,
+    resolve_model_dir,
+    router_ports,
+)
 from serving.cluster.process import adopt_orphans, end_descendants
 from serving.cluster.ray_head import NAMESPACE, RayHead
 from serving.cluster.router_process import RouterProcess
@@ -88,7 +95,9 @@ def serve(config: Config, display: Display) -> int:
         check_ports(config)
         display.step(f"checking {model_dir}")
         check_model_folder(model_dir, config)
-        units = plan_units(config, num_cores=len(os.sched_getaffinity(0)), num_gpus=_num_gpus(config))
+        num_gpus = _num_gpus(config)
+        units = plan_units(config, num_cores=len(os.sched_getaffinity(0)), num_gpus=num_gpus)
+        check_units(config, model_dir, units, num_gpus=num_gpus)
         adopt_orphans()
         _serve(config, model_dir, units, display, stop)
     except BaseException as error:
@@ -107,7 +116,7 @@ def serve(config: Config, display: Display) -> int:
 def _serve(config: Config, model_dir: Path, units: tuple[UnitPlan, ...], display: Display, stop: StopSignals) -> None:
     display.step("starting Ray")
     num_ranks = sum(len(unit.ranks) for unit in units)
-    with RayHead(num_cpus=num_ranks, num_gpus=_num_gpus(config)) as head:
+    with RayHead(num_cpus=num_ranks, num_gpus=_num_gpus(config), num_nodes=num_hosts(units)) as head:
         stop.only_count()
         stop.install()
         cluster = Cluster(config, model_dir, units, head, display, stop)
@@ -214,7 +223,12 @@ class Cluster:
         from serving.cluster.supervisor import SUPERVISOR_ID, ClusterSpec, Supervisor
 
         spec = ClusterSpec(
-            host=_LOOPBACK, secret=self._secret, model_dir=str(self._model_dir), config=self._config, units=self._units
+            host=_LOOPBACK,
+            secret=self._secret,
+            model_dir=str(self._model_dir),
+            rendezvous_dir=str(self._head.rendezvous_dir),
+            config=self._config,
+            units=self._units,
         )
         options = {
             "name": SUPERVISOR_ID,

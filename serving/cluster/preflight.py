@@ -1,14 +1,16 @@
-"""What can be known to be wrong before a single process is started: the model folder and the ports.
+"""What can be known to be wrong before a single process is started: the model folder, the units and the ports.
 
 Every fault is a BatonError of one line that says what to do.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from pathlib import Path
 
-from serving.core.config import Config
+from serving.cluster.placement import UnitPlan
+from serving.core.config import Config, UnitTable, unit_table
 from serving.core.errors import ModelFolderError, StartupError
 
 
@@ -39,6 +41,46 @@ def check_model_folder(folder: Path, config: Config) -> None:
 
     check_weights(folder, ModelConfig.from_folder(folder))
     Tokenizer.from_folder(folder)
+
+
+def check_units(config: Config, folder: Path, units: tuple[UnitPlan, ...], *, num_gpus: int) -> None:
+    """Sizes that the model in `folder` does not fit (ConfigError), more ranks than GPUs here, sizes that are not served yet (StartupError)."""
+    from serving.model.config import ModelConfig
+    from serving.model.units import shape_of
+
+    model = ModelConfig.from_folder(folder)
+    for role in dict.fromkeys(unit.role for unit in units):
+        shape_of(unit_table(config, role), model)
+    check_served(config)
+    num_ranks, num_nodes = sum(len(unit.ranks) for unit in units), num_hosts(units)
+    shared = all(len(unit.ranks) == 1 for unit in units)
+    if num_gpus and not shared and (num_nodes > 1 or num_ranks > num_gpus):
+        raise StartupError(
+            f"{num_ranks} ranks with a GPU each, on {num_nodes} nodes at least, do not fit this machine of {num_gpus} GPUs; "
+            "lower units, tp or dp, or set model.device to cpu"
+        )
+
+
+def num_hosts(units: tuple[UnitPlan, ...]) -> int:
+    """Nodes without which some unit has no place."""
+    return max(unit.groups.num_nodes for unit in units)
+
+
+_ALONE = UnitTable(ep=1)
+_NOT_SERVED = ("tp", "ep", "microbatches", "redundant_experts", "hosted_slots", "shared_expert_routed", "kv_sharding")
+
+
+def check_served(config: Config) -> None:
+    """The one place that knows that the engine's ranks compute alone as yet: these keys would otherwise be passed over in silence."""
+    for name, table in (("prefill", config.prefill), ("decode", config.decode)):
+        asked = dataclasses.replace(table, ep=table.ep or table.tp * table.dp)
+        for key in _NOT_SERVED:
+            value, served = getattr(asked, key), getattr(_ALONE, key)
+            if value != served:
+                raise StartupError(
+                    f"[{name}] {key} = {str(value).lower()}: in this build every rank computes alone, with all heads, all experts once "
+                    f"and one batch at a time; set {key} to {str(served).lower()}"
+                )
 
 
 def router_ports(config: Config) -> list[int]:

@@ -77,6 +77,10 @@ class LoadProgress:
 class Rank:
     """One life of one worker."""
 
+    def gpu(self) -> str:
+        """Which of its node's GPUs Ray shows it; asked before `run`."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
     def run(self, spec: WorkerSpec) -> Iterator[RankEvent]:
         """Ends when the worker was drained; after a failure the process exits."""
         logging.basicConfig(

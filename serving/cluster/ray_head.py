@@ -4,6 +4,8 @@
 
 Ray's own start-up brings a log monitor, an autoscaler and a dashboard process, and no way to leave them out. We read no logs through Ray,
 scale nothing by it and have a router for HTTP, so the three are ended right after the start: together 1.1 % of a core and 250 MB, idle.
+
+Units of several nodes run on this one machine all the same: each further node is one more raylet, which Ray takes for a machine.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -23,6 +26,7 @@ from serving.cluster import guard
 from serving.core.errors import StartupError
 
 NAMESPACE = "baton"
+_LOOPBACK = "127.0.0.1"
 _UNUSED = ("log_monitor.py", "autoscaler/_private/monitor.py", "dashboard/dashboard.py")
 _NEEDED = ("gcs_server", "raylet")
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
@@ -76,17 +80,23 @@ _ENVIRONMENT = {
 
 
 class RayHead:
-    """Ray's head node as children of this process. One a process at a time; owns the environment variables that Ray reads."""
+    """Ray's head node as children of this process. One a process at a time; owns the environment variables that Ray reads.
 
-    def __init__(self, *, num_cpus: int, num_gpus: int) -> None:
+    `num_nodes` above 1: as if there were so many machines, each with `num_cpus` and `num_gpus`.
+    """
+
+    def __init__(self, *, num_cpus: int, num_gpus: int, num_nodes: int = 1) -> None:
         self._num_cpus = num_cpus
         self._num_gpus = num_gpus
+        self._num_nodes = num_nodes
+        self._further: list[Any] = []
         self.folder = Path()
         self._processes: list[psutil.Process] = []
 
     def __enter__(self) -> RayHead:
         """Raises StartupError if Ray does not come up."""
         self.folder = _private_folder()
+        self.rendezvous_dir.mkdir()
         self._guard = subprocess.Popen(
             [sys.executable, "-S", "-E", guard.__file__, str(self.folder)],
             stdin=subprocess.PIPE,
@@ -105,6 +115,11 @@ class RayHead:
         self._stop()
 
     @property
+    def rendezvous_dir(self) -> Path:
+        """Where the ranks of a unit find each other."""
+        return self.folder / "rendezvous"
+
+    @property
     def alive(self) -> bool:
         """False: one of Ray's own processes has ended, and with it what Ray can do for us."""
         return all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._processes)
@@ -117,7 +132,9 @@ class RayHead:
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):  # would lead to somebody else's cluster
             os.environ.pop(name, None)
         import ray
+        from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
+        AuthenticationTokenLoader.instance().reset_cache()  # the token of a head that this process had before
         try:
             ray.init(
                 address="local",
@@ -130,9 +147,11 @@ class RayHead:
                 namespace=NAMESPACE,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _temp_dir=str(self.folder / "r"),
-                _node_ip_address="127.0.0.1",
+                _node_ip_address=_LOOPBACK,
                 _system_config=_SYSTEM_CONFIG,
             )
+            for _ in range(1, self._num_nodes):
+                self._further.append(self._further_node())
         except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
             reason = " ".join(str(error).split())
             raise StartupError(f"Ray does not start: {reason}; `baton doctor` shows what is missing") from error
@@ -144,9 +163,31 @@ class RayHead:
                 elif process.name() in _NEEDED:
                     self._processes.append(process)
 
+    def _further_node(self) -> Any:
+        """As ray.cluster_utils adds one to its clusters, bound to the life of this process."""
+        import ray
+        from ray._private.node import Node
+        from ray._private.parameter import RayParams
+
+        parameters = RayParams(
+            gcs_address=ray._private.worker._global_node.gcs_address,
+            node_ip_address=_LOOPBACK,
+            node_manager_port=0,
+            min_worker_port=0,
+            max_worker_port=0,
+            num_cpus=self._num_cpus,
+            num_gpus=self._num_gpus,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            temp_dir=str(self.folder / "r"),
+            include_log_monitor=False,
+        )
+        return Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=True)
+
     def _stop(self) -> None:
         import ray
 
+        for node in self._further:
+            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
         ray.shutdown()
         self._guard.communicate(timeout=_GUARD_TIMEOUT_S)
 

@@ -2,19 +2,21 @@
 
     starting -> ready -> draining -> (gone)          starting | ready -> dead -> starting, in the next incarnation
 
-A new incarnation starts only when the process of the one before has ended for certain. A rank that has never been ready is not restarted:
-what is wrong with it will be wrong again, and whoever starts the cluster wants to hear of it. It knows ranks, not requests.
+The ranks of a unit live and die as one: it is ready when all of them are, and the end of one is the end of the others. A new incarnation
+starts only when every process of the one before has ended for certain. A unit that has never been ready is not restarted: what is wrong
+with it will be wrong again, and whoever starts the cluster wants to hear of it. It knows ranks, not requests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serving.cluster.directory import directory_mailbox
-from serving.cluster.placement import RankPlan, UnitPlan
+from serving.cluster.placement import RankPlan, UnitPlan, by_gpu
 from serving.cluster.process import wait_for_end
 from serving.cluster.rank import Rank, RankEvent
 from serving.cluster.ray_head import NAMESPACE
@@ -45,41 +47,68 @@ _RECOVERED_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
-    """What a supervisor is told. `host` is the address that workers and directory listen on."""
+    """What a supervisor is told. `host` is the address that workers and directory listen on.
+
+    `rendezvous_dir`: a folder of the server's own, in which the ranks of a unit find each other.
+    """
 
     host: str
     secret: bytes = field(repr=False)
     model_dir: str
+    rendezvous_dir: str
     config: Config
     units: tuple[UnitPlan, ...]
 
 
 @dataclass(slots=True)
 class _Rank:
+    """`alive`: its process may run. `answers`: it has said that it is ready."""
+
     plan: RankPlan
-    group: Any
-    bundle_index: int
-    incarnation: int = 0
-    state: str = "starting"
+    alive: bool = True
+    answers: bool = False
     detail: str = ""
     endpoint: str = ""
-    pid: int | None = None
-    actor: Any = None
+
+
+@dataclass(slots=True)
+class _Unit:
+    """`state` is that of its ranks. `actors` are its processes, not in the order of `ranks`."""
+
+    plan: UnitPlan
+    group: Any
+    ranks: list[_Rank]
+    actors: list[Any] = field(default_factory=list)
+    incarnation: int = 0
+    state: str = "starting"
     was_ready: bool = False
     ready_since_s: float = 0.0
     backoff_s: float = _FIRST_BACKOFF_S
     restart_at_s: float | None = None
 
-    def info(self) -> WorkerInfo:
-        address = PeerAddress(self.plan.worker_id, self.endpoint, self.incarnation)
-        return WorkerInfo(address=address, role=self.plan.role, state=self.state, detail=self.detail)
+    @property
+    def alive(self) -> bool:
+        return any(rank.alive for rank in self.ranks)
+
+    def info(self, rank: _Rank) -> WorkerInfo:
+        """Dead is who has ended, since that frees pages: of a dead unit the others are called draining until they have."""
+        state = "dead" if not rank.alive else "draining" if self.state == "dead" else self.state
+        endpoint = "" if state == "starting" else rank.endpoint
+        address = PeerAddress(rank.plan.worker_id, endpoint, self.incarnation)
+        return WorkerInfo(address=address, role=rank.plan.role, state=state, detail=rank.detail, leads=rank.plan.leads)
+
+    def reachable(self) -> list[WorkerInfo]:
+        """Ranks that serve and can be told something."""
+        infos = [self.info(rank) for rank in self.ranks]
+        return [info for info in infos if info.state in ("ready", "draining") and info.address.endpoint]
 
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """What a rank said in one incarnation; None: its process has ended."""
+    """What a rank said in one incarnation; None: its process has ended, for no `reason` if its work was done."""
 
-    worker_id: str
+    unit: str
+    rank: int
     incarnation: int
     event: RankEvent | None
     reason: str = ""
@@ -87,7 +116,7 @@ class _Told:
 
 @dataclass(slots=True)
 class _State:
-    ranks: dict[str, _Rank] = field(default_factory=dict)
+    units: dict[str, _Unit] = field(default_factory=dict)
     attached: set[str] = field(default_factory=set)
     draining_until_s: float | None = None
 
@@ -112,60 +141,81 @@ class Supervisor:
         """Until the cluster is drained; then no rank is left."""
         try:
             self._place()
-            for rank in self._state.ranks.values():
-                self._start(rank)
+            for unit in self._state.units.values():
+                self._start(unit)
             while not self._drained():
                 self._turn()
         finally:
             self._end()
 
     def _place(self) -> None:
-        for unit in self._spec.units:
-            bundles = [rank.bundle for rank in unit.ranks]
-            group = placement_group(bundles, strategy="STRICT_PACK", name=unit.name, lifetime="detached")
+        for plan in self._spec.units:
+            group = placement_group(plan.bundles, strategy=plan.strategy, name=plan.name, lifetime="detached")
             if not group.wait(timeout_seconds=_PLACEMENT_TIMEOUT_S):
                 raise StartupError(
-                    f"no host has room for unit {unit.name} ({bundles}); lower units, or free CPUs or GPUs"
+                    f"there is no room for unit {plan.name} ({_said(plan)}); lower units or ranks, or free CPUs or GPUs"
                 )
-            for index, plan in enumerate(unit.ranks):
-                self._state.ranks[plan.worker_id] = _Rank(plan, group, index)
+            self._state.units[plan.name] = _Unit(plan, group, [_Rank(rank) for rank in plan.ranks])
 
-    def _start(self, rank: _Rank) -> None:
-        rank.incarnation += 1
-        rank.state, rank.detail, rank.endpoint, rank.pid, rank.restart_at_s = "starting", "placing", "", None, None
-        options = actor_options(rank.plan, rank.group, rank.bundle_index)
-        rank.actor = ray.remote(Rank).options(name=f"{rank.plan.worker_id}/{rank.incarnation}", **options).remote()
-        spec = WorkerSpec(
-            worker_id=rank.plan.worker_id,
-            role=rank.plan.role,
-            incarnation=rank.incarnation,
+    def _start(self, unit: _Unit) -> None:
+        unit.incarnation += 1
+        unit.state, unit.restart_at_s = "starting", None
+        for rank in unit.ranks:
+            rank.alive, rank.answers, rank.detail, rank.endpoint = True, False, "placing", ""
+        name = f"{unit.plan.name}/{unit.incarnation}"
+        unit.actors = [
+            ray.remote(Rank).options(name=f"{name}/{rank.at.rank}", **actor_options(rank, unit.group)).remote()
+            for rank in unit.plan.ranks
+        ]
+        rendezvous = f"{self._spec.rendezvous_dir}/{unit.plan.name}-{unit.incarnation}-{secrets.token_hex(8)}"
+        specs = [self._worker_spec(unit, rank, rendezvous) for rank in unit.plan.ranks]
+        launch = (unit.plan, unit.incarnation, list(unit.actors), specs)
+        threading.Thread(target=self._launch, args=launch, name=f"launch-{unit.plan.name}", daemon=True).start()
+        self._broadcast()
+
+    def _worker_spec(self, unit: _Unit, rank: RankPlan, rendezvous: str) -> WorkerSpec:
+        return WorkerSpec(
+            worker_id=rank.worker_id,
+            role=rank.role,
+            incarnation=unit.incarnation,
             host=self._spec.host,
             secret=self._spec.secret,
             model_dir=self._spec.model_dir,
-            num_threads=rank.plan.num_threads,
+            num_threads=rank.num_threads,
             config=self._spec.config,
-            gpu_share=rank.plan.gpu_share,
+            gpu_share=rank.gpu_share,
+            unit=unit.plan.name,
+            rank=rank.at.rank,
+            rendezvous=rendezvous,
         )
-        events = rank.actor.run.options(num_returns="streaming").remote(spec)
-        watch = (rank.plan.worker_id, rank.incarnation, rank.actor, events)
-        threading.Thread(target=self._watch, args=watch, name=f"watch-{rank.plan.worker_id}", daemon=True).start()
-        self._broadcast()
 
-    def _watch(self, worker_id: str, incarnation: int, actor: Any, events: Iterable[Any]) -> None:
+    def _launch(self, plan: UnitPlan, incarnation: int, actors: list[Any], specs: list[WorkerSpec]) -> None:
+        """In a thread a start: gives each actor its rank, and each rank a thread that watches it."""
+        try:
+            actors = in_order_of_gpus(plan, actors)
+        except ray.exceptions.RayError as error:
+            _kill(actors)
+            for spec in specs:
+                self._tell(_Told(plan.name, spec.rank, incarnation, None, _first_line(error)))
+            return
+        for spec, actor in zip(specs, actors, strict=True):
+            watch = (spec, actor, actor.run.options(num_returns="streaming").remote(spec))
+            threading.Thread(target=self._watch, args=watch, name=f"watch-{spec.worker_id}", daemon=True).start()
+
+    def _watch(self, spec: WorkerSpec, actor: Any, events: Iterable[Any]) -> None:
         """In a thread a rank: passes its events on, and says that it has ended only when its process has."""
         pid, reason = None, ""
         try:
             for reference in events:
                 event: RankEvent = ray.get(reference)
                 pid, reason = event.pid, event.detail if event.state == "failed" else ""
-                self._tell(_Told(worker_id, incarnation, event))
+                self._tell(_Told(spec.unit, spec.rank, spec.incarnation, event))
         except ray.exceptions.RayError as error:
             reason = _first_line(error)
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):
-            ray.kill(actor)
+        _kill([actor])
         if pid is not None:
             wait_for_end(pid, timeout_s=_EXIT_TIMEOUT_S)
-        self._tell(_Told(worker_id, incarnation, None, reason))
+        self._tell(_Told(spec.unit, spec.rank, spec.incarnation, None, reason))
 
     def _tell(self, told: _Told) -> None:
         self._told.append(told)
@@ -176,13 +226,13 @@ class Supervisor:
             self._hear(event)
         while self._told:
             self._note(self._told.popleft())
-        for rank in self._state.ranks.values():
-            if rank.restart_at_s is not None and time.monotonic() >= rank.restart_at_s and not self._draining:
-                self._start(rank)
+        for unit in self._state.units.values():
+            if unit.restart_at_s is not None and time.monotonic() >= unit.restart_at_s and not self._draining:
+                self._start(unit)
 
     def _patience_s(self) -> float | None:
         """Time until something is due without an event; None: nothing is."""
-        due = [rank.restart_at_s for rank in self._state.ranks.values() if rank.restart_at_s is not None]
+        due = [unit.restart_at_s for unit in self._state.units.values() if unit.restart_at_s is not None]
         if self._state.draining_until_s is not None:
             due = [self._state.draining_until_s]
         return max(0.0, min(due) - time.monotonic()) if due else None
@@ -197,34 +247,54 @@ class Supervisor:
             self._drain()
 
     def _note(self, told: _Told) -> None:
-        rank = self._state.ranks[told.worker_id]
-        assert told.incarnation == rank.incarnation, "a rank starts only when its last incarnation has ended"
+        unit = self._state.units[told.unit]
+        rank = unit.ranks[told.rank]
+        assert told.incarnation == unit.incarnation, "a unit starts only when its last incarnation has ended"
         if told.event is None:
-            self._bury(rank, told.reason)
-        elif told.event.state in ("loading", "ready"):
-            rank.pid, rank.detail = told.event.pid, told.event.detail
-            if told.event.address is not None and not self._draining:
-                rank.state, rank.endpoint = "ready", told.event.address.endpoint
-                rank.was_ready, rank.ready_since_s = True, time.monotonic()
+            self._bury(unit, rank, told.reason)
+        elif told.event.state in ("loading", "ready") and unit.state != "dead":
+            rank.detail = told.event.detail
+            if told.event.state == "ready":
+                rank.answers = True
+                rank.endpoint = told.event.address.endpoint if told.event.address is not None else ""
+            if unit.state == "starting" and all(rank.answers for rank in unit.ranks) and not self._draining:
+                unit.state, unit.was_ready, unit.ready_since_s = "ready", True, time.monotonic()
         self._broadcast()
 
-    def _bury(self, rank: _Rank, reason: str) -> None:
-        rank.state, rank.detail, rank.actor = "dead", reason or "ended", None
-        self._log.warning("%s, incarnation %d: %s", rank.plan.worker_id, rank.incarnation, rank.detail)
-        if rank.was_ready:
-            now_s = time.monotonic()
-            if now_s - rank.ready_since_s > _RECOVERED_S:
-                rank.backoff_s = _FIRST_BACKOFF_S
-            rank.restart_at_s = now_s + rank.backoff_s
-            rank.backoff_s = min(2 * rank.backoff_s, _LONGEST_BACKOFF_S)
+    def _bury(self, unit: _Unit, rank: _Rank, reason: str) -> None:
+        rank.alive = False
+        if unit.state != "dead":
+            rank.detail = reason or "ended"
+            if reason or not self._draining:
+                self._end_others(unit, rank)
+        if unit.state == "dead" and not unit.alive:
+            self._plan_restart(unit)
         self._testify()
+
+    def _end_others(self, unit: _Unit, first: _Rank) -> None:
+        """No rank of a unit can go on without the others. Why is what the first to end has said."""
+        unit.state = "dead"
+        self._log.warning("%s, incarnation %d: %s", first.plan.worker_id, unit.incarnation, first.detail)
+        for other in unit.ranks:
+            if other.alive:
+                other.detail = f"ends with {first.plan.worker_id}: {first.detail}"
+        _kill(unit.actors)
+
+    def _plan_restart(self, unit: _Unit) -> None:
+        unit.actors = []
+        if unit.was_ready:
+            now_s = time.monotonic()
+            if now_s - unit.ready_since_s > _RECOVERED_S:
+                unit.backoff_s = _FIRST_BACKOFF_S
+            unit.restart_at_s = now_s + unit.backoff_s
+            unit.backoff_s = min(2 * unit.backoff_s, _LONGEST_BACKOFF_S)
 
     def _testify(self) -> None:
         """Pages that a dead prefill worker was writing are free only on our word: decode workers do not attach, so we go to them."""
-        for rank in self._state.ranks.values():
-            if rank.plan.role == "decode" and rank.state in ("ready", "draining"):
-                self._mailbox.connect(rank.info().address)
-                self._mailbox.post(rank.plan.worker_id, self._roster())
+        for unit in self._state.units.values():
+            for info in unit.reachable() if unit.plan.role == "decode" else ():
+                self._mailbox.connect(info.address)
+                self._mailbox.post(info.address.worker_id, self._roster())
 
     @property
     def _draining(self) -> bool:
@@ -234,23 +304,24 @@ class Supervisor:
         if self._draining:
             return
         self._state.draining_until_s = time.monotonic() + _DRAIN_TIMEOUT_S
-        for rank in self._state.ranks.values():
-            if rank.state == "ready":
-                rank.state = "draining"
-                self._mailbox.connect(rank.info().address)
-                self._mailbox.post(rank.plan.worker_id, Drain())
-            elif rank.actor is not None:
-                ray.kill(rank.actor)
+        for unit in self._state.units.values():
+            if unit.state == "ready":
+                unit.state = "draining"
+                for info in unit.reachable():
+                    self._mailbox.connect(info.address)
+                    self._mailbox.post(info.address.worker_id, Drain())
+            else:
+                _kill(unit.actors)
         self._broadcast()
 
     def _drained(self) -> bool:
         until_s = self._state.draining_until_s
         if until_s is None:
             return False
-        return time.monotonic() >= until_s or all(rank.actor is None for rank in self._state.ranks.values())
+        return time.monotonic() >= until_s or not any(unit.alive for unit in self._state.units.values())
 
     def _roster(self) -> Roster:
-        return Roster(workers=[rank.info() for rank in self._state.ranks.values()])
+        return Roster(workers=[unit.info(rank) for unit in self._state.units.values() for rank in unit.ranks])
 
     def _broadcast(self) -> None:
         roster = self._roster()
@@ -258,23 +329,42 @@ class Supervisor:
             self._mailbox.post(name, roster)
 
     def _end(self) -> None:
-        for rank in self._state.ranks.values():
-            if rank.actor is not None:
-                ray.kill(rank.actor)
-            remove_placement_group(rank.group)
+        for unit in self._state.units.values():
+            _kill(unit.actors)
+            remove_placement_group(unit.group)
         self._mailbox.close()
 
 
-def actor_options(plan: RankPlan, group: Any, bundle_index: int) -> dict[str, Any]:
-    """How Ray starts a rank. Ray hands GPUs out in order and shows the process those of its bundle alone (CUDA_VISIBLE_DEVICES)."""
+def actor_options(plan: RankPlan, group: Any) -> dict[str, Any]:
+    """How Ray starts a rank: inside its node's bundle. Ray shows the process its own GPU alone (CUDA_VISIBLE_DEVICES)."""
     return {
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "max_restarts": 0,
-        "num_cpus": plan.bundle["CPU"],
-        "num_gpus": plan.bundle.get("GPU", 0),
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle_index),
+        "num_cpus": plan.needs["CPU"],
+        "num_gpus": plan.needs.get("GPU", 0),
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, plan.at.node),
     }
+
+
+def in_order_of_gpus(plan: UnitPlan, actors: Sequence[Any]) -> list[Any]:
+    """The actors of a unit, started in the order of its ranks, as the ranks get them. Raises RayError."""
+    if len(actors) == 1 or "GPU" not in plan.ranks[0].needs:
+        return list(actors)
+    return [actors[i] for i in by_gpu(plan, ray.get([actor.gpu.remote() for actor in actors]))]
+
+
+def _kill(actors: Iterable[Any]) -> None:
+    """Also those that have ended."""
+    for actor in actors:
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            ray.kill(actor)
+
+
+def _said(plan: UnitPlan) -> str:
+    nodes = len(plan.bundles)
+    bundle = ", ".join(f"{amount:g} {resource}" for resource, amount in plan.bundles[0].items())
+    return bundle if nodes == 1 else f"{nodes} nodes of {bundle}"
 
 
 def _first_line(error: Exception) -> str:

@@ -29,11 +29,12 @@ def _key(
     *,
     choices: tuple[str, ...] = (),
     low: float | None = None,
+    high: float | None = None,
     or_zero: bool = False,
     secret: bool = False,
 ) -> Any:
     """`or_zero`: 0 is allowed below `low`, and leaves the choice to us."""
-    metadata = {"help": help_text, "choices": choices, "low": low, "or_zero": or_zero, "secret": secret}
+    metadata = {"help": help_text, "choices": choices, "low": low, "high": high, "or_zero": or_zero, "secret": secret}
     return field(default=default, repr=not secret, metadata=metadata)
 
 
@@ -51,8 +52,31 @@ class ModelTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillTable:
-    units: int = _key(1, "prefill units; 0 with decode.units = 0 is refused", low=1)
+class UnitTable:
+    """The ranks of a unit and what they share; the same keys for both roles. What fits together: serving.model.units."""
+
+    units: int = _key(1, "units of the role", low=1)
+    tp: int = _key(1, "ranks that share a batch and part the attention heads among them; they lie on one node", low=1)
+    dp: int = _key(1, "groups of tp ranks, each with a batch of its own; a unit has tp * dp ranks", low=1)
+    ep: int = _key(0, "ranks that hold all experts together; 0: all of the unit", low=0)
+    ranks_per_node: int = _key(8, "ranks of a unit on one node, a GPU each; a smaller unit fills a part of one", low=1)
+    redundant_experts: int = _key(
+        0, "experts that ep ranks hold in a layer beyond each routed one once: copies of those in demand", low=0
+    )
+    hosted_slots: int = _key(
+        0,
+        "experts of a layer in a rank's memory, of which each step uses (routed + redundant) / ep, chosen anew; 0: no more than those",
+        low=0,
+    )
+    shared_expert_routed: bool = _key(
+        False, "the shared expert as one more routed one that every token takes, its copies among the redundant"
+    )
+    microbatches: int = _key(1, "parts of a step, one computed while the other communicates", low=1, high=2)
+    kv_sharding: bool = _key(False, "each page on one of its tp ranks; false: on every one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillTable(UnitTable):
     max_num_seqs: int = _key(16, "sequences being prefilled or handed off at once", low=1)
     max_batched_tokens: int = _key(
         0,
@@ -64,8 +88,7 @@ class PrefillTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeTable:
-    units: int = _key(1, "decode units", low=1)
+class DecodeTable(UnitTable):
     max_num_seqs: int = _key(64, "sequences decoded together", low=1)
     draft_tokens: str = _key(
         "auto",
@@ -140,6 +163,24 @@ class SloTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BalanceTable:
+    """When the experts of units with ep above 1 are placed anew, and how fast."""
+
+    period_s: float = _key(
+        600.0, "longest time between two placements; 0: experts stay where they are", low=1.0, or_zero=True
+    )
+    threshold: float = _key(
+        0.8,
+        "balance (mean over largest load of a GPU) below which the period is not waited for; 0: it always is",
+        low=0.0,
+        high=1.0,
+    )
+    min_gain: float = _key(0.02, "balance that a layer must gain to be placed anew", low=0.001, high=0.5)
+    half_life_s: float = _key(300.0, "after so long a token counts half", low=1.0)
+    step_bytes: int = _key(64 << 20, "weights that a rank sends, and receives, during one step", low=1 << 20)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TelemetryTable:
     log_level: str = _key("info", "what is logged", choices=("debug", "info", "warning", "error"))
     heartbeat_s: float = _key(0.75, "time between heartbeats; a peer silent for 2 s is dead", low=0.05)
@@ -158,7 +199,13 @@ class Config:
     transfer: TransferTable = TransferTable()
     router: RouterTable = RouterTable()
     slo: SloTable = SloTable()
+    balance: BalanceTable = BalanceTable()
     telemetry: TelemetryTable = TelemetryTable()
+
+
+def unit_table(config: Config, role: str) -> UnitTable:
+    """The table that says how large a unit of `role` is (prefill, decode or both)."""
+    return config.prefill if role == "prefill" else config.decode
 
 
 def load_config(
@@ -275,11 +322,13 @@ def _checked(table: str, key: str, value: Any, source: str, *, parse: bool = Fal
     value = _parsed(value, wanted, where) if parse else _typed(value, wanted, where)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} = {value!r}; it must be a finite number")
-    choices, low, or_zero = (fields[key].metadata[name] for name in ("choices", "low", "or_zero"))
+    choices, low, high, or_zero = (fields[key].metadata[name] for name in ("choices", "low", "high", "or_zero"))
     if choices and value not in choices:
         raise ConfigError(f"{where} = {value!r}; choose one of {', '.join(choices)}")
     if low is not None and value < low and not (or_zero and value == 0):
         raise ConfigError(f"{where} = {value!r}; it must be {'0 or ' if or_zero else ''}at least {low:g}")
+    if high is not None and value > high:
+        raise ConfigError(f"{where} = {value!r}; it must be at most {high:g}")
     return value
 
 

@@ -208,12 +208,16 @@ class MetricsReply(Message, frozen=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker as the supervisor sees it. role: prefill, decode or both. state: starting, ready, draining, dead."""
+    """One worker as the supervisor sees it. role: prefill, decode or both. state: starting, ready, draining, dead.
+
+    Ranks of a unit start, are ready and die together. Only one that `leads` takes jobs: it has the scheduler of its DP group.
+    """
 
     address: PeerAddress
     role: str
     state: str
     detail: str = ""
+    leads: bool = True
 
 
 class Roster(Message, frozen=True):

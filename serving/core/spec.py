@@ -14,6 +14,10 @@ class WorkerSpec:
     role: prefill, decode or both. `incarnation` rises with every restart of the same `worker_id`. `secret` authenticates every frame.
     `num_threads` are torch's; `model_dir` is resolved (the embedded model's folder if the configuration names none). `gpu_share`: of the
     memory of its GPU, if it has one; below 1 where ranks share it.
+
+    `unit` and `rank` say which rank of which unit this is; the unit's sizes are those of its table in `config` (`serving.model.units.groups_of`
+    makes the groups of them). `rendezvous`: where the ranks of a unit of several find each other, new in every life of it: the path of a file that
+    is not there yet, in a folder of the server's own, for a store; its last part is a name for whatever else they share on this host.
     """
 
     worker_id: str
@@ -25,3 +29,6 @@ class WorkerSpec:
     num_threads: int
     config: Config
     gpu_share: float = 1.0
+    unit: str = ""
+    rank: int = 0
+    rendezvous: str = ""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.served_model import make_served_model
 
+CONFIGS = Path(__file__).parents[3] / "deploy" / "configs"
 SHARD = "model-00002-of-00002.safetensors"
 
 
@@ -142,6 +143,7 @@ def test_serving_on_a_port_in_use_is_one_line_before_anything_starts():
         (("--set", "nonsense"), "table.key=value"),
         (("--port", "abc"), "router.port"),
         (("--config", "absent.toml"), "no such file"),
+        (("--port", "0", "--set", "decode.tp=2"), "[decode] tp = 2: "),
     ],
 )
 def test_serving_with_a_wrong_setting_is_one_line(arguments: tuple[str, ...], expected: str):
@@ -170,6 +172,18 @@ def test_check_config_shows_no_keys_and_what_it_prints_opens_nothing(tmp_path: P
     assert "# api_keys: 2 in force" in printed
     assert "sesame" not in printed
     assert "api_keys" not in tomllib.loads(printed)["router"]
+
+
+def test_check_config_says_what_the_units_come_to():
+    lines = baton("check-config", str(CONFIGS / "paper-32-320.toml")).stdout.splitlines()
+    assert "# ranks a unit               32 = tp 4 x dp 8                       320 = tp 4 x dp 80" in lines
+    assert "# In all 352 ranks, a GPU each, on 44 nodes." in lines
+
+
+def test_check_config_of_sizes_that_do_not_fit_the_model_is_one_line(tmp_path: Path):
+    path = tmp_path / "baton.toml"
+    path.write_text("[decode]\ndp = 3\n")
+    assert "[decode] redundant_experts = 0: " in only_line(baton("check-config", str(path)))
 
 
 def test_check_config_of_a_wrong_file_is_one_line(tmp_path: Path):

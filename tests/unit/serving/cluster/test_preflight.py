@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from serving.cluster.preflight import check_ports, embedded_model_dir, resolve_model_dir, router_ports
+from serving.cluster.placement import plan_units
+from serving.cluster.preflight import check_ports, check_units, embedded_model_dir, resolve_model_dir, router_ports
 from serving.core.config import load_config
-from serving.core.errors import ModelFolderError, StartupError
+from serving.core.errors import ConfigError, ModelFolderError, StartupError
 
 
 def test_a_free_port_passes_and_one_in_use_is_named():
@@ -60,3 +61,41 @@ def test_a_folder_that_is_none_says_what_to_give(tmp_path: Path):
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(ModelFolderError, match=f"{path} .*--model DIR"):
             resolve_model_dir(load_config(overrides=[f"model.dir={path}"]))
+
+
+def check(*overrides: str, num_gpus: int = 0) -> None:
+    config = load_config(overrides=overrides)
+    check_units(config, embedded_model_dir(), plan_units(config, num_cores=2, num_gpus=num_gpus), num_gpus=num_gpus)
+
+
+@pytest.mark.parametrize("overrides", [(), ("decode.units=2",), ("decode.dp=2", "decode.ep=1")])
+def test_ranks_that_compute_alone_are_served(overrides: tuple[str, ...]):
+    check(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("prefill.tp=2", "[prefill] tp = 2"),
+        ("decode.dp=2", "[decode] ep = 2"),
+        ("decode.microbatches=2", "[decode] microbatches = 2"),
+    ],
+)
+def test_what_the_engine_cannot_do_yet_is_not_passed_over(override: str, key: str):
+    with pytest.raises(StartupError) as caught:
+        check(override)
+    assert str(caught.value).startswith(key)
+
+
+def test_sizes_that_do_not_fit_the_model_are_found_before_it_is_loaded():
+    with pytest.raises(ConfigError, match=r"^\[decode\] tp = 16"):
+        check("decode.tp=16", "decode.ranks_per_node=16")
+
+
+def test_more_ranks_than_gpus_are_refused_where_they_cannot_share():
+    check("decode.dp=3", "decode.ep=1", num_gpus=4)
+    with pytest.raises(StartupError, match=r"5 ranks with a GPU each, .* this machine of 4 GPUs"):
+        check("decode.dp=4", "decode.ep=1", num_gpus=4)
+    with pytest.raises(StartupError, match="on 2 nodes at least"):
+        check("decode.dp=2", "decode.ep=1", "decode.ranks_per_node=1", num_gpus=4)
+    check("decode.units=9", num_gpus=4)
