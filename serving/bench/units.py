@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +35,10 @@ from serving.engine.runner import Runner
 from serving.engine.slots import Slots
 from serving.engine.unit import Follower, Leader, Lockstep, MicroBatches
 from serving.model.config import ModelConfig
-from serving.model.parallel import Parallel
+from serving.model.deepseek_v3 import DeepseekV3
+from serving.model.parallel import Parallel, num_moe_layers
 from serving.model.weights import load_weights
+from serving.parallel.collectives import SingleRank
 from serving.parallel.dispatch import DirectDispatch, Dispatch, HierarchicalDispatch
 from serving.parallel.groups import Groups
 from serving.parallel.placement import Ints, Placement
@@ -43,19 +46,20 @@ from serving.parallel.virtual import VirtualBell, VirtualCollectives, VirtualUni
 
 DTYPE = torch.float64
 """Exact enough that a sum's order decides neither an expert nor a token."""
+DISPATCH_GROUPS = ("ep", "rail", "node")
 _GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitSizes:
-    """One unit. `placement`: of the experts of each layer. `by_nodes`: dispatch goes by nodes. Steps of `split_from` tokens of a rank are
-    computed in two micro-batches; 0: none are."""
+    """One unit. `placement`: of the experts of each layer. `by_nodes`: dispatch goes from node to node and then inside. Steps in which some
+    DP group has `split_from` tokens are computed in two micro-batches; 0: none are."""
 
     groups: Groups
     placement: Placement
-    by_nodes: bool = False
-    shared_is_routed: bool = False
-    split_from: int = 0
+    by_nodes: bool
+    shared_is_routed: bool
+    split_from: int
     max_batched_tokens: int = 256
 
 
@@ -188,12 +192,31 @@ def generate(
 
 def generate_alone(folder: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
     """The same texts from one rank that holds everything, in the same type: what the units are held to."""
+    model = load_weights(folder, ModelConfig.from_folder(folder), DTYPE)
+    return _generate_on_one_rank(model, prompts, new_tokens)
+
+
+def tokens_of_experts(folder: Path, prompts: Sequence[Sequence[int]]) -> Ints:
+    """[L, E]: how many tokens of these prompts, and of two more of each, the gates give each routed expert; the MTP layer's last."""
     config = ModelConfig.from_folder(folder)
+    num_experts = config.num_routed_experts
+    everything = Placement(
+        slots=np.tile(np.arange(num_experts), (num_moe_layers(config), 1)), num_experts=num_experts, num_gpus=1
+    )
+    here = Parallel(experts=DirectDispatch(SingleRank(), num_experts), placement=everything)
+    model = load_weights(folder, config, DTYPE, parallel=here)
+    _generate_on_one_rank(model, prompts, 2)
+    assert model.routing is not None
+    tokens: Ints = model.routing.num_tokens_LE.numpy()
+    return tokens
+
+
+def _generate_on_one_rank(model: DeepseekV3, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    config = model.config
     num_pages = sum(num_pages_for(len(prompt) + new_tokens) for prompt in prompts)
-    layout = _layout(config)
     runner = Runner(
-        load_weights(folder, config, DTYPE),
-        KVPool(layout, num_pages, DTYPE).tensor,
+        model,
+        KVPool(_layout(config), num_pages, DTYPE).tensor,
         num_slots=len(prompts),
         max_pages=num_pages,
         vocab_size=config.vocab_size,
