@@ -30,6 +30,7 @@ from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
 from serving.model.heap import products_use_the_heap
 from serving.model.kernels import choose_kernels
+from serving.model.parallel import SINGLE, Parallel
 from serving.model.weight import keeps_fp8
 from serving.model.weights import Progress, load_weights
 
@@ -80,6 +81,8 @@ def build_engine(
     num_threads: int = 0,
     prefills: bool = True,
     decodes: bool = True,
+    parallel: Parallel = SINGLE,
+    lockstep: Lockstep | None = None,
     progress: Progress | None = None,
 ) -> Engine:
     """Load `model_dir` and make everything a step needs. `max_num_seqs` slots; `num_threads` 0 leaves torch's own number.
@@ -87,6 +90,8 @@ def build_engine(
     `draft_tokens`: a number as text, at most MOST_DRAFTS, or "auto".
     `num_pages` 0: `memory_fraction` (0: what suits the device) of the memory that is free then. On a GPU that is what `gpu_share` of it
     leaves beside the weights and the largest steps, which are run to know what they take; `prefills`, `decodes`: which steps there will be.
+    `parallel`, `lockstep`: this rank's part in a unit of several, all of which build their engines at once, with the same arguments; their
+    pools are as large as the smallest.
 
     Raises ModelFolderError (also for a damaged tokenizer.json, whose size bounds what is sampled) and ConfigError.
     """
@@ -97,10 +102,16 @@ def build_engine(
     torch_dtype = _dtype(dtype, torch_device)
     config = _model_config(folder, mtp=mtp)
     num_drafts = _num_drafts(draft_tokens, config)
+    if num_drafts and lockstep is not None:
+        raise ConfigError(
+            "drafts are made by units of one rank only; set decode.draft_tokens to 0 or auto, or tp and dp to 1"
+        )
     chosen = choose_kernels(kernels, config, torch_dtype, torch_device)
     layout = _layout(config, torch_dtype)
     with packing(decodes):
-        model = load_weights(folder, config, torch_dtype, torch_device, kernels=chosen, progress=progress)
+        model = load_weights(
+            folder, config, torch_dtype, torch_device, kernels=chosen, parallel=parallel, progress=progress
+        )
     longest = max_model_len or config.max_position_embeddings
     max_batched_tokens = max_batched_tokens or _BATCHED_TOKENS[torch_device.type]
     runner_of = partial(
@@ -119,6 +130,7 @@ def build_engine(
     if not num_pages:
         fraction = memory_fraction or _MEMORY_FRACTION[torch_device.type]
         num_pages = _num_pages(layout, fraction, _free_bytes(torch_device, gpu_share, try_steps))
+        num_pages = num_pages if lockstep is None else lockstep.least(num_pages)
     longest = min(longest, num_pages * PAGE_TOKENS)
     pool = _pool(layout, num_pages, torch_dtype, torch_device)
     return Engine(
@@ -131,6 +143,7 @@ def build_engine(
         max_num_seqs=max_num_seqs,
         max_batched_tokens=max_batched_tokens,
         draft_tokens=num_drafts,
+        lockstep=lockstep,
     )
 
 

@@ -18,6 +18,7 @@ from kvcache.layout import PAGE_TOKENS, num_pages_for
 from serving.engine.graphs import StepGraphs, prefill_sizes
 from serving.engine.plan import PrefillChunk
 from serving.engine.speculative import DraftLayer
+from serving.engine.split import split_chunks
 from serving.engine.staging import ids
 from serving.kernels import sampling
 from serving.kernels.packed import PIECES
@@ -38,6 +39,8 @@ class PrefillModel(Protocol):
     def captures_prefill(self) -> bool: ...
 
     def prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Tensor: ...
+
+    def prefill_each(self, batches: Sequence[PrefillBatch], kv_pool: Tensor) -> list[Tensor]: ...
 
     def logits(self, hidden_ND: Tensor) -> Tensor: ...
 
@@ -88,9 +91,14 @@ class Chunks:
         self._compile(max_batched_tokens, told, packed=packed)
         self._capture(max_batched_tokens, told)
 
-    def run(self, chunks: tuple[PrefillChunk, ...]) -> EndedPrompts | None:
-        """None: no prompt ends with them. There may be none, where other ranks of the unit have some."""
-        last_ND, logits_NV = self._run(chunks)
+    def run(self, chunks: tuple[PrefillChunk, ...], num_micro_batches: int = 1) -> EndedPrompts | None:
+        """None: no prompt ends with them. There may be no chunk, where other ranks of the unit have some."""
+        if num_micro_batches == 1:
+            last_ND, logits_NV = self._run(chunks)
+        else:
+            parts = split_chunks(chunks, num_micro_batches)
+            chunks = tuple(chunk for part in parts for chunk in part)
+            last_ND, logits_NV = self._launch_each(parts), None
         ended = [i for i, chunk in enumerate(chunks) if chunk.sample]
         if not ended:
             return None
@@ -145,12 +153,15 @@ class Chunks:
         """Hidden states [N, D] of the last token of each chunk, and their logits [N, V] where the step was captured with them."""
         packed = self._pack(chunks)
         last_ND, logits_NV = self._replay(packed, chunks) or (self._launch(packed, chunks), None)
+        self._store_zero_rows(chunks)
+        return last_ND, logits_NV
+
+    def _store_zero_rows(self, chunks: tuple[PrefillChunk, ...]) -> None:
         if self._model.mtp is not None:
             for chunk in chunks:
                 if chunk.start == 0 and chunk.store_from == 0:
                     # The layout's zero row: a page is a function of its tokens, to the last byte.
                     self._kv_pool[chunk.page_ids[0], -1, 0] = 0
-        return last_ND, logits_NV
 
     def _pack(self, chunks: tuple[PrefillChunk, ...]) -> _Packed:
         token_ids: list[int] = []
@@ -167,6 +178,26 @@ class Chunks:
 
     def _launch(self, packed: _Packed, chunks: tuple[PrefillChunk, ...]) -> Tensor:
         """Piece by piece."""
+        return self._prefill(self._batch(packed, chunks), *self._places(packed))
+
+    def _launch_each(self, parts: list[tuple[PrefillChunk, ...]]) -> Tensor:
+        """The same of micro-batches that take turns; the last tokens of all their chunks, in order."""
+        packed = [self._pack(part) for part in parts]
+        batches = [self._batch(*each) for each in zip(packed, parts, strict=True)]
+        hidden = self._model.prefill_each(batches, self._kv_pool)
+        last = [
+            self._conclude(batch, hidden_TD, *self._places(of_part))
+            for batch, hidden_TD, of_part in zip(batches, hidden, packed, strict=True)
+        ]
+        for part in parts:
+            self._store_zero_rows(part)
+        return torch.cat(last)
+
+    def _places(self, packed: _Packed) -> tuple[Tensor, ...]:
+        """int64 [N] each: first and last token of each chunk, and its slot."""
+        return self._ids((packed.starts[:-1], packed.lasts, packed.slots)).unbind()
+
+    def _batch(self, packed: _Packed, chunks: tuple[PrefillChunk, ...]) -> PrefillBatch:
         token_ids_T, positions_T, row_ids_T = self._ids((packed.token_ids, packed.positions, packed.row_ids)).unbind()
         seqs = [
             SeqChunk(
@@ -177,15 +208,13 @@ class Chunks:
             )
             for offset, chunk in zip(packed.starts, chunks, strict=False)
         ]
-        batch = PrefillBatch(
+        return PrefillBatch(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
             row_ids_T=row_ids_T,
             starts=self._ids(packed.starts).to(torch.int32),
             seqs=tuple(seqs),
         )
-        first_N, last_N, slots_N = self._ids((packed.starts[:-1], packed.lasts, packed.slots)).unbind()
-        return self._prefill(batch, first_N, last_N, slots_N)
 
     def _replay(self, packed: _Packed, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor] | None:
         """None: not a step that is captured."""
@@ -234,7 +263,11 @@ class Chunks:
 
     def _prefill(self, batch: PrefillBatch, first_N: Tensor, last_N: Tensor, slots_N: Tensor) -> Tensor:
         """Hidden states [N, D] of the last tokens. int64 [N]: where each chunk begins and ends in the batch, and its slot."""
-        hidden_TD = self._model.prefill(batch, self._kv_pool)
+        return self._conclude(batch, self._model.prefill(batch, self._kv_pool), first_N, last_N, slots_N)
+
+    def _conclude(
+        self, batch: PrefillBatch, hidden_TD: Tensor, first_N: Tensor, last_N: Tensor, slots_N: Tensor
+    ) -> Tensor:
         last_ND = hidden_TD.index_select(0, last_N)
         if self._model.mtp is not None:
             self._store_mtp_rows(self._model.mtp, batch, hidden_TD, last_ND, first_N, slots_N)

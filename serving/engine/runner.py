@@ -23,6 +23,7 @@ from serving.engine.graphs import StepGraphs, decode_sizes
 from serving.engine.plan import DecodeRow, Launched, SampledToken, SlotSpec, StepPlan, StepResult, StepShape
 from serving.engine.sampler import Logprobs, Sampler
 from serving.engine.speculative import SlotState, Speculation
+from serving.engine.split import split_rows
 from serving.engine.staging import ids, to_device, to_host
 from serving.kernels import sampling
 from serving.kernels.packed import PIECES, row_pieces
@@ -39,6 +40,8 @@ class Model(PrefillModel, Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def decode(self, batch: DecodeBatch, kv_pool: Tensor) -> Tensor: ...
+
+    def decode_each(self, batches: Sequence[DecodeBatch], kv_pool: Tensor) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -158,7 +161,7 @@ class Runner:
         for chunk in plan.chunks:
             if chunk.page_ids != self._page_ids[chunk.slot]:
                 self._set_pages(chunk.slot, chunk.page_ids)
-        ended = self._chunks.run(plan.chunks) if shape.prefill_tokens else None
+        ended = self._chunks.run(plan.chunks, shape.num_micro_batches) if shape.prefill_tokens else None
         if ended is not None:
             slots += ended.slots
             positions += ended.positions
@@ -166,7 +169,7 @@ class Runner:
             hidden_ND = ended.hidden_ND
         if shape.rows and self._drafted is None:
             at = _positions_of(plan)
-            logits_BV, greedy_B = self._run_rows(plan.rows, at, shape.rows)
+            logits_BV, greedy_B = self._run_rows(plan.rows, at, shape)
             if plan.rows:
                 slots += [row.slot for row in plan.rows]
                 positions += [position + 1 for position in at]
@@ -247,16 +250,16 @@ class Runner:
         )
 
     def _run_rows(
-        self, rows: tuple[DecodeRow, ...], positions: list[int], most_rows: int
+        self, rows: tuple[DecodeRow, ...], positions: list[int], shape: StepShape
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, V], and their argmax [B] where the step has it. `most_rows`: of any rank; all replay the same captured step."""
+        """Logits [B, V], and their argmax [B] where the step has it. All ranks replay the captured step for the most rows of any."""
         batch_rows = self._rows_of(rows)
         row_ids = [
             self._page_ids[row.slot][position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
             for row, position in zip(rows, positions, strict=True)
         ]
         if self._decode_graphs is not None:
-            size = self._decode_graphs.size_for(most_rows)
+            size = self._decode_graphs.size_for(shape.rows)
             assert size is not None, "as many rows as slots are captured"
             rest = size - len(rows)
             values = [*batch_rows.slots, *[self._scratch_slot] * rest, *positions, *[0] * rest]
@@ -264,7 +267,8 @@ class Runner:
             logits_BV, greedy_B = self._decode_graphs.run(size, values)
             return logits_BV[: len(rows)], greedy_B[: len(rows)]
         positions_B, row_ids_B = self._ids((positions, row_ids)).unbind()
-        return self._decode(batch_rows.slots_B, positions_B, row_ids_B, batch_rows.page_table_BP), None
+        parts = split_rows(positions, shape.num_micro_batches)
+        return self._decode(batch_rows.slots_B, positions_B, row_ids_B, batch_rows.page_table_BP, parts), None
 
     def _idle_rows(self, size: int) -> list[int]:
         """The integers of a captured decode step without rows."""
@@ -283,7 +287,15 @@ class Runner:
         self._last_token_S.index_copy_(0, slots_B, greedy_B)
         return logits_BV, greedy_B
 
-    def _decode(self, slots_B: Tensor, positions_B: Tensor, row_ids_B: Tensor, page_table_BP: Tensor) -> Tensor:
+    def _decode(
+        self,
+        slots_B: Tensor,
+        positions_B: Tensor,
+        row_ids_B: Tensor,
+        page_table_BP: Tensor,
+        parts: Sequence[slice] = (slice(None),),
+    ) -> Tensor:
+        """Logits [B, V]. `parts`: the rows of each micro-batch."""
         token_ids_B = self._last_token_S[slots_B]
         batch = DecodeBatch(
             token_ids_B=token_ids_B,
@@ -292,7 +304,10 @@ class Runner:
             page_table_BP=page_table_BP,
             context_lens_B=positions_B + 1,
         )
-        hidden_BD = self.model.decode(batch, self.kv_pool)
+        if len(parts) == 1:
+            hidden_BD = self.model.decode(batch, self.kv_pool)
+        else:
+            hidden_BD = torch.cat(self.model.decode_each([_part(batch, part) for part in parts], self.kv_pool))
         if self.model.mtp is not None:
             previous_BD = self._hidden_SD.index_select(0, slots_B)
             self.model.mtp.store_rows(previous_BD, token_ids_B, positions_B - 1, row_ids_B, self.kv_pool)
@@ -346,6 +361,16 @@ class _RowsBatch:
 
     def stale(self) -> _RowsBatch:
         return _RowsBatch((), self.slots_B[:0], self.page_table_BP[:0])
+
+
+def _part(batch: DecodeBatch, rows: slice) -> DecodeBatch:
+    return DecodeBatch(
+        token_ids_B=batch.token_ids_B[rows],
+        positions_B=batch.positions_B[rows],
+        row_ids_B=batch.row_ids_B[rows],
+        page_table_BP=batch.page_table_BP[rows],
+        context_lens_B=batch.context_lens_B[rows],
+    )
 
 
 def _positions_of(plan: StepPlan) -> list[int]:

@@ -163,6 +163,12 @@ class Lockstep:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Commands)
 
+    def least(self, number: int) -> int:
+        """The smallest of what the ranks bring; all of them call it."""
+        numbers = torch.empty(self._world.world_size, dtype=torch.int64)
+        self._world.all_gather(numbers, torch.tensor([number])).wait()
+        return int(numbers.min())
+
     def round(self, header: Header, commands: Commands | None) -> tuple[StepShape | None, Commands | None]:
         """`commands` None on a follower, which gets its leader's. Raises RanksMissing."""
         version = self._between_steps.placement_version if self._between_steps is not None else 0
