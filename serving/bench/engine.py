@@ -47,7 +47,7 @@ from serving.bench.points import (
 from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES, random_prompts, write_checkpoint
 from serving.bench.systems import Baton, System, Transformers
-from serving.bench.virtual import run_virtual, show
+from serving.bench.virtual import report_of, run_units, table
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
 
@@ -103,11 +103,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _run_virtual(options: argparse.Namespace, argv: Sequence[str]) -> int:
     """1: a text is not that of one rank."""
-    report = provenance(["baton", "bench", "engine", *argv])
-    report |= run_virtual(
-        options.virtual, num_requests=options.requests, new_tokens=options.new_tokens, seed=options.seed
-    )
-    show(report)
+    settings = {"num_requests": options.requests, "new_tokens": options.new_tokens, "seed": options.seed}
+    report = provenance(["baton", "bench", "engine", *argv]) | {"settings": settings}
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
+        report |= report_of(run_units(options.virtual, Path(scratch), **settings))
+    print(table(report), file=sys.stderr)
     write_report(report, options.out)
     return 0 if report["same_text_as_one_rank"] == options.requests else 1
 

@@ -85,8 +85,17 @@ class LatentBytes:
 class Unit:
     """The pools, managers and ranks of one unit over the folder's weights."""
 
-    def __init__(self, folder: Path, sizes: UnitSizes, *, num_pages: int, max_num_seqs: int) -> None:
-        """`num_pages` and `max_num_seqs` of each DP group."""
+    def __init__(
+        self,
+        folder: Path,
+        sizes: UnitSizes,
+        *,
+        num_pages: int,
+        max_num_seqs: int,
+        wrap: Callable[[int, Dispatch], Dispatch] = lambda _, dispatch: dispatch,
+    ) -> None:
+        """`num_pages` and `max_num_seqs` of each DP group. `wrap`: what a rank's model is given for its dispatch, for who wants to see
+        what is sent."""
         self.sizes = sizes
         self.config = ModelConfig.from_folder(folder)
         self.layout = _layout(self.config)
@@ -95,6 +104,7 @@ class Unit:
         for pool in self.pools:
             pool.poison_all()
         self.managers = [KVManager(num_pages) for _ in range(sizes.groups.dp)]
+        self._wrap = wrap
         self._folder = folder
         self._num_tokens_LE: list[Tensor] = []
         self._max_num_seqs = max_num_seqs
@@ -143,7 +153,7 @@ class Unit:
             dispatch = DirectDispatch(ep, sizes.placement.slots_per_gpu)
         parallel = Parallel(
             tp=world.subgroup(groups.tp_group(world.rank), "tp"),
-            experts=dispatch,
+            experts=self._wrap(world.rank, dispatch),
             placement=sizes.placement,
             ep_rank=at.ep_rank,
             shared_is_routed=sizes.shared_is_routed,

@@ -9,23 +9,34 @@ from __future__ import annotations
 
 import random
 import resource
-import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kvcache.layout import num_pages_for
-from serving.bench.shapes import write_checkpoint
-from serving.bench.units import DISPATCH_GROUPS, Unit, UnitSizes, generate, generate_alone, tokens_of_experts
-from serving.core.config import Config, UnitTable, load_config
+from serving.bench.shapes import SHAPES, write_checkpoint
+from serving.bench.units import (
+    DISPATCH_GROUPS,
+    LatentBytes,
+    Unit,
+    UnitSizes,
+    generate,
+    generate_alone,
+    tokens_of_experts,
+)
+from serving.core.config import UnitTable, load_config
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
 from serving.model.units import UnitShape, shape_of
 from serving.parallel.balance import hierarchical_placement, single_placement
+from serving.parallel.dispatch import Dispatch
 from serving.parallel.loads import with_shared_expert
-from serving.parallel.placement import Floats, Placement, balance
+from serving.parallel.placement import Ints, Placement, balance
 from serving.parallel.traffic import Traffic
 
 SHAPE = "paper-scaled"
@@ -35,62 +46,98 @@ _LONGEST_PROMPT = 160
 _SPLIT_FROM = 2
 
 
-def run_virtual(config_name: str, *, num_requests: int, new_tokens: int, seed: int) -> dict[str, Any]:
-    """The report. Raises ConfigError where the configuration's units do not fit together or the model."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """Both units when they have ended. `expected`: the texts of one rank that holds everything."""
+
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    expected: list[list[int]]
+    prefill: Unit
+    decode: Unit
+    latents: LatentBytes
+    one_rank_s: float
+    units_s: float
+
+
+def run_units(
+    config_name: str,
+    folder: Path,
+    *,
+    num_requests: int,
+    new_tokens: int,
+    seed: int,
+    wrap: Callable[[str, int, Dispatch], Dispatch] = lambda _role, _rank, dispatch: dispatch,
+) -> Run:
+    """`folder` gets the model. `wrap`: as `Unit`'s, by role. Raises ConfigError where the units do not fit together or the model."""
     config = load_config(_config_path(config_name))
+    write_checkpoint(folder, SHAPE, seed)
+    model = ModelConfig.from_folder(folder)
     generator = random.Random(seed)
     prompts = [
-        [generator.randrange(2, 512) for _ in range(generator.randint(1, _LONGEST_PROMPT))] for _ in range(num_requests)
+        [generator.randrange(2, model.vocab_size) for _ in range(generator.randint(1, _LONGEST_PROMPT))]
+        for _ in range(num_requests)
     ]
-    with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
-        folder = Path(scratch)
-        write_checkpoint(folder, SHAPE, seed)
-        begin_s = time.perf_counter()
-        expected = generate_alone(folder, prompts, new_tokens)
-        alone_s = time.perf_counter() - begin_s
-        expert_tokens = tokens_of_experts(folder, prompts[: -(-num_requests // 4)])
-        model = ModelConfig.from_folder(folder)
-        begin_s = time.perf_counter()
-        prefill, decode = (
-            _unit(folder, model, table, expert_tokens, prompts, new_tokens) for table in (config.prefill, config.decode)
-        )
-        texts, latents = generate(prefill, decode, prompts, new_tokens)
-        seconds = time.perf_counter() - begin_s
+    begin_s = time.perf_counter()
+    expected = generate_alone(folder, prompts, new_tokens)
+    one_rank_s = time.perf_counter() - begin_s
+    # What a unit that has run for a while knows of the experts.
+    expert_tokens = tokens_of_experts(folder, prompts[: -(-num_requests // 4)])
+    begin_s = time.perf_counter()
+    most_tokens = _LONGEST_PROMPT + new_tokens
+    prefill, decode = (
+        _unit(folder, model, table, expert_tokens, num_requests, most_tokens, partial(wrap, role))
+        for role, table in (("prefill", config.prefill), ("decode", config.decode))
+    )
+    texts, latents = generate(prefill, decode, prompts, new_tokens)
+    return Run(
+        prompts=prompts,
+        texts=texts,
+        expected=expected,
+        prefill=prefill,
+        decode=decode,
+        latents=latents,
+        one_rank_s=one_rank_s,
+        units_s=time.perf_counter() - begin_s,
+    )
+
+
+def report_of(run: Run) -> dict[str, Any]:
+    """Plain data."""
     return {
-        "model": {"name": SHAPE, "num_experts": model.num_routed_experts, "top_k": model.num_experts_per_token},
-        "settings": {"config": config_name, "requests": num_requests, "new_tokens": new_tokens, "seed": seed},
-        "same_text_as_one_rank": sum(mine == theirs for mine, theirs in zip(texts, expected, strict=True)),
-        "prefill": _of_unit(prefill, model),
-        "decode": _of_unit(decode, model),
-        "latent_bytes": {"between_units": latents.between_units, "inside_nodes": latents.inside_nodes},
-        "seconds": {"one_rank": round(alone_s, 1), "units": round(seconds, 1)},
+        "model": {"name": SHAPE, "config": SHAPES[SHAPE]},
+        "requests": len(run.prompts),
+        "same_text_as_one_rank": sum(mine == theirs for mine, theirs in zip(run.texts, run.expected, strict=True)),
+        "prefill": _of_unit(run.prefill),
+        "decode": _of_unit(run.decode),
+        "latent_bytes": asdict(run.latents),
+        "seconds": {"one_rank": round(run.one_rank_s, 1), "units": round(run.units_s, 1)},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def show(report: Mapping[str, Any]) -> None:
-    """On standard error."""
-    settings = report["settings"]
+def table(report: Mapping[str, Any]) -> str:
+    """A report in lines."""
     lines = [
-        f"{report['same_text_as_one_rank']} of {settings['requests']} texts are those of one rank; "
+        f"{report['same_text_as_one_rank']} of {report['requests']} texts are those of one rank; "
         f"{report['seconds']['units']} s, {report['peak_memory_bytes'] / 1e9:.1f} GB"
     ]
     for role in ("prefill", "decode"):
         unit = report[role]
         lines.append(
-            f"{role}: {unit['ranks']} ranks (TP{unit['tp']} x DP{unit['dp']}, EP{unit['ep']}) on {unit['nodes']} nodes, {unit['slots']} slots; "
-            f"balance by layer {', '.join(f'{value:.2f}' for value in unit['balance_by_layer'])}"
+            f"{role}: {unit['ranks']} ranks (TP{unit['tp']} x DP{unit['dp']}, EP{unit['ep']}) on {unit['nodes']} nodes, {unit['slots']} slots, "
+            f"{unit['micro_batches']} micro-batches; balance by layer {', '.join(f'{value:.2f}' for value in unit['balance_by_layer'])}"
         )
         lines += [
-                f"  {way['group']:<5} over {way['link']:<9}{way['num_messages']:>10.0f} messages a layer:{way['payload_bytes']:>12.0f} bytes of rows, "
-                f"{way['routing_bytes']:.0f} of routing, {way['padding_bytes']:.0f} of padding"
+            f"  {way['group']:<5} over {way['link']:<9}{way['num_messages']:>10.0f} messages a layer:{way['payload_bytes']:>12.0f} bytes of rows, "
+            f"{way['routing_bytes']:.0f} of routing, {way['padding_bytes']:.0f} of padding"
             for way in unit["traffic_a_layer"]
         ]
     latents = report["latent_bytes"]
     lines.append(
         f"latents: {latents['between_units']} bytes between units, {latents['inside_nodes']} from owners to TP peers"
     )
-    print("\n".join(lines), file=sys.stderr)
+    return "\n".join(lines)
 
 
 def _config_path(name: str) -> Path:
@@ -109,9 +156,10 @@ def _unit(
     folder: Path,
     model: ModelConfig,
     table: UnitTable,
-    expert_tokens: Floats,
-    prompts: Sequence[Sequence[int]],
-    new_tokens: int,
+    expert_tokens: Ints,
+    num_jobs: int,
+    most_tokens: int,
+    wrap: Callable[[int, Dispatch], Dispatch],
 ) -> Unit:
     shape = shape_of(table, model)
     groups = shape.groups
@@ -122,14 +170,15 @@ def _unit(
         shared_is_routed=shape.shared_expert_routed,
         split_from=_SPLIT_FROM if table.microbatches > 1 else 0,
     )
-    # Jobs are shared out evenly, so no group holds many more than its part of them.
-    most_jobs = 2 * -(-len(prompts) // groups.dp)
-    most_pages = most_jobs * num_pages_for(_LONGEST_PROMPT + new_tokens)
-    return Unit(folder, sizes, num_pages=most_pages, max_num_seqs=most_jobs)
+    # Jobs are shared out by their tokens or pages: no group gets many more than its part of them.
+    most_jobs = 2 * -(-num_jobs // groups.dp)
+    return Unit(
+        folder, sizes, num_pages=most_jobs * num_pages_for(most_tokens), max_num_seqs=most_jobs, wrap=wrap
+    )
 
 
-def _placement(shape: UnitShape, model: ModelConfig, expert_tokens: Floats) -> Placement:
-    groups, loads = shape.groups, expert_tokens
+def _placement(shape: UnitShape, model: ModelConfig, expert_tokens: Ints) -> Placement:
+    groups, loads = shape.groups, expert_tokens.astype(np.float64)
     if shape.shared_expert_routed:
         loads = with_shared_expert(loads, experts_per_token=model.num_experts_per_token)
     if shape.active_slots == 1:
@@ -143,8 +192,8 @@ def _placement(shape: UnitShape, model: ModelConfig, expert_tokens: Floats) -> P
     )
 
 
-def _of_unit(unit: Unit, model: ModelConfig) -> dict[str, Any]:
-    groups = unit.sizes.groups
+def _of_unit(unit: Unit) -> dict[str, Any]:
+    groups, model = unit.sizes.groups, unit.config
     num_moe = model.num_layers - model.num_dense_layers
     return {
         "ranks": groups.world_size,
@@ -182,7 +231,7 @@ def _traffic(seen: Traffic, num_layers: int) -> dict[str, float]:
 
 def _balance(unit: Unit, num_layers: int) -> list[float]:
     """Mean over largest load of a GPU in each layer with experts, as the tokens of this run fell."""
-    loads = unit.expert_tokens()
+    loads = unit.expert_tokens().astype(np.float64)
     if unit.sizes.shared_is_routed:
         loads = with_shared_expert(loads, experts_per_token=unit.config.num_experts_per_token)
     figures: list[float] = balance(unit.sizes.placement, loads)[:num_layers].round(4).tolist()
