@@ -212,7 +212,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=counts, default=[1, 8], help="sequences at once, comma-separated")
     parser.add_argument("--prompt-tokens", type=count, default=128)
     parser.add_argument(
-        "--new-tokens", type=count, default=0, help="at least 2; of a point: steps + 1; if not given 65, of --virtual 16"
+        "--new-tokens",
+        type=count,
+        default=0,
+        help="at least 2; of a point: steps + 1; if not given 65, of --virtual 16",
     )
     parser.add_argument(
         "--max-batched-tokens", type=count, default=0, help="prefill tokens of one step; if not given, as served"

@@ -188,7 +188,9 @@ def generate(
     prefill.run(lead_prefill)
     latents = LatentBytes()
     arrived: list[list[tuple[Job, bytes]]] = [[] for _ in range(decode.sizes.groups.dp)]
-    for dp_rank, share in enumerate(_shared_out(jobs, decode.sizes.groups.dp, lambda job: num_pages_for(job.num_tokens))):
+    for dp_rank, share in enumerate(
+        _shared_out(jobs, decode.sizes.groups.dp, lambda job: num_pages_for(job.num_tokens))
+    ):
         for job in share:
             arrived[dp_rank].append(_hand_over(prefill, decode, prefilled[job.job_id], dp_rank, latents))
     texts = {job.job_id: [prefilled[job.job_id].first_token] for job in jobs}
@@ -246,12 +248,10 @@ def _prefill(
     leader: Leader, manager: KVManager, dp_rank: int, jobs: Sequence[Job], max_batched_tokens: int
 ) -> list[Prefilled]:
     slots = Slots(max(1, len(jobs)), on_give=leader.close_slot)
-    scheduler = PrefillScheduler(
-        manager, slots, max_num_seqs=slots.num_slots, max_batched_tokens=max_batched_tokens
-    )
+    scheduler = PrefillScheduler(manager, slots, max_num_seqs=slots.num_slots, max_batched_tokens=max_batched_tokens)
     for job in jobs:
         scheduler.add(job)
-    done = []
+    done: list[Prefilled] = []
     while not leader.turned(stopping=False, drained=len(done) == len(jobs)):
         plan = scheduler.schedule(0.0)
         if plan is None:
@@ -276,15 +276,14 @@ def _prefill(
     return done
 
 
-def _hand_over(
-    prefill: Unit, decode: Unit, done: Prefilled, dp_rank: int, latents: LatentBytes
-) -> tuple[Job, bytes]:
+def _hand_over(prefill: Unit, decode: Unit, done: Prefilled, dp_rank: int, latents: LatentBytes) -> tuple[Job, bytes]:
     """The job as its decode group `dp_rank` takes it up, with the hidden state; its pages are on every rank of that group."""
     manager, layout = decode.managers[dp_rank], decode.layout
     prompt = done.job.token_ids[: done.job.num_prompt_tokens]
     has_room = manager.reserve(done.job.job_id, num_pages_for(len(prompt) + done.job.max_new_tokens), prompt)
     binding = manager.bind(done.job.job_id, prompt)
-    assert has_room and binding is not None, "pools are made as large as their jobs"
+    assert has_room, "pools are made as large as their jobs"
+    assert binding is not None, "what was reserved can be bound"
     for index, target_page in enumerate(binding.page_ids, start=binding.first_page):
         source_page = done.page_ids[index]
         owner = decode.owner(dp_rank, target_page)

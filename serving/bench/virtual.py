@@ -172,9 +172,7 @@ def _unit(
     )
     # Jobs are shared out by their tokens or pages: no group gets many more than its part of them.
     most_jobs = 2 * -(-num_jobs // groups.dp)
-    return Unit(
-        folder, sizes, num_pages=most_jobs * num_pages_for(most_tokens), max_num_seqs=most_jobs, wrap=wrap
-    )
+    return Unit(folder, sizes, num_pages=most_jobs * num_pages_for(most_tokens), max_num_seqs=most_jobs, wrap=wrap)
 
 
 def _placement(shape: UnitShape, model: ModelConfig, expert_tokens: Ints) -> Placement:
