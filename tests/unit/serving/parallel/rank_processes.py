@@ -27,12 +27,12 @@ class RankProcesses:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "serving.parallel.distributed"])
         # Other tests of this machine have ranks at the same time.
-        name = f"test-{secrets.token_hex(4)}"
+        self.name = f"test-{secrets.token_hex(4)}"
         self.processes = []
         self._pipes: list[Connection] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, folder, name), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, folder, self.name), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
