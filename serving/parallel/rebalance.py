@@ -19,8 +19,7 @@ import torch
 from serving.core.errors import ConfigError
 from serving.metrics import Metrics
 from serving.parallel.balance import global_placement, hierarchical_placement, incremental_placement, single_placement
-from serving.parallel.collectives import Collectives
-from serving.parallel.loads import ExpertLoads
+from serving.parallel.loads import ExpertLoads, with_shared_expert
 from serving.parallel.moves import fewest_moves
 from serving.parallel.placement import Floats, Ints, Placement, balance
 from serving.parallel.transaction import LivePlacement, Phase
@@ -131,27 +130,31 @@ class Figures:
 
 
 class Rebalancer:
-    """One rank's part in balancing its EP group. `control` is the group over host memory that `live` uses too. All ranks give the same
-    `policy`, `trigger` and `look_every`."""
+    """One rank's part in balancing its EP group. All ranks give the same `policy`, `trigger` and `look_every` (steps).
+
+    `routed_top_k`: the shared expert is one more logical expert, the last, which a token takes beside so many; None: it is not."""
 
     def __init__(
         self,
         *,
         live: LivePlacement,
-        control: Collectives,
         policy: Policy,
         trigger: Trigger,
         half_life_s: float,
         look_every: int,
         now_s: float,
+        routed_top_k: int | None = None,
     ) -> None:
         self._live = live
-        self._control = control
         self._policy = policy
         self._trigger = trigger
         self._look_every = look_every
-        num_layers = len(live.placement.slots)
-        self._loads = ExpertLoads(num_layers=num_layers, num_experts=policy.num_experts, half_life_s=half_life_s)
+        self._routed_top_k = routed_top_k
+        self._loads = ExpertLoads(
+            num_layers=len(live.placement.slots),
+            num_experts=policy.num_experts - (routed_top_k is not None),
+            half_life_s=half_life_s,
+        )
         self._now_s = self._swept_s = self._changed_s = now_s
         self._is_asked = False
         # Until something is known, all is well.
@@ -162,7 +165,7 @@ class Rebalancer:
         self._steps = self._live_on()
 
     def count(self, tokens: Ints, *, now_s: float) -> None:
-        """Adds what this rank's own tokens have chosen in one or more steps, [L, E]; the shared expert, if it is a logical one, once a token."""
+        """Adds what this rank's own tokens have chosen in one or more steps, [layers, routed experts]."""
         self._loads.add(tokens, now_s=now_s)
 
     def ask(self) -> None:
@@ -213,21 +216,24 @@ class Rebalancer:
         wish = self._is_asked or self._trigger.wishes(balance=self._balance, achieved=self._achieved, age_s=age_s)
         self._is_asked = False
         own = self._loads.at(self._now_s)
-        world_size = self._control.world_size
+        world_size = self._live.control.world_size
         # Sums are shared out evenly, so they are filled up.
         share = -(-(own.size + 1) // world_size)
         words = torch.zeros(share * world_size, 1, dtype=torch.float64)
         words[: own.size, 0] = torch.from_numpy(own.ravel())
         words[-1] = float(wish)
         sums = words.new_empty(share, 1)
-        handle = self._control.reduce_scatter(sums, words)
+        handle = self._live.control.reduce_scatter(sums, words)
         yield
         handle.wait()
-        handle = self._control.all_gather(words, sums)
+        handle = self._live.control.all_gather(words, sums)
         yield
         handle.wait()
         totals = words[:, 0].numpy()
-        return totals[: own.size].reshape(own.shape).copy(), bool(totals[-1] > 0)
+        loads = totals[: own.size].reshape(own.shape).copy()
+        if self._routed_top_k is not None:
+            loads = with_shared_expert(loads, experts_per_token=self._routed_top_k)
+        return loads, bool(totals[-1] > 0)
 
     def _sweep(self, loads: Floats) -> Generator[None, None, None]:
         """Every layer's turn. An abort ends it: what was changed is valid and stays."""

@@ -16,8 +16,8 @@ boundary: each `yield` is one step of computation between issuing the collective
 going on, a step has one all-gather of ballots (four integers a rank) and, while preparing from peers, one all-to-all, on every rank
 and whatever it has to send. There is no coordinator: each rank reads all ballots and goes by them, so all decide alike. A commit takes
 place in the resumption that reads nothing but "prepared" in the ballots, which has the same number on every rank: that is the agreed step.
-An abort that was asked for after the rank's last ballot before it comes too late. A rank that dies leaves a ballot without its
-row: RanksMissing on all others, before any of them has touched a slot, and the unit ends as one.
+An abort that was asked for after the rank's own "prepared" comes too late. A rank that dies before it has said so leaves the ballots
+incomplete: RanksMissing on all others, before any of them has touched a slot, and the unit ends as one.
 
 **Memory.** A slot cannot be written while version n computes with it, so what is to come waits elsewhere. Spare slots in every layer would
 cost a layer's worth of experts each: 58 x 44 MB = 2.6 GB for one slot a GPU at V3 size in FP8, and with one of them only one
@@ -106,7 +106,7 @@ class LivePlacement:
     """One rank's end of the placement in force.
 
     `control` and `data` are two groups of the same EP ranks in the same order (or one and the same, on a CPU): over host memory, and
-    where the weights are. `placement` is what the slots hold now. `budget_bytes`: what a rank sends, and what it receives, of
+    where the weights are; best groups of their own, since weights should not stand in the way of a dispatch. `placement` is what the slots hold now. `budget_bytes`: what a rank sends, and what it receives, of
     weights in one step. `load_expert`: take weights from there instead of from peers; it is called once an expert and change, within a
     step. `on_commit` gets the new placement in the step that goes over to it, to renew what routes tokens.
 
@@ -141,7 +141,7 @@ class LivePlacement:
         """Of the latest abort; empty: there was none."""
         self.num_bytes_moved = 0
         """By all ranks, in changes made and aborted."""
-        self._control = control
+        self.control = control
         self._data = data
         self._slots = slots
         self._ranks_per_node = ranks_per_node
@@ -209,7 +209,7 @@ class LivePlacement:
             self.num_bytes_moved += ROW_BYTES * sum(piece.end - piece.first for piece in pieces)
             start = 0
             for piece in _by_rank(arriving, links, 0):
-                if links[piece.move][0] != self._control.rank:
+                if links[piece.move][0] != self.control.rank:
                     into = self._staging.rows(staged[piece.move], piece.first, piece.end)
                     into.copy_(self._received[start : start + len(into)])
                     start += len(into)
@@ -218,8 +218,8 @@ class LivePlacement:
         self, moves: list[Move], links: list[tuple[int, int]], pieces: list[Piece], staged: dict[int, int]
     ) -> Handle:
         """Issues the step's all-to-all; what this rank has for itself is copied at once."""
-        rank = self._control.rank
-        send, recv = [0] * self._control.world_size, [0] * self._control.world_size
+        rank = self.control.rank
+        send, recv = [0] * self.control.world_size, [0] * self.control.world_size
         start = 0
         for piece in _by_rank(pieces, links, 1):
             source, target = links[piece.move]
@@ -269,8 +269,8 @@ class LivePlacement:
         the commit, is against it."""
         phase = list(Phase).index(self.phase)
         ballot = torch.tensor([[self.version, phase, digest, self._failure]])
-        ballots = ballot.new_empty(self._control.world_size, ballot.shape[1])
-        handle = self._control.all_gather(ballots, ballot)
+        ballots = ballot.new_empty(self.control.world_size, ballot.shape[1])
+        handle = self.control.all_gather(ballots, ballot)
         yield
         if exchange:
             exchange.wait()
@@ -278,7 +278,7 @@ class LivePlacement:
         votes = ballots.tolist()
         if any(vote[:2] != [self.version, phase] for vote in votes):
             raise PeerError(
-                f"the EP ranks {self._control.ranks} are not in lockstep: (version, phase) is {[tuple(vote[:2]) for vote in votes]}; "
+                f"the EP ranks {self.control.ranks} are not in lockstep: (version, phase) is {[tuple(vote[:2]) for vote in votes]}; "
                 "the unit has to start again"
             )
         if self.phase is not Phase.COMMITTED:
@@ -293,7 +293,7 @@ class LivePlacement:
             detail = f" ({self._detail})" if self._detail else ""
             raise _Aborted(
                 failure,
-                f"version {self.version + 1} was given up while {self.phase}: rank {self._control.ranks[rank]} {_MEANING[failure]}{detail}; "
+                f"version {self.version + 1} was given up while {self.phase}: rank {self.control.ranks[rank]} {_MEANING[failure]}{detail}; "
                 f"version {self.version} stays in force",
             )
 
@@ -310,7 +310,7 @@ class LivePlacement:
     def _own(self, moves: list[Move]) -> dict[int, tuple[int, Move]]:
         """By number, the moves to this rank, each with its place in staging memory."""
         mine = [
-            number for number, move in enumerate(moves) if move.target // self._slots.num_slots == self._control.rank
+            number for number, move in enumerate(moves) if move.target // self._slots.num_slots == self.control.rank
         ]
         return {number: (index, moves[number]) for index, number in enumerate(mine)}
 
@@ -324,8 +324,8 @@ class LivePlacement:
         places = itertools.product(range(self._slots.num_layers), range(self._slots.num_slots))
         own = torch.tensor(checksums(self._slots.read(*place) for place in places))
         own_LK = own.view(self._slots.num_layers, -1)
-        all_GLK = own_LK.new_empty(self._control.world_size, *own_LK.shape)
-        self._control.all_gather(all_GLK, own_LK[None]).wait()
+        all_GLK = own_LK.new_empty(self.control.world_size, *own_LK.shape)
+        self.control.all_gather(all_GLK, own_LK[None]).wait()
         found_LS = all_GLK.transpose(0, 1).reshape(self._slots.num_layers, -1).numpy()
         known_LE = np.zeros(self.placement.copies.shape, dtype=np.int64)
         np.put_along_axis(known_LE, self.placement.slots, found_LS, axis=1)
@@ -334,7 +334,7 @@ class LivePlacement:
             layer, slot = wrong[0]
             raise PeerError(
                 f"two copies of expert {self.placement.slots[layer, slot]} of layer {layer} differ, one of them on rank "
-                f"{self._control.ranks[slot // self._slots.num_slots]}; load the weights again"
+                f"{self.control.ranks[slot // self._slots.num_slots]}; load the weights again"
             )
         return known_LE
 

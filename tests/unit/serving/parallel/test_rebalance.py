@@ -12,6 +12,7 @@ import pytest
 from serving.core.errors import ConfigError
 from serving.metrics import Metrics
 from serving.parallel.groups import Groups
+from serving.parallel.loads import with_shared_expert
 from serving.parallel.placement import balance
 from serving.parallel.rebalance import Figures, Policy, Rebalancer, Trigger
 from serving.parallel.staging import ROW_BYTES
@@ -49,12 +50,17 @@ TOTAL = np.sum([loads_of(rank) for rank in range(RANKS)], axis=0).astype(float)
 
 
 def run(
-    main: Callable[[_Rank], Any], *, trigger: Trigger = NEVER, staged_layers: int = 1
+    main: Callable[[_Rank], Any],
+    *,
+    policy: Policy = POLICY,
+    trigger: Trigger = NEVER,
+    staged_layers: int = 1,
+    routed_top_k: int | None = None,
 ) -> tuple[list[Any], VirtualUnit]:
     unit = VirtualUnit(Groups(tp=1, dp=RANKS, ep=RANKS, ranks_per_node=2))
 
     def live_on(group: VirtualCollectives) -> Any:
-        present = POLICY.initial(LAYERS)
+        present = policy.initial(LAYERS)
         slots = MemorySlots(present, group.rank)
         live = LivePlacement(
             control=group,
@@ -67,7 +73,13 @@ def run(
             on_commit=lambda _: None,
         )
         rebalancer = Rebalancer(
-            live=live, control=group, policy=POLICY, trigger=trigger, half_life_s=1e9, look_every=LOOK_EVERY, now_s=0.0
+            live=live,
+            policy=policy,
+            trigger=trigger,
+            half_life_s=1e9,
+            look_every=LOOK_EVERY,
+            now_s=0.0,
+            routed_top_k=routed_top_k,
         )
         rebalancer.count(loads_of(group.rank), now_s=0.0)
         result = main(_Rank(live, rebalancer, slots, group.rank))
@@ -152,6 +164,22 @@ def test_uneven_loads_lead_all_ranks_to_the_same_better_placement(staged_layers:
     num_moves = int((wanted.slots != POLICY.initial(LAYERS).slots).sum())
     assert figures.num_bytes_moved == num_moves * -(-NUM_BYTES // ROW_BYTES) * ROW_BYTES
     assert figures.last_error == ""
+
+
+def test_a_shared_expert_among_the_logical_ones_has_every_token() -> None:
+    policy = Policy(num_experts=EXPERTS + 1, num_slots=16, num_gpus=RANKS)
+
+    def main(rank: _Rank) -> bytes:
+        rank.rebalancer.ask()
+        rank.steps(60)
+        return rank.live.placement.slots.tobytes()
+
+    loads = with_shared_expert(TOTAL, experts_per_token=2)
+    wanted = policy.place(policy.initial(LAYERS), loads)
+    assert wanted.copies[:, -1].min() > 1
+    results, _ = run(main, policy=policy, routed_top_k=2)
+    assert results == [wanted.slots.tobytes()] * RANKS
+    assert run(main, policy=policy, routed_top_k=EXPERTS)[0] != results
 
 
 def test_a_layer_that_gains_little_is_left_alone() -> None:
