@@ -65,7 +65,7 @@ class SlotState:
 class Drafted(NamedTuple):
     """A step as it was computed. `outcome_BX` [B, T + 1]: the tokens drawn and, last, how many drafts were accepted.
 
-    `positions_B`: of the first of the T tokens; `logits_NV` fp32 [B * T, V]; `hidden_BTD` after the final norm.
+    `positions_B`: of the first of the T tokens; `logits_NV` [B * T, V]; `hidden_BTD` after the final norm.
     """
 
     outcome_BX: Tensor
