@@ -76,6 +76,11 @@ def placed(page_table_BP: Tensor, positions_B: Tensor, *, first: int, num_tokens
     return Placed(positions_N, positions_N - 1, row_ids_BT.flatten(), positions_B + first + num_tokens)
 
 
+def num_accepted(tokens_BT: Tensor, drafts_BK: Tensor) -> Tensor:
+    """int64 [B]: how many drafts stand before the first that is not the token drawn for its position."""
+    return (tokens_BT[:, :-1] == drafts_BK).cumprod(dim=1).sum(dim=1)
+
+
 def accepted(
     last_token_S: Tensor,
     hidden_SD: Tensor,
@@ -86,7 +91,7 @@ def accepted(
     tokens_BT: Tensor,
     drafts_BK: Tensor,
 ) -> Tensor:
-    """int64 [B, T + 1]: the tokens drawn, and how many drafts stand before the first that is not the token drawn for its position.
+    """int64 [B, T + 1]: the tokens drawn, and `num_accepted` of the drafts.
 
     The slots go on with the last token that counts, its hidden state, and the position behind it. K = T - 1.
     """
@@ -95,7 +100,7 @@ def accepted(
 
         state = last_token_S, hidden_SD, positions_S
         return device.accepted(*state, slots_B, positions_B, hidden_BTD, tokens_BT, drafts_BK)
-    accepted_B = (tokens_BT[:, :-1] == drafts_BK).cumprod(dim=1).sum(dim=1)
+    accepted_B = num_accepted(tokens_BT, drafts_BK)
     chosen_B1 = accepted_B[:, None]
     hidden_BD = hidden_BTD.gather(1, chosen_B1[:, :, None].expand(-1, 1, hidden_BTD.shape[2]))[:, 0]
     last_token_S.index_copy_(0, slots_B, tokens_BT.gather(1, chosen_B1)[:, 0])
