@@ -83,11 +83,11 @@ class DecodeStage(Stage[DecodeWorker]):
         notice: dict[str, Any] = {
             "job_id": ticket.job_id,
             "number": 0,
-            "first": 0,
+            "pages": [0, 1],
             "epochs": ticket.epochs,
             "num_bytes": 2 * self.engine.layout.page_bytes,
         }
-        peer = self.source.connect(ticket.agent)
+        peer = self.source.connect(ticket.agents[0])
         self.source.write(peer, [0, 1], ticket.page_ids, encode_notice(WriteNotice(**(notice | fields))))
         self.source.poll()
 
@@ -205,7 +205,7 @@ def test_a_write_of_an_earlier_epoch_is_counted_and_does_not_count(stage: Make) 
 def test_an_announcement_that_is_no_announcement_is_refused(stage: Make) -> None:
     s = stage()
     ticket = s.ticket()
-    s.source.write(s.source.connect(ticket.agent), [0], [ticket.page_ids[0]], b"junk")
+    s.source.write(s.source.connect(ticket.agents[0]), [0], [ticket.page_ids[0]], b"junk")
     s.wait(lambda: s.worker.metric("baton_frames_refused_total") == 1)
 
 
