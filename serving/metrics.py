@@ -133,6 +133,15 @@ CATALOGUE: tuple[Family, ...] = (
     _worker("baton_expert_tokens_total", "counter", "Tokens routed to an expert.", "layer", "expert"),
     _worker("baton_expert_balance", "gauge", "Mean over maximum of the tokens of a unit's ranks.", "unit"),
     _worker("baton_placement_version", "gauge", "Version of the expert placement in force.", "unit"),
+    _worker("baton_placement_age_seconds", "gauge", "Time since that version came into force.", "unit"),
+    _worker("baton_placement_moved_bytes_total", "counter", "Expert weights copied between a unit's slots.", "unit"),
+    _worker(
+        "baton_placement_aborts_total",
+        "counter",
+        "Placements that were given up, by reason: asked, checksum, source, disagreement.",
+        "unit",
+        "reason",
+    ),
     _worker("baton_spec_draft_tokens_total", "counter", "Tokens drafted by the MTP layer."),
     _worker("baton_spec_accepted_tokens_total", "counter", "Drafted tokens that the model accepted."),
 )

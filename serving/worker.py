@@ -65,6 +65,7 @@ class Worker(ABC, Generic[J, T]):
         config = spec.config
         self._log = logging.getLogger(f"baton.{spec.worker_id}")
         self._role = spec.role
+        self._unit_name = spec.unit or spec.worker_id
         self._engine = engine
         self._metrics = Metrics("worker", worker=spec.worker_id)
         self._mailbox: Mailbox[T] = Mailbox(
@@ -156,6 +157,8 @@ class Worker(ABC, Generic[J, T]):
             case Attach():
                 self._reporter.attach(sender)
             case MetricsQuery():
+                if self._engine.balancing is not None:
+                    self._engine.balancing.report(self._metrics, unit=self._unit_name)
                 self._reporter.answer(sender, message)
             case Drain():
                 self._draining = True

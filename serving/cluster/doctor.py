@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from serving.cluster.placement import plan_units
-from serving.cluster.preflight import check_model_folder, check_ports, resolve_model_dir
+from serving.cluster.preflight import check_model_folder, check_ports, check_units, resolve_model_dir
 from serving.core.config import Config
 from serving.core.errors import BatonError
 
@@ -59,6 +59,7 @@ def examine(config: Config) -> int:
         _shared_memory(),
         _disk(),
         _model(config),
+        _units(config),
         _ports(config),
     ]
     table = Table("", "found", "what to do", show_edge=False)
@@ -95,10 +96,7 @@ def _nixl() -> Finding:
 
 
 def _devices(config: Config) -> Finding:
-    import torch
-
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    num_cores = len(os.sched_getaffinity(0))
+    num_gpus, num_cores = _num_gpus(), len(os.sched_getaffinity(0))
     ranks = [rank for unit in plan_units(config, num_cores=num_cores, num_gpus=num_gpus) for rank in unit.ranks]
     threads = " or ".join(str(number) for number in sorted({rank.num_threads for rank in ranks}))
     found = f"{num_gpus} GPUs, {num_cores} cores for {len(ranks)} workers of {threads} threads"
@@ -108,6 +106,12 @@ def _devices(config: Config) -> Finding:
         found,
         "set model.device to auto or cpu, or install a driver and a CUDA build of torch" if missing_gpu else "",
     )
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _memory() -> Finding:
@@ -144,6 +148,16 @@ def _model(config: Config) -> Finding:
     return _tried(
         "model", lambda: check_model_folder(resolve_model_dir(config), config), config.model.dir or "the embedded model"
     )
+
+
+def _units(config: Config) -> Finding:
+    num_gpus = 0 if config.model.device == "cpu" else _num_gpus()
+
+    def check() -> None:
+        units = plan_units(config, num_cores=1, num_gpus=num_gpus)
+        check_units(config, resolve_model_dir(config), units, num_gpus=num_gpus)
+
+    return _tried("units", check, "fit the model and this machine")
 
 
 def _ports(config: Config) -> Finding:

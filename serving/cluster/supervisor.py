@@ -171,7 +171,6 @@ class Supervisor:
         specs = [self._worker_spec(unit, rank, rendezvous) for rank in unit.plan.ranks]
         launch = (unit.plan, unit.incarnation, list(unit.actors), specs)
         threading.Thread(target=self._launch, args=launch, name=f"launch-{unit.plan.name}", daemon=True).start()
-        self._broadcast()
 
     def _worker_spec(self, unit: _Unit, rank: RankPlan, rendezvous: str) -> WorkerSpec:
         return WorkerSpec(
@@ -224,11 +223,16 @@ class Supervisor:
     def _turn(self) -> None:
         for event in self._mailbox.get(self._patience_s()):
             self._hear(event)
+        changed = False
         while self._told:
             self._note(self._told.popleft())
+            changed = True
         for unit in self._state.units.values():
             if unit.restart_at_s is not None and time.monotonic() >= unit.restart_at_s and not self._draining:
                 self._start(unit)
+                changed = True
+        if changed:  # once for all that was told, since hundreds of ranks load at a time
+            self._broadcast()
 
     def _patience_s(self) -> float | None:
         """Time until something is due without an event; None: nothing is."""
@@ -259,7 +263,6 @@ class Supervisor:
                 rank.endpoint = told.event.address.endpoint if told.event.address is not None else ""
             if unit.state == "starting" and all(rank.answers for rank in unit.ranks) and not self._draining:
                 unit.state, unit.was_ready, unit.ready_since_s = "ready", True, time.monotonic()
-        self._broadcast()
 
     def _bury(self, unit: _Unit, rank: _Rank, reason: str) -> None:
         rank.alive = False

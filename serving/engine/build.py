@@ -19,16 +19,18 @@ import torch
 
 from kvcache.layout import PAGE_TOKENS, PageLayout, num_pages_for
 from kvcache.pool import KVPool
-from serving.core.config import KernelsTable
+from serving.core.config import BalanceTable, KernelsTable
 from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
 from serving.core.spec import WorkerSpec
-from serving.engine.joining import join
+from serving.engine.balancing import Balancing
+from serving.engine.joining import Place, join
 from serving.engine.runner import Model, Runner
 from serving.engine.unit import Lockstep
 from serving.kernels.packed import packing
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
+from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.heap import products_use_the_heap
 from serving.model.kernels import choose_kernels
 from serving.model.parallel import SINGLE, Parallel
@@ -63,6 +65,7 @@ class Engine:
     max_batched_tokens: int
     draft_tokens: int
     lockstep: Lockstep | None = None
+    balancing: Balancing | None = None
 
 
 def build_engine(
@@ -153,7 +156,7 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
     StartupError and RanksMissing."""
     config, prefills, decodes = spec.config, spec.role != "decode", spec.role != "prefill"
     model_config = _model_config(Path(spec.model_dir), mtp=config.model.mtp)
-    parallel, lockstep = join(spec, model_config, _device(config.model.device))
+    place = join(spec, model_config, _device(config.model.device))
     try:
         engine = build_engine(
             spec.model_dir,
@@ -171,8 +174,8 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
             num_threads=spec.num_threads,
             prefills=prefills,
             decodes=decodes,
-            parallel=parallel,
-            lockstep=lockstep,
+            parallel=place.parallel,
+            lockstep=place.lockstep,
             progress=progress,
         )
         num_tokens = engine.max_batched_tokens if prefills else 0
@@ -181,9 +184,20 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
         raise ConfigError(
             "the GPU's memory is full before the first step; lower kv.memory_fraction or prefill.max_batched_tokens"
         ) from None
-    if lockstep is not None:
-        lockstep.meet()
-    return engine
+    if place.lockstep is not None:
+        place.lockstep.meet()
+    if place.ep is None or not config.balance.period_s:
+        return engine
+    return dataclasses.replace(engine, balancing=_balancing(engine, place, config.balance))
+
+
+def _balancing(engine: Engine, place: Place, table: BalanceTable) -> Balancing:
+    assert isinstance(engine.runner.model, DeepseekV3)
+    assert place.ep is not None
+    assert place.lockstep is not None
+    balancing = Balancing(engine.runner.model, place.shape, place.ep, table)
+    place.lockstep.attach(balancing, place.ep.ranks)
+    return balancing
 
 
 def tokenizer_size(folder: Path) -> int | None:

@@ -2,6 +2,7 @@
 
     rendezvous -> world -> tp | ep | rail, node      of tensors where the model is
                         -> control, control-tp       of the lockstep, in host memory        bell
+                       -> control-ep                of experts that change their places
 
 The ranks of one node exchange through shared memory, those of several over gloo. All ranks of a unit come here at once and ask for the
 same groups in the same order. Ranks that share neither heads nor experts join nothing.
@@ -10,6 +11,7 @@ same groups in the same order. Ranks that share neither heads nor experts join n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,8 @@ START_DEADLINE_S = 600.0
 """Ranks load at different speeds."""
 STEP_DEADLINE_S = 60.0
 """More than any step takes; a rank whose process ends is known at once."""
+_LARGE_BYTES, _SMALL_BYTES = 1 << 20, 1 << 14
+"""Shared memory that a rank fills at once: where the model exchanges, and elsewhere."""
 _SPLIT_PREFILL_TOKENS = 64
 _SPLIT_ROWS = 8
 """Below, two micro-batches hide less than they cost."""
@@ -44,32 +48,48 @@ GroupOf = Callable[[str, Sequence[int]], Collectives]
 """Name and ranks of a group that this rank is in -> its end of it."""
 
 
-def join(spec: WorkerSpec, config: ModelConfig, device: torch.device) -> tuple[Parallel, Lockstep | None]:
-    """No lockstep: the rank computes alone. Raises ConfigError, StartupError, RanksMissing."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a rank has joined. No lockstep: it computes alone. `ep`: its EP group, for what concerns experts between steps."""
+
+    parallel: Parallel = SINGLE
+    lockstep: Lockstep | None = None
+    shape: UnitShape
+    ep: Collectives | None = None
+
+
+def join(spec: WorkerSpec, config: ModelConfig, device: torch.device) -> Place:
+    """Raises ConfigError, StartupError, RanksMissing."""
     table = unit_table(spec.config, spec.role)
     shape = shape_of(table, config)
-    if shape.groups.tp == shape.groups.ep == 1:
-        return SINGLE, None
+    groups = shape.groups
+    if groups.tp == groups.ep == 1:
+        return Place(shape=shape)
     if device.type == "cuda":
         raise ConfigError("units of several ranks compute on CPUs as yet; set model.device to cpu, or tp and dp to 1")
-    world = _world(spec, shape.groups)
+    opened = _opener(spec, groups)
+    world = opened("world", range(groups.world_size), START_DEADLINE_S, _SMALL_BYTES)
     splits = table.microbatches > 1
     micro_batches = MicroBatches(
         prefill_tokens=_SPLIT_PREFILL_TOKENS if splits else 0, rows=_SPLIT_ROWS if splits else 0
     )
 
     def group_of(name: str, ranks: Sequence[int]) -> Collectives:
-        return world.subgroup(ranks, name, STEP_DEADLINE_S)
+        return opened(name, ranks, STEP_DEADLINE_S, _LARGE_BYTES)
+
+    def control_of(name: str, ranks: Sequence[int]) -> Collectives:
+        return opened(name, ranks, STEP_DEADLINE_S, _SMALL_BYTES)
 
     parallel = parallel_of(shape, spec.rank, config, group_of, by_nodes=spec.role == "prefill")
     lockstep = Lockstep(
-        group_of("control", world.ranks),
-        _group(group_of, "control-tp", shape.groups.tp_group(spec.rank)),
+        control_of("control", world.ranks),
+        _group(control_of, "control-tp", groups.tp_group(spec.rank)),
         TcpBell(world, host=spec.host, deadline_s=START_DEADLINE_S),
         start=world,
         micro_batches=micro_batches,
     )
-    return parallel, lockstep
+    ep = control_of("control-ep", groups.ep_group(spec.rank)) if groups.ep > 1 else None
+    return Place(parallel=parallel, lockstep=lockstep, shape=shape, ep=ep)
 
 
 def leads(spec: WorkerSpec) -> bool:
@@ -102,29 +122,42 @@ def parallel_of(
 
 def first_placement(shape: UnitShape, config: ModelConfig) -> Placement:
     """Before any load is known: all experts alike, but for a routed shared one, which every token takes."""
-    groups, num_experts = shape.groups, shape.num_experts
-    loads = np.ones((num_moe_layers(config), num_experts))
+    loads = np.ones((num_moe_layers(config), shape.num_experts))
     if shape.shared_expert_routed:
         loads[:, -1] = config.num_routed_experts / config.num_experts_per_token
+    ep, (num_nodes, num_groups) = shape.groups.ep, nodes_and_groups(shape, config)
     if shape.active_slots == 1:
-        return single_placement(loads, num_gpus=groups.ep)
-    num_nodes = max(1, groups.ep // groups.ranks_per_node)
-    if num_nodes == 1 or config.num_groups == 1 or config.num_groups % num_nodes or shape.shared_expert_routed:
-        return global_placement(loads, num_slots=shape.num_slots, num_gpus=groups.ep)
+        return single_placement(loads, num_gpus=ep)
+    if num_nodes == 1 or num_groups == 1:
+        return global_placement(loads, num_slots=shape.num_slots, num_gpus=ep)
     return hierarchical_placement(
-        loads, num_slots=shape.num_slots, num_gpus=groups.ep, num_nodes=num_nodes, num_groups=config.num_groups
+        loads, num_slots=shape.num_slots, num_gpus=ep, num_nodes=num_nodes, num_groups=num_groups
     )
+
+
+def nodes_and_groups(shape: UnitShape, config: ModelConfig) -> tuple[int, int]:
+    """Nodes of an EP group, and groups of experts to keep on one of them each: 1 where groups do not divide so."""
+    num_nodes = max(1, shape.groups.ep // shape.groups.ranks_per_node)
+    divides = config.num_groups % num_nodes == 0 and not shape.shared_expert_routed
+    return num_nodes, config.num_groups if divides else 1
 
 
 def _group(group_of: GroupOf, name: str, ranks: tuple[int, ...]) -> Collectives:
     return group_of(name, ranks) if len(ranks) > 1 else SingleRank(ranks=ranks)
 
 
-def _world(spec: WorkerSpec, groups: Groups) -> Collectives:
-    ranks, name = range(groups.world_size), Path(spec.rendezvous).name
+def _opener(spec: WorkerSpec, groups: Groups) -> Callable[[str, Sequence[int], float, int], Collectives]:
+    """(name, ranks, deadline_s, bytes that a rank posts at once) -> this rank's end of a group."""
+    unit = Path(spec.rendezvous).name
     if groups.num_nodes == 1:
-        return SharedMemoryCollectives(name=name, ranks=ranks, rank=spec.rank, deadline_s=START_DEADLINE_S)
+        return lambda name, ranks, deadline_s, part_bytes: SharedMemoryCollectives(
+            name=f"{unit}-{name}",
+            ranks=ranks,
+            rank=list(ranks).index(spec.rank),
+            deadline_s=deadline_s,
+            part_bytes=part_bytes,
+        )
     store = FileStore(spec.rendezvous, groups.world_size)
-    return TorchCollectives(
-        backend="gloo", store=store, ranks=ranks, rank=spec.rank, name=name, deadline_s=START_DEADLINE_S
+    return lambda name, ranks, deadline_s, _: TorchCollectives(
+        backend="gloo", store=store, ranks=ranks, rank=list(ranks).index(spec.rank), name=name, deadline_s=deadline_s
     )

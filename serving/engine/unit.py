@@ -16,7 +16,7 @@ schedulers, requests or sockets.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -100,7 +100,6 @@ class MicroBatches:
 
 def agree(most: Header, least: Header, micro_batches: MicroBatches) -> Agreed:
     """From the largest and the smallest of each of the headers' fields. Pure, so that all ranks come to the same."""
-    assert most.placement_version == least.placement_version, f"placements {least} and {most} are in force at once"
     prefill_tokens, rows = most.prefill_tokens, most.rows
     number = micro_batches.number(prefill_tokens, rows)
     has_work = prefill_tokens > 0 or rows > 0
@@ -131,7 +130,7 @@ class BetweenSteps(Protocol):
 
     @property
     def placement_version(self) -> int:
-        """Of the placement in force, the same on all ranks."""
+        """Of the placement in force, the same on all ranks of an EP group."""
 
     def advance(self) -> None:
         """Called on all ranks before the same steps, so it may call collectives of its own."""
@@ -151,7 +150,6 @@ class Lockstep:
         *,
         start: Collectives | None = None,
         micro_batches: MicroBatches | None = None,
-        between_steps: BetweenSteps | None = None,
     ) -> None:
         self.bell = bell
         self.number = 0
@@ -161,11 +159,16 @@ class Lockstep:
         self.tp_rank, self.tp = tp.rank, tp.world_size
         self._world, self._tp, self._start = world, tp, start or world
         self._micro_batches = micro_batches or MicroBatches()
-        self._between_steps = between_steps
+        self._between_steps: BetweenSteps | None = None
+        self._ep_ranks: list[int] = []
         self._headers = torch.zeros(world.world_size, len(Header._fields), dtype=torch.int64)
         self._block = torch.zeros(_LENGTH_BYTES + _INLINE_BYTES, dtype=torch.uint8)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Commands)
+
+    def attach(self, between_steps: BetweenSteps, ep_ranks: Sequence[int]) -> None:
+        """Before the first round, on all ranks of the EP group."""
+        self._between_steps, self._ep_ranks = between_steps, list(ep_ranks)
 
     def least(self, number: int) -> int:
         """The smallest of what the ranks bring; all of them call it."""
@@ -201,6 +204,10 @@ class Lockstep:
         self.number += 1
         self.parked, self.ended = agreed.step is None, agreed.ended
         if self._between_steps is not None and agreed.step is not None:
+            versions = {
+                row[Header._fields.index("placement_version")] for row in self._headers[self._ep_ranks].tolist()
+            }
+            assert len(versions) == 1, f"placements {versions} are in force at once"
             self._between_steps.advance()
         return agreed.step, commands
 

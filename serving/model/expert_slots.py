@@ -8,9 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.kernels.quant import Fp8Weight
@@ -50,8 +48,7 @@ class ModelExpertSlots:
         """CRC-32 of what `read` gives, whatever memory it is in."""
         crc = 0
         for tensor in self.read(layer, slot):
-            content: NDArray[np.uint8] = tensor.cpu().view(torch.uint8).numpy()
-            crc = zlib.crc32(content, crc)
+            crc = zlib.crc32(tensor.cpu().view(torch.uint8).numpy().tobytes(), crc)
         return crc
 
 

@@ -150,6 +150,8 @@ class Moe:
         arrived: Arrived[Tensor | QuantisedRows] = yield Sent(name="dispatch", wait=sending.wait)
         y_RD = grouped_mlp(arrived.x_RD, self.gate_up, self.down, arrived.slots_RK, arrived.weights_RK)
         returning = self.routing.dispatch.give_back(sending, y_RD)
+        # Inside the node at once, if that is the first hop: what travels meanwhile is the hop between nodes.
+        returning.advance()
         routed_TD: Tensor = yield Sent(name="combine", wait=returning.wait)
         return routed_TD if shared_TD is None else routed_TD.add_(shared_TD)
 

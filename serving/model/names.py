@@ -45,6 +45,10 @@ class Target:
         """Of the tensor in the checkpoint."""
         return tuple(self.into.shape) if self.whole is None else self.whole
 
+    @property
+    def has_all_columns(self) -> bool:
+        return self.into.shape[-1] == self.shape[-1]
+
 
 Part = tuple[Callable[[], None] | None, dict[str, Target]]
 

@@ -59,8 +59,9 @@ def load_weights(
 ) -> DeepseekV3:
     """Read the folder's weights into a new model of compute dtype `dtype` on `device`, which computes with `kernels`.
 
-    Of a unit of many ranks only what this one keeps is read; the whole folder is checked all the same. Raises ModelFolderError, before reading any weight, with one line that counts the faults and then a line for each
-    group of tensors that is missing, unexpected or of a wrong shape or dtype.
+    Of a unit of many ranks only what this one keeps is read; the whole folder is checked all the same. Raises
+    ModelFolderError, before reading any weight, with one line that counts the faults and then a line for each group of
+    tensors that is missing, unexpected or of a wrong shape or dtype; ConfigError where the model does not divide as asked.
     """
     with blocks_returned():
         return _load(Path(folder), config, dtype, device, kernels, parallel, progress)
@@ -77,8 +78,11 @@ def _load(
 ) -> DeepseekV3:
     entries = read_entries(folder)
     model = _new_model(folder, config, dtype, device, kernels, parallel)
-    _check(folder, entries, config, name_table(model))
-    total_bytes = sum(_kept_bytes(entries, name, target) for name, target in name_table(model).items())
+    table = name_table(model)
+    _check(folder, entries, config, table)
+    total_bytes = sum(_kept_bytes(entries, name, target) for name, target in table.items())
+    # Its views would keep alive what is packed.
+    del table
     in_flight_bytes = min(max(total_bytes // 64, 1 << 20), 64 << 20)
     if progress is not None:
         progress.start(total_bytes)
@@ -135,6 +139,8 @@ class _Files:
         """Fill one target; bytes of the files that this took."""
         if name not in self.entries:
             return 0
+        if not target.into.numel():
+            return 0
         if target.repeats is None:
             self._fill(name, target)
         else:
@@ -144,41 +150,49 @@ class _Files:
     def _fill(self, name: str, target: Target) -> None:
         quantised = self.entries[name].dtype == _FP8
         block = self.config.weight_block_size or (1, 1)
-        first = target.at[0]
         for start, end in self._pieces(target, multiple_of=block[0] if quantised or target.scales is not None else 1):
-            if quantised and target.scales is None:
-                part = self._dequantised(name, target, start, end, block)
-            else:
-                part = self.reader.rows(name, first + start, first + end, _columns(target))
-            if target.scales is not None:
-                blocks = slice(start // block[0], -(-end // block[0]))
-                if not quantised and start == 0:
-                    _LOG.warning("%s is not FP8 in the checkpoint; it is quantised as its neighbours were", name)
-                parts = (
-                    (part, self._scales(name, target, start, end, block))
+            if target.scales is None:
+                part = (
+                    self._dequantised(name, target, start, end, block)
                     if quantised
-                    else quantise_block_fp8(part, block)
+                    else self._rows(name, target, start, end)
                 )
-                part, scales = parts
-                target.scales[blocks].copy_(scales)
+                target.into[start:end].copy_(part)
+                continue
+            # What stays FP8 begins where its blocks do.
+            part = self._rows(name, target, start, end)
+            if quantised:
+                scales = self._scales(name, target, start, end, block)
+            else:
+                if start == 0:
+                    _LOG.warning("%s is not FP8 in the checkpoint; it is quantised as its neighbours were", name)
+                part, scales = quantise_block_fp8(part, block)
             target.into[start:end].copy_(part)
+            target.scales[start // block[0] : -(-end // block[0])].copy_(scales)
+
+    def _rows(self, name: str, target: Target, start: int, end: int) -> Tensor:
+        """Rows [start, end) of the part, as they are in the file."""
+        first, left = target.at
+        columns = None if target.has_all_columns else slice(left, left + target.into.shape[1])
+        return self.reader.rows(name, first + start, first + end, columns)
 
     def _dequantised(self, name: str, target: Target, start: int, end: int, block: tuple[int, int]) -> Tensor:
-        """Rows of the part; what is read begins where blocks do."""
-        row, column = target.at[0] + start, target.at[1]
-        before, left = row % block[0], column % block[1]
-        width = target.into.shape[1]
-        columns = None if _columns(target) is None else slice(column - left, column + width)
-        whole = self.reader.rows(name, row - before, target.at[0] + end, columns)
+        """The same of FP8 blocks; what is read begins where they do."""
+        row, left = target.at[0] + start, target.at[1]
+        rows_before, columns_before = row % block[0], left % block[1]
+        columns = None if target.has_all_columns else slice(left - columns_before, left + target.into.shape[1])
+        whole = self.reader.rows(name, row - rows_before, target.at[0] + end, columns)
         scales = self._scales(name, target, start, end, block)
-        return dequantise_block_fp8(whole, scales, block, target.into.dtype)[before:, left:]
+        return dequantise_block_fp8(whole, scales, block, target.into.dtype)[rows_before:, columns_before:]
 
     def _scales(self, name: str, target: Target, start: int, end: int, block: tuple[int, int]) -> Tensor:
         """Of the blocks that hold rows [start, end) of the part."""
         first, left = target.at
-        columns = slice(left // block[1], -(-(left + target.into.shape[1]) // block[1]))
-        rows = (first + start) // block[0], -(-(first + end) // block[0])
-        return self.reader.rows(name + SCALE_SUFFIX, *rows, None if _columns(target) is None else columns)
+        right = left + target.into.shape[1]
+        columns = None if target.has_all_columns else slice(left // block[1], -(-right // block[1]))
+        return self.reader.rows(
+            name + SCALE_SUFFIX, (first + start) // block[0], -(-(first + end) // block[0]), columns
+        )
 
     def _compare(self, name: str, target: Target, original: str) -> None:
         """The copy in the file must be what it repeats."""
@@ -196,12 +210,6 @@ class _Files:
         num_rows, *width = target.into.shape
         step = max(self.piece_elements // max(math.prod(width), 1) // multiple_of, 1) * multiple_of
         return [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
-
-
-def _columns(target: Target) -> slice | None:
-    """Those that are read, where not all are."""
-    width = target.into.shape[-1]
-    return None if width == target.shape[-1] else slice(target.at[1], target.at[1] + width)
 
 
 def _kept_bytes(entries: dict[str, TensorEntry], name: str, target: Target) -> int:

@@ -46,8 +46,9 @@ def rows_like(x: X, payloads: Sequence[Tensor]) -> X:
     if isinstance(x, Tensor):
         return cast(X, payloads[0])
     values, scales_RB = payloads
-    scales_BR = F.pad(scales_RB.t(), (0, -len(scales_RB) % 4))
-    return cast(X, replace(x, values=values, scales=scales_BR.t()[: len(scales_RB)]))
+    num_rows, num_blocks = scales_RB.shape
+    scales = scales_RB.new_empty((num_blocks, -(-num_rows // 4) * 4)).t()[:num_rows].copy_(scales_RB)
+    return cast(X, replace(x, values=values, scales=scales))
 
 
 def routing_of(slots_TK: Tensor, weights_TK: Tensor) -> Tensor:

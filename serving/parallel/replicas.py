@@ -21,17 +21,14 @@ class Replicas:
 
     def __init__(self, placement: Placement, device: torch.device, *, near: range | None = None) -> None:
         self._near = near
-        # One row more than there are experts: of -1, no expert.
-        num_layers, num_slots = placement.slots.shape
-        most = num_slots - placement.num_experts + 1
-        kind = {"dtype": torch.int64, "device": device}
-        self._slots_LEC = torch.empty((num_layers, placement.num_experts + 1, most), **kind)
-        self._copies_LE = torch.empty((num_layers, placement.num_experts + 1), **kind)
-        self.write(placement)
+        self._most = placement.slots.shape[1] - placement.num_experts + 1
+        slots_LEC, copies_LE = _tables(placement, near, self._most)
+        self._slots_LEC = torch.from_numpy(slots_LEC).to(device)
+        self._copies_LE = torch.from_numpy(copies_LE).to(device)
 
     def write(self, placement: Placement) -> None:
         """A placement of the same sizes, in place: captured steps see it."""
-        slots_LEC, copies_LE = _tables(placement, self._near, self._slots_LEC.shape[2])
+        slots_LEC, copies_LE = _tables(placement, self._near, self._most)
         self._slots_LEC.copy_(torch.from_numpy(slots_LEC))
         self._copies_LE.copy_(torch.from_numpy(copies_LE))
 
@@ -53,8 +50,8 @@ def physical_slots(slots_EC: Tensor, copies_E: Tensor, experts_TK: Tensor, first
 
 
 def _tables(placement: Placement, near: range | None, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[L, E + 1, C], rising, -1 where there is no copy, and [L, E + 1] how many there are."""
-    num_layers, num_slots = placement.slots.shape
+    """[L, E + 1, C], rising, -1 where there is no copy, and [L, E + 1] how many there are; row E, which index -1 finds, is of no expert."""
+    num_layers = len(placement.slots)
     num_rows = placement.num_experts + 1
     order = np.argsort(placement.slots, axis=1, kind="stable")
     rows = (np.take_along_axis(placement.slots, order, axis=1) + np.arange(num_layers)[:, None] * num_rows).ravel()
@@ -69,6 +66,5 @@ def _tables(placement: Placement, near: range | None, most: int) -> tuple[NDArra
     copies = np.bincount(rows, minlength=num_layers * num_rows)
     table = np.full((num_layers * num_rows, most), -1, dtype=np.int64)
     table[rows, np.arange(len(rows)) - (copies.cumsum() - copies)[rows]] = slots
-    # What -1 takes: its only copy is -1.
     copies = np.maximum(copies, 1)
     return table.reshape(num_layers, num_rows, most), copies.reshape(num_layers, num_rows)

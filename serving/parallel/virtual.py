@@ -26,6 +26,7 @@ from torch import Tensor
 
 from serving.parallel.collectives import Handle, RanksMissing, check_payloads, check_rows, even, row_bytes
 from serving.parallel.groups import Groups, Link
+from serving.parallel.traffic import Sent, Traffic, zero_rows
 
 T = TypeVar("T")
 
@@ -37,14 +38,6 @@ class Fault:
     rank: int
     call: int
     delay_s: float | None = None
-
-
-@dataclass(kw_only=True)
-class Traffic:
-    """What went over one kind of link. A message is what one rank has for another in one call, payloads together."""
-
-    num_messages: int = 0
-    num_bytes: int = 0
 
 
 class _Killed(BaseException):
@@ -198,8 +191,7 @@ class VirtualUnit:
             ordered = [call.arguments[index] for index in range(len(group.ranks))]
             names = {arguments.operation.__name__ for arguments in ordered}
             assert len(names) == 1, f"the ranks of {group.name} call {names} at once"
-            sent_bytes = ordered[0].operation(ordered)
-            self._count(group, names.pop().removeprefix("_"), sent_bytes)
+            self._count(group, names.pop().removeprefix("_"), ordered[0].operation(ordered))
             call.is_done = True
         call.arguments.clear()
         freed = [
@@ -209,15 +201,14 @@ class VirtualUnit:
             del self._waiting[rank]
             self._ready.append(rank)
 
-    def _count(self, group: _Group, operation: str, sent_bytes: Tensor) -> None:
-        """sent_bytes: [source, target]."""
-        sums = (group.on_link * sent_bytes).sum((1, 2)).tolist()
-        messages = (group.on_link * (sent_bytes > 0)).sum((1, 2)).tolist()
-        for link, num_bytes, num_messages in zip(Link, sums, messages, strict=True):
-            if num_messages:
+    def _count(self, group: _Group, operation: str, sent: Sent) -> None:
+        for link, seen in zip(Link, sent.by_link(group.on_link), strict=True):
+            if seen.num_messages:
                 traffic = self.traffic.setdefault((group.name, operation, link), Traffic())
-                traffic.num_bytes += num_bytes
-                traffic.num_messages += num_messages
+                traffic.num_bytes += seen.num_bytes
+                traffic.num_messages += seen.num_messages
+                traffic.payload_rows += seen.payload_rows
+                traffic.padding_bytes += seen.padding_bytes
 
     def _group(self, name: str, ranks: tuple[int, ...]) -> _Group:
         key = (name, ranks)
@@ -358,25 +349,25 @@ class _Call:
     is_done: bool = False
 
 
-_Operation = Callable[[list[_Arguments]], Tensor]
-"""Over all ranks' arguments at once; returns the bytes from each rank for each, [source, target]."""
+_Operation = Callable[[list[_Arguments]], Sent]
+"""Over all ranks' arguments at once; returns what each rank sent to each."""
 
 
-def _all_gather(all_ranks: list[_Arguments]) -> Tensor:
+def _all_gather(all_ranks: list[_Arguments]) -> Sent:
     whole = torch.cat([row_bytes(arguments.tensors[0]) for arguments in all_ranks])
     torch._foreach_copy_([row_bytes(arguments.outs[0]) for arguments in all_ranks], [whole] * len(all_ranks))
-    return _rows_of(all_ranks, whole)[:, None].expand(-1, len(all_ranks))
+    return Sent.of(_counts(all_ranks)[:, None].expand(-1, len(all_ranks)), all_ranks[0].tensors)
 
 
-def _reduce_scatter(all_ranks: list[_Arguments]) -> Tensor:
+def _reduce_scatter(all_ranks: list[_Arguments]) -> Sent:
     total = all_ranks[0].tensors[0].clone()
     for arguments in all_ranks[1:]:
         total.add_(arguments.tensors[0])
     torch._foreach_copy_([arguments.outs[0] for arguments in all_ranks], total.split(all_ranks[0].counts))
-    return _rows_of(all_ranks, total)[None, :].expand(len(all_ranks), -1)
+    return Sent.of(_counts(all_ranks)[None, :].expand(len(all_ranks), -1), [total])
 
 
-def _all_to_all(all_ranks: list[_Arguments]) -> Tensor:
+def _all_to_all(all_ranks: list[_Arguments]) -> Sent:
     """The rows of all ranks in a row, by source and then by target, taken by target and then by source."""
     counts = torch.from_numpy(np.array([arguments.counts for arguments in all_ranks]))
     expected = torch.from_numpy(np.array([arguments.recv_counts for arguments in all_ranks])).T
@@ -388,32 +379,30 @@ def _all_to_all(all_ranks: list[_Arguments]) -> Tensor:
     ends = lengths.cumsum(0)
     order = torch.arange(int(ends[-1])) + (starts - ends + lengths).repeat_interleave(lengths)
     received = counts.sum(0).tolist()
-    width = 0
-    for payload, first in enumerate(all_ranks[0].tensors):
-        width += first.shape[1:].numel() * first.element_size()
-        sent = torch.cat([arguments.tensors[payload][: sum(arguments.counts)] for arguments in all_ranks])
-        parts = row_bytes(sent)[order.to(sent.device)].split(received)
+    whole = []
+    for payload in range(len(all_ranks[0].tensors)):
+        whole.append(torch.cat([arguments.tensors[payload][: sum(arguments.counts)] for arguments in all_ranks]))
+        parts = row_bytes(whole[-1])[order.to(whole[-1].device)].split(received)
         outs = [row_bytes(arguments.outs[payload][:rows]) for arguments, rows in zip(all_ranks, received, strict=True)]
         torch._foreach_copy_(outs, parts)
-    return counts * width
+    return Sent.of(counts, whole, padding_ST=zero_rows(whole, counts))
 
 
-def _broadcast(all_ranks: list[_Arguments]) -> Tensor:
+def _broadcast(all_ranks: list[_Arguments]) -> Sent:
     (src,) = {arguments.counts[0] for arguments in all_ranks}
     tensor = all_ranks[src].outs[0]
     for arguments in all_ranks:
         if arguments is not all_ranks[src]:
             arguments.outs[0].copy_(tensor)
-    sent_bytes = torch.zeros((len(all_ranks), len(all_ranks)), dtype=torch.int64)
-    sent_bytes[src] = tensor.numel() * tensor.element_size()
-    return sent_bytes
+    rows_ST = torch.zeros((len(all_ranks), len(all_ranks)), dtype=torch.int64)
+    rows_ST[src] = 1
+    return Sent.of(rows_ST, [tensor[None]])
 
 
-def _barrier(all_ranks: list[_Arguments]) -> Tensor:
-    return torch.zeros((len(all_ranks), len(all_ranks)), dtype=torch.int64)
+def _barrier(all_ranks: list[_Arguments]) -> Sent:
+    return Sent.of(torch.zeros((len(all_ranks), len(all_ranks)), dtype=torch.int64), [])
 
 
-def _rows_of(all_ranks: list[_Arguments], like: Tensor) -> Tensor:
-    """Bytes of each rank's rows."""
+def _counts(all_ranks: list[_Arguments]) -> Tensor:
     assert all(arguments.counts == all_ranks[0].counts for arguments in all_ranks), "the ranks' counts differ"
-    return torch.tensor(all_ranks[0].counts) * like.shape[1:].numel() * like.element_size()
+    return torch.tensor(all_ranks[0].counts)

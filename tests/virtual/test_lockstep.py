@@ -63,6 +63,7 @@ def test_whatever_comes_when_the_text_is_that_of_one_rank(
         micro_batches=data.draw(st.sampled_from([None, MicroBatches(prefill_tokens=8, rows=2)])),
         by_nodes=data.draw(st.booleans()),
         run_ahead=data.draw(st.booleans()),
+        balances=data.draw(st.booleans()),
     )
     of_prompt = {tuple(prompt): text for prompt, text in zip(prompts, wanted, strict=True)}
     assert outcome.texts == {

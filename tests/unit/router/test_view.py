@@ -29,6 +29,12 @@ def test_the_roster_decides_who_lives() -> None:
     assert view.get("a").roster_state == "draining"
 
 
+def test_a_rank_that_leads_no_dp_group_is_none_of_ours() -> None:
+    view = View()
+    follower = WorkerInfo(address=info("b").address, role="decode", state="ready", leads=False)
+    assert ids(view.apply(Roster(workers=[info("a"), follower]), 0.0).joined) == ["a"]
+
+
 def test_a_restart_is_another_worker() -> None:
     view = View()
     old = view.apply(Roster(workers=[info("a")]), 0.0).joined[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from serving.core.messages import (
 from serving.core.request import FinishReason
 from serving.engine.build import Engine
 from serving.engine.plan import Launched, StepResult
+from serving.engine.unit import Lockstep
+from serving.parallel.bell import TcpBell
+from serving.parallel.collectives import SingleRank
 from tests.engine_factory import GREEDY, create_engine, create_loop, random_prompts
 from tests.scripted_peer import ScriptedPeer
 from tests.wire_client import Running, WireClient, create_config, create_spec
@@ -40,9 +44,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 Serving = tuple[AggregatedWorker, Running, WireClient]
 
 
-@pytest.fixture(params=[False, True], ids=["settled", "run-ahead"])
+@pytest.fixture(params=["settled", "run-ahead", "in-a-unit"])
 def serving(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Serving]:
-    worker = AggregatedWorker(create_spec("both-0", "both", create_config()), engine=engine, run_ahead=request.param)
+    if request.param == "in-a-unit":
+        alone = SingleRank()
+        engine = replace(engine, lockstep=Lockstep(alone, alone, TcpBell(alone, host="127.0.0.1", deadline_s=5.0)))
+    run_ahead = request.param != "settled"
+    worker = AggregatedWorker(create_spec("both-0", "both", create_config()), engine=engine, run_ahead=run_ahead)
     running = Running(worker)
     client = WireClient(worker.address, None)
     yield worker, running, client

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from serving.core.request import SamplingParams
 from serving.engine.plan import DecodeRow, Launched, PrefillChunk, SlotSpec, StepPlan, StepResult, StepShape
 from serving.engine.unit import Follower, Header, Leader, Leaving, Lockstep, MicroBatches, agree
-from serving.parallel.collectives import Collectives, RanksMissing
+from serving.parallel.collectives import Collectives, RanksMissing, SingleRank
 from serving.parallel.groups import Groups
 from serving.parallel.virtual import Fault, VirtualBell, VirtualCollectives, VirtualUnit
 
@@ -287,6 +287,38 @@ def test_a_unit_ends_when_all_are_drained_or_one_stops(leaving: list[int], rows:
     assert Leaving.STOPS == 2
 
 
-def test_ranks_with_different_placements_run_no_step() -> None:
+@pytest.mark.parametrize("differs", [False, True])
+def test_between_steps_every_rank_is_asked_and_its_group_has_one_placement(differs: bool) -> None:
+    groups = Groups(tp=1, dp=4, ep=2, ranks_per_node=4)
+
+    @dataclass
+    class Counting:
+        """Placements of the two EP groups have versions of their own."""
+
+        placement_version: int
+        num_calls: int = 0
+
+        def advance(self) -> None:
+            self.num_calls += 1
+
+    def main(world: VirtualCollectives) -> tuple[int, int]:
+        lockstep = Lockstep(world, SingleRank(ranks=(world.rank,)), VirtualBell(world))
+        counting = Counting(7 + (world.rank // 2) + (differs and world.rank == 3))
+        lockstep.attach(counting, groups.ep_group(world.rank))
+        runner = RecordingRunner(world.subgroup(range(4), "model"))
+        leader = Leader(runner, lockstep)
+        num_left = 3 if world.rank == 1 else 0
+        while not leader.turned(stopping=False, drained=not num_left):
+            if num_left:
+                num_left -= 1
+                leader.settle(leader.launch(_plan(0, 1, 0)))
+            elif not leader.awake:
+                lockstep.bell.wait(lockstep.number, None)
+        return counting.num_calls, len(runner.steps)
+
+    unit = VirtualUnit(groups)
+    if not differs:
+        assert unit.run(main) == [(3, 3)] * 4
+        return
     with pytest.raises(AssertionError, match="at once"):
-        agree(Header(rows=1, placement_version=7), Header(placement_version=6), MicroBatches())
+        unit.run(main)

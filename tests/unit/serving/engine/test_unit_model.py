@@ -51,12 +51,12 @@ def _arrivals(prompts: list[list[int]], dp: int) -> list[list[Arrival]]:
 
 
 @pytest.mark.parametrize(
-    ("table", "micro_batches", "by_nodes", "run_ahead"),
+    ("table", "micro_batches", "by_nodes", "run_ahead", "balances"),
     [
-        (TP2_DP2, None, False, False),
-        (TP2_DP2, SPLIT, True, True),
-        (TP1_DP4, None, False, True),
-        (TP1_DP4, SPLIT, False, False),
+        (TP2_DP2, None, False, False, False),
+        (TP2_DP2, SPLIT, True, True, True),
+        (TP1_DP4, None, False, True, True),
+        (TP1_DP4, SPLIT, False, False, False),
     ],
 )
 def test_the_text_is_that_of_one_rank(
@@ -67,6 +67,7 @@ def test_the_text_is_that_of_one_rank(
     micro_batches: MicroBatches | None,
     by_nodes: bool,
     run_ahead: bool,
+    balances: bool,
 ) -> None:
     outcome = run_unit(
         folder,
@@ -75,8 +76,10 @@ def test_the_text_is_that_of_one_rank(
         micro_batches=micro_batches,
         by_nodes=by_nodes,
         run_ahead=run_ahead,
+        balances=balances,
     )
     assert outcome.texts == wanted
+    assert (outcome.placement_version > 1) == balances
     assert len(set(outcome.num_rounds)) == 1
 
 

@@ -9,18 +9,21 @@ from pathlib import Path
 
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
-from serving.core.config import UnitTable
+from serving.core.config import BalanceTable, UnitTable
 from serving.core.errors import BatonError
+from serving.engine.balancing import Balancing
 from serving.engine.build import Engine, build_engine
 from serving.engine.joining import parallel_of
 from serving.engine.unit import Follower, Leader, Lockstep, MicroBatches
 from serving.model.config import ModelConfig
+from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.units import shape_of
 from serving.parallel.virtual import Fault, VirtualBell, VirtualCollectives, VirtualUnit
 from tests.engine_factory import create_sequence
 
 NUM_SLOTS = 6
 NUM_PAGES = 40
+ALWAYS = BalanceTable(threshold=1.0, min_gain=0.001)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +38,12 @@ class Arrival:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """`texts` by request; `num_rounds` and `num_idle` steps of each rank; `errors` of those that ended early."""
+    """`texts` by request; `num_rounds` of each rank; `errors` of those that ended early; `placement_version` of some EP group."""
 
     texts: dict[int, list[int]] = field(default_factory=dict)
     num_rounds: list[int] = field(default_factory=list)
     errors: dict[int, BaseException] = field(default_factory=dict)
+    placement_version: int = 0
 
 
 @dataclass
@@ -62,9 +66,10 @@ def run_unit(
     run_ahead: bool = False,
     max_batched_tokens: int = 48,
     spoil_rank: int | None = None,
+    balances: bool = False,
     faults: Sequence[Fault] = (),
 ) -> Outcome:
-    """`arrivals` by DP group. `spoil_rank`: one number of an expert of this rank is wrong."""
+    """`arrivals` by DP group. `spoil_rank`: one expert of this rank is wrong. `balances`: experts change places every few steps."""
     config = ModelConfig.from_folder(folder)
     shape = shape_of(table, config)
     groups = shape.groups
@@ -96,11 +101,18 @@ def run_unit(
         engine.pool.poison_all()
         if rank == spoil_rank:
             _spoil(engine)
+        balancing = None
+        if balances:
+            assert isinstance(engine.runner.model, DeepseekV3)
+            ep = group_of("control-ep", groups.ep_group(rank))
+            balancing = Balancing(engine.runner.model, shape, ep, ALWAYS, look_every=2)
+            lockstep.attach(balancing, ep.ranks)
         if at.tp_rank:
             Follower(engine.runner, lockstep).run()
         else:
             loop = _Loop(engine, lockstep, rank, due, run_ahead=run_ahead, max_batched_tokens=max_batched_tokens)
             outcome.texts.update(loop.serve(arrivals[at.dp_rank]))
+        outcome.placement_version = balancing.placement_version if balancing is not None else 0
         return lockstep.number
 
     try:
@@ -160,8 +172,6 @@ class _Loop:
 
 
 def _spoil(engine: Engine) -> None:
-    from serving.model.deepseek_v3 import DeepseekV3
-
     assert isinstance(engine.runner.model, DeepseekV3)
     slots = engine.runner.model.expert_slots
     tensors = [tensor.clone() for tensor in slots.read(0, 0)]

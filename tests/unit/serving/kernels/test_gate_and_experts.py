@@ -94,17 +94,17 @@ def test_a_pick_of_no_expert_adds_nothing(kind: str, used: float) -> None:
     experts = torch.randint(5, (20, 3), generator=torch.Generator().manual_seed(4))
     taken = torch.rand(20, 3, generator=torch.Generator().manual_seed(5)) < used
     taken[:2], taken[19] = False, used > 0
-    stored: dict[str, Any] = {
+    stored: dict[str, tuple[Any, Any]] = {
         "packed": ([pack(w) for w in gate_up], [pack(w) for w in down]),
         "fp8": (fp8(gate_up), fp8(down)),
     }
-    matrices = stored.get(kind, (gate_up, down))
-    got = grouped_mlp(x, *matrices, experts.where(taken, -1), weights.where(taken, float("nan")))
-    want = grouped_mlp(x, *matrices, experts, weights.where(taken, 0.0))
+    up, out = stored.get(kind, (gate_up, down))
+    got = grouped_mlp(x, up, out, experts.where(taken, -1), weights.where(taken, float("nan")))
+    want = grouped_mlp(x, up, out, experts, weights.where(taken, 0.0))
     torch.testing.assert_close(got, want, rtol=0.0, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
     assert (got[:2] == 0).all()
     taken[19] = False
-    lost = grouped_mlp(x, *matrices, experts.where(taken, -1), weights)
+    lost = grouped_mlp(x, up, out, experts.where(taken, -1), weights)
     assert torch.allclose(lost, want, atol=2e-2) == (used == 0)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,18 @@ import torch
 from torch import Tensor
 
 from serving.core.errors import ConfigError
+from serving.model.batch import DecodeBatch
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.experts import Moe
 from serving.model.parallel import SINGLE, Parallel, shares
+from serving.model.timeline import Timeline
 from serving.model.weights import load_weights
 from serving.parallel.collectives import SingleRank
-from serving.parallel.dispatch import DirectDispatch, Dispatch, HierarchicalDispatch
+from serving.parallel.dispatch import DirectDispatch, Dispatch, FixedDispatch, HierarchicalDispatch
 from serving.parallel.groups import Groups
 from serving.parallel.placement import Placement
+from serving.parallel.shared_memory import SharedMemoryCollectives
 from serving.parallel.virtual import VirtualCollectives, VirtualUnit
 from tests.model_factory import make_checkpoint
 from tests.unit.serving.model.paged import Paged
@@ -75,18 +80,18 @@ class Texts:
         return self._ids[name][start : start + count]
 
 
-def play(model: DeepseekV3, group: int, num_micro_batches: int = 1) -> list[Tensor]:
+def play(model: DeepseekV3, group: int, num_micro_batches: int = 1, timeline: Timeline | None = None) -> list[Tensor]:
     """Logits of each step of the group's script, then of drafts behind each of its texts."""
     run, texts, out = Paged(model, num_pages=10), Texts(group), []
     for step in SCRIPTS[group]:
         if isinstance(step, str):
             one_more = {name: texts.take(name, 1)[0] for name in step}
-            logits = run.decode_each(halves(one_more) if num_micro_batches == 2 else [one_more])
+            logits = run.decode_each(halves(one_more) if num_micro_batches == 2 else [one_more], timeline)
         else:
             chunks = {name: texts.take(name, count) for name, count in step.items()}
-            logits = run.prefill_each(cut(chunks) if num_micro_batches == 2 else [chunks])
+            logits = run.prefill_each(cut(chunks) if num_micro_batches == 2 else [chunks], timeline)
         out += [logits[name] for name in sorted(logits)]
-    return [*out, drafts(run)]
+    return [*out, again(run), drafts(run)]
 
 
 def halves(tokens: dict[str, int]) -> list[dict[str, int]]:
@@ -101,6 +106,27 @@ def cut(chunks: dict[str, list[int]]) -> list[dict[str, list[int]]]:
     name = min(chunks)
     first, rest = chunks[name][:2], chunks[name][2:]
     return [{name: first}, {**({name: rest} if rest else {}), **{k: v for k, v in chunks.items() if k != name}}]
+
+
+def again(run: Paged) -> Tensor:
+    """Logits of the last two tokens of every text that has them, in one decode step of two tokens a text."""
+    names = [name for name in sorted(run.tokens) if len(run.tokens[name]) > 1]
+    none = torch.empty(0, dtype=torch.int64)
+    lens = [len(run.tokens[name]) for name in names]
+    batch = DecodeBatch(
+        token_ids_B=torch.tensor([token for name in names for token in run.tokens[name][-2:]], dtype=torch.int64),
+        positions_B=torch.tensor([p for length in lens for p in (length - 2, length - 1)], dtype=torch.int64),
+        row_ids_B=torch.cat([none, *(run.rows(name, n - 2, n) for name, n in zip(names, lens, strict=True))]),
+        page_table_BP=page_table(run, names),
+        context_lens_B=torch.tensor(lens, dtype=torch.int64),
+        num_tokens=2,
+    )
+    return run.model.logits(run.model.decode(batch, run.pool))
+
+
+def page_table(run: Paged, names: list[str]) -> Tensor:
+    rows = [[*run.page_ids[name], *[0] * (3 - len(run.page_ids[name]))] for name in names]
+    return torch.tensor(rows, dtype=torch.int64).view(len(names), 3)
 
 
 def drafts(run: Paged) -> Tensor:
@@ -118,11 +144,10 @@ def drafts(run: Paged) -> Tensor:
         *(torch.cat([none, *parts.values()]) for parts in (ids, positions, rows)),
         run.pool,
     )
-    table = [[*run.page_ids[name], *[0] * (3 - len(run.page_ids[name]))] for name in names]
     return run.model.mtp.draft(
         torch.cat([run.pool.new_empty(0, width), *(parts[-1:] for parts in hidden.values())]),
         *(torch.cat([none, *(each[-1:] for each in parts.values())]) for parts in (ids, positions, rows)),
-        torch.tensor(table, dtype=torch.int64).view(len(names), 3),
+        page_table(run, names),
         torch.tensor([len(run.tokens[name]) for name in names], dtype=torch.int64),
         run.pool,
     )
@@ -152,9 +177,14 @@ def placement(ep: int, slots_per_gpu: int, *, shared_is_routed: bool = False) ->
 
 
 def parallel_of(
-    world: VirtualCollectives, groups: Groups, placed: Placement | None, shared_is_routed: bool, calls: list[str]
+    world: VirtualCollectives,
+    groups: Groups,
+    placed: Placement | None,
+    shared_is_routed: bool,
+    capacity: int,
+    calls: list[str],
 ) -> Parallel:
-    """A rank's place; across nodes the dispatch goes by rails."""
+    """A rank's place; across nodes the dispatch goes by rails, with a capacity it is fixed."""
 
     def group(name: str, ranks: Sequence[int]) -> Any:
         return Counted(world.subgroup(ranks, name), name, calls)
@@ -164,13 +194,29 @@ def parallel_of(
     if placed is None:
         return Parallel(tp=tp)
     dispatch: Dispatch
-    if groups.num_nodes > 1:
+    if capacity:
+        dispatch = FixedDispatch(group("ep", groups.ep_group(rank)), placed.slots_per_gpu, capacity)
+    elif groups.num_nodes > 1:
         rail, node = group("rail", groups.rail_group(rank)), group("node", groups.node_group(rank))
         dispatch = HierarchicalDispatch(rail, node, placed.slots_per_gpu)
     else:
         dispatch = DirectDispatch(group("ep", groups.ep_group(rank)), placed.slots_per_gpu)
     ep_rank = groups.coordinates(rank).ep_rank
     return Parallel(tp=tp, experts=dispatch, placement=placed, ep_rank=ep_rank, shared_is_routed=shared_is_routed)
+
+
+def _serve(pipe: Connection, folder: Path, name: str, rank: int) -> None:
+    """One of two ranks that are processes, both one TP group and one EP group."""
+    torch.set_num_threads(1)
+    world = SharedMemoryCollectives(name=name, ranks=(0, 1), rank=rank, deadline_s=60.0)
+    placed = placement(2, 5)
+    experts = DirectDispatch(world.subgroup((0, 1), "ep"), placed.slots_per_gpu)
+    parallel = Parallel(tp=world.subgroup((0, 1), "tp"), experts=experts, placement=placed, ep_rank=rank)
+    with torch.inference_mode():
+        model = load_weights(folder, ModelConfig.from_folder(folder), torch.float64, parallel=parallel)
+        taken = Timeline(rank=rank)
+        results = play(model, 0, 2, taken)
+    pipe.send(([result.numpy() for result in results], taken.chrome_trace()))
 
 
 def play_unit(
@@ -181,6 +227,7 @@ def play_unit(
     placed: Placement | None = None,
     shared_is_routed: bool = False,
     num_micro_batches: int = 1,
+    capacity: int = 0,
     spoil: Callable[[int, DeepseekV3], None] = lambda rank, model: None,
     meanwhile: Callable[[int, DeepseekV3, VirtualCollectives], None] = lambda rank, model, world: None,
     calls: dict[int, list[str]] | None = None,
@@ -191,7 +238,7 @@ def play_unit(
     def main(world: VirtualCollectives) -> list[Tensor]:
         rank = world.rank
         noted = [] if calls is None else calls.setdefault(rank, [])
-        parallel = parallel_of(world, groups, placed, shared_is_routed, noted)
+        parallel = parallel_of(world, groups, placed, shared_is_routed, capacity, noted)
         with torch.inference_mode():
             model = load_weights(folder, config, dtype, parallel=parallel)
             spoil(rank, model)
@@ -270,6 +317,12 @@ def test_expert_parallel_ranks_equal_one_in_fp32(folders: Callable[..., Path]) -
     assert gap(folder, groups, torch.float32, got) < FP32
 
 
+def test_a_fixed_dispatch_equals_one_rank(folders: Callable[..., Path]) -> None:
+    groups, folder = Groups(tp=2, dp=2, ep=4, ranks_per_node=4), folders(q_lora_rank=48)
+    got = play_unit(folder, groups, torch.float64, placed=placement(4, 3), num_micro_batches=2, capacity=64)
+    assert gap(folder, groups, torch.float64, got) < FP64
+
+
 def test_one_wrong_expert_shows_in_other_groups(folders: Callable[..., Path]) -> None:
     groups, folder = Groups(tp=1, dp=4, ep=4, ranks_per_node=4), folders(q_lora_rank=48)
 
@@ -282,6 +335,31 @@ def test_one_wrong_expert_shows_in_other_groups(folders: Callable[..., Path]) ->
 
     got = play_unit(folder, groups, torch.float64, placed=placement(4, 2), spoil=spoil)
     assert gap(folder, groups, torch.float64, got) > 1e-4
+
+
+def test_two_processes_equal_one_and_say_what_they_hid(folders: Callable[..., Path], tmp_path: Path) -> None:
+    folder = folders(q_lora_rank=48)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "serving.model.weights"])
+    results = []
+    ranks = []
+    for rank in range(2):
+        ours, theirs = context.Pipe()
+        ranks.append((ours, context.Process(target=_serve, args=(theirs, folder, tmp_path.name, rank), daemon=True)))
+        ranks[-1][1].start()
+        theirs.close()
+    try:
+        for pipe, _ in ranks:
+            assert pipe.poll(60.0), "a rank does not answer"
+            results.append(pipe.recv())
+    finally:
+        for _, process in ranks:
+            process.kill()
+            process.join()
+    groups = Groups(tp=2, dp=1, ep=2, ranks_per_node=2)
+    assert gap(folder, groups, torch.float64, [[torch.from_numpy(each) for each in got] for got, _ in results]) < FP64
+    for _, trace in results:
+        assert 0.0 < trace["otherData"]["hidden"] < 1.0
 
 
 @pytest.mark.parametrize("spoiled", [False, True])

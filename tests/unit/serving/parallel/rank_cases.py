@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from serving.parallel.collectives import Collectives, RanksMissing
+from tests.unit.serving.parallel.dispatch_cases import dispatched as dispatched
 
 DTYPES = {
     "fp32": torch.float32,

@@ -47,6 +47,31 @@ def test_an_all_to_all_is_counted_by_the_link_of_each_pair() -> None:
     }
 
 
+def test_payload_routing_and_rows_of_zeros_are_told_apart() -> None:
+    unit = VirtualUnit(GROUPS)
+
+    def main(group: VirtualCollectives) -> None:
+        # Two rows for each rank, of 12 bytes payload and 8 routing; rank 1 has nothing in its second ones, rank 2 only routing.
+        values, routing = torch.ones(8, 3), torch.ones(8, 1, dtype=torch.int64)
+        if group.rank in (1, 2):
+            values[1::2] = 0.0
+        if group.rank == 1:
+            routing[1::2] = 0
+        outs = [torch.empty_like(values), torch.empty_like(routing)]
+        group.all_to_all(outs, [values, routing], [2] * 4, [2] * 4).wait()
+        # Counts may be 0 without being padding.
+        group.all_to_all(
+            [torch.empty(4, 1, dtype=torch.int64)], [torch.zeros(4, 1, dtype=torch.int64)], [1] * 4, [1] * 4
+        ).wait()
+
+    unit.run(main)
+    nvlink = unit.traffic["world", "all_to_all", Link.NVLINK]
+    assert (nvlink.payload_rows, nvlink.payload_bytes) == ({12: 7}, 84)
+    assert nvlink.padding_bytes == 20
+    assert nvlink.routing_bytes == 7 * 8 + 4 * 8
+    assert nvlink.num_bytes == 8 * 20 + 4 * 8
+
+
 def test_every_collective_is_counted_under_its_group_and_name() -> None:
     unit = VirtualUnit(GROUPS)
 

@@ -1,0 +1,111 @@
+"""Two micro-batches take turns in one order, and a timeline says what was hidden."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from serving.model import timeline
+from serving.model.microbatches import Pass, Sent, run
+from serving.model.timeline import Timeline
+
+ROWS_S, EXPERTS_S, HALF_S = 3.0, 2.0, 2.0
+
+
+class Clock:
+    """Time that passes where something is computed or waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        monkeypatch.setattr(timeline.time, "perf_counter", lambda: self.now_s)
+
+    def send(self, name: str) -> Sent:
+        """Rows that are there ROWS_S from now."""
+        there_s = self.now_s + ROWS_S
+
+        def wait() -> str:
+            self.now_s = max(self.now_s, there_s)
+            return name
+
+        return Sent(name=name, wait=wait)
+
+
+def layers(clock: Clock, index: int, order: list[str], *, halves: bool, num_layers: int = 2) -> Pass:
+    """What the model's passes do, with the time it takes."""
+
+    def compute(what: str, seconds: float) -> None:
+        order.append(f"{what}{index}")
+        clock.now_s += seconds
+
+    for _ in range(num_layers):
+        compute("a", HALF_S)
+        if halves:
+            yield None
+        compute("b", HALF_S)
+        assert (yield clock.send("dispatch")) == "dispatch"
+        compute("M", EXPERTS_S)
+        assert (yield clock.send("combine")) == "combine"
+    return torch.tensor(index)
+
+
+def test_prefill_alternates_and_decode_leads_by_half_an_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = Clock(monkeypatch), list[str]()
+    assert run([layers(clock, index, order, halves=False) for index in (0, 1)]) == [0, 1]
+    assert " ".join(order) == "a0 b0 a1 b1 M0 M1 a0 b0 a1 b1 M0 M1"
+
+    order = []
+    assert run([layers(clock, index, order, halves=True) for index in (0, 1)], ahead=1) == [0, 1]
+    assert " ".join(order) == "a0 b0 a1 M0 b1 a0 M1 b0 a1 M0 b1 M1"
+
+    order = []
+    assert run([layers(clock, 0, order, halves=True)], ahead=1) == [0]
+    assert " ".join(order) == "a0 b0 M0 a0 b0 M0"
+
+
+def test_what_a_pass_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Pass:
+        yield Sent(name="dispatch", wait=lambda: 1 / 0)
+        return torch.zeros(1)
+
+    with pytest.raises(ZeroDivisionError):
+        run([layers(Clock(monkeypatch), 0, [], halves=False), fails()])
+
+
+def timed(clock: Clock, passes: list[Callable[[], Pass]], ahead: int) -> Timeline:
+    taken = Timeline(rank=3)
+    results: list[Tensor] = run([each() for each in passes], ahead=ahead, timeline=taken)
+    assert results == list(range(len(passes)))
+    return taken
+
+
+def test_a_timeline_tells_what_was_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock = Clock(monkeypatch)
+    alone = timed(clock, [lambda: layers(clock, 0, [], halves=False)], 0)
+    assert (alone.in_flight_s, alone.exposed_s, alone.hidden) == (4 * ROWS_S, 4 * ROWS_S, 0.0)
+
+    # Dispatch hides behind four seconds of attention, or behind two of the other's experts; the last combines behind nothing.
+    both = timed(clock, [lambda: layers(clock, 0, [], halves=False), lambda: layers(clock, 1, [], halves=False)], 0)
+    assert both.exposed_s < alone.exposed_s
+    assert 0.5 < both.hidden < 1.0
+
+    path = tmp_path / "trace.json"
+    both.write(path)
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {3}
+    seconds = {
+        kind: sum(e["dur"] for e in events if e["cat"] == kind) / 1e6 for kind in ("compute", "in flight", "wait")
+    }
+    assert seconds["compute"] == pytest.approx(2 * 2 * (2 * HALF_S + EXPERTS_S))
+    assert seconds["in flight"] == pytest.approx(both.in_flight_s)
+    assert seconds["wait"] == pytest.approx(both.exposed_s)
+    names = {(event["name"], event["tid"]) for event in events if event["cat"] == "compute"}
+    assert names == {("attention", 0), ("experts", 0), ("attention", 2), ("experts", 2)}
+    # The other's computation lies inside what was in flight.
+    first = next(e for e in events if e["cat"] == "in flight" and e["tid"] == 1)
+    inside = [e for e in events if e["cat"] == "compute" and e["tid"] == 2 and e["ts"] >= first["ts"]]
+    assert inside[0]["ts"] + inside[0]["dur"] <= first["ts"] + first["dur"]
