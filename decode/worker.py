@@ -221,9 +221,12 @@ class DecodeWorker(Worker[_Job, WriteDone | bytes]):
             self._fail(job_id, event.reason, retryable=True)
 
     def _on_roster(self, roster: Roster, now_s: float) -> None:
-        """Who is listed as dead, or in a later life, has ended: its supervisor has seen the exit."""
+        """Who is listed as dead, or in a later life, has ended: its supervisor has seen the exit. A leader's word stands for all ranks of its
+        group, which write too, so its death counts when no rank of its unit is left."""
+        alive = {worker.unit for worker in roster.workers if worker.unit and worker.state != "dead"}
         for worker in roster.workers:
-            incarnation = worker.address.incarnation - (worker.state != "dead")
+            has_ended = worker.state == "dead" and worker.unit not in alive
+            incarnation = worker.address.incarnation - (not has_ended)
             reason = f"{worker.address.worker_id} has ended: {worker.detail or worker.state}"
             self._arrivals.writer_gone(worker.address.worker_id, incarnation, proven=True, reason=reason, now_s=now_s)
 

@@ -273,6 +273,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One worker as the supervisor sees it. role: prefill, decode or both. state: starting, ready, draining, dead.
 
     Ranks of a unit start, are ready and die together. Only one that `leads` takes jobs: it has the scheduler of its DP group.
+    `unit`: the unit's name; all its ranks have one incarnation.
     """
 
     address: PeerAddress
@@ -280,6 +281,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     detail: str = ""
     leads: bool = True
+    unit: str = ""
 
 
 class Roster(Message, frozen=True):

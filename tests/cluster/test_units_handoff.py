@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,12 @@ def texts(alone: Engine) -> list[list[int]]:
 def test_the_text_is_that_of_one_rank_and_each_byte_crosses_once(
     alone: Engine, texts: list[list[int]], tmp_path: Path, prefill: str, decode: str, microbatches: int
 ) -> None:
-    units = UnitPair(config_of(prefill, decode, microbatches=microbatches), embedded_model_dir(), tmp_path)
-    try:
+    config = config_of(prefill, decode, microbatches=microbatches)
+    with UnitPair(config, embedded_model_dir(), tmp_path) as units:
         assert units.generate(prompts(), NUM_NEW) == texts
         units.wait_until_quiet()
         check_bytes(units, alone.layout, tp=SHAPES[decode]["tp"])
-    finally:
-        units.close()
+        units.drain()
 
 
 def check_bytes(units: UnitPair, layout: PageLayout, *, tp: int) -> None:
@@ -72,8 +72,7 @@ def check_bytes(units: UnitPair, layout: PageLayout, *, tp: int) -> None:
     def counted(kind: str) -> float:
         return units.metric("baton_kv_handoff_bytes_total", kind=kind)
 
-    rows = sum(map(len, prompts()))
-    assert 0 < counted("latent") <= layout.latent_bytes(rows)
+    assert 0 < counted("latent") <= layout.latent_bytes(sum(map(len, prompts())))
     assert counted("latent") / layout.num_layers == counted("mtp") / layout.num_mtp_layers
     between_units = counted("latent") + counted("mtp") + counted("padding")
     assert between_units <= layout.page_bytes * sum(num_pages_for(len(prompt)) for prompt in prompts())
@@ -83,10 +82,39 @@ def check_bytes(units: UnitPair, layout: PageLayout, *, tp: int) -> None:
 @pytest.mark.parametrize("spoils", [0, 1])
 def test_a_latent_that_changes_on_its_way_changes_a_text(texts: list[list[int]], tmp_path: Path, spoils: int) -> None:
     """Leader or follower: both bring pages."""
-    units = UnitPair(config_of("tp2dp2", "tp1dp4", checksum="off"), embedded_model_dir(), tmp_path, spoils=spoils)
-    try:
+    config = config_of("tp2dp2", "tp1dp4", checksum="off")
+    with UnitPair(config, embedded_model_dir(), tmp_path, spoils=spoils) as units:
         spoilt = units.generate(prompts()[:24], NUM_NEW)
-    finally:
-        units.close()
+        units.drain()
     assert [text[0] for text in spoilt] == [text[0] for text in texts[:24]]
     assert spoilt != texts[:24]
+
+
+def test_aborts_at_random_moments_leave_no_page_behind(texts: list[list[int]], tmp_path: Path) -> None:
+    draw = random.Random(3)
+    with UnitPair(config_of("tp2dp2", "tp2dp2"), embedded_model_dir(), tmp_path) as units:
+        clients = units.clients
+        submitted = [(clients[i % 2], clients[i % 2].submit(prompt, 40)) for i, prompt in enumerate(prompts())]
+        draw.shuffle(submitted)
+        for client, request in submitted:
+            client.pump(draw.random() * 0.03)
+            client.abort(request)
+        units.wait_until_quiet()
+        assert units.metric("baton_kv_handoff_bytes_total", kind="peer") > 0, "the aborts came too early"
+        assert units.generate(prompts()[:16], NUM_NEW) == texts[:16]
+        units.drain()
+
+
+def test_a_decode_rank_that_dies_ends_its_unit_and_prefill_has_its_pages_back(tmp_path: Path) -> None:
+    """A follower, whom no other unit has ever heard of."""
+    with UnitPair(config_of("tp2dp2", "tp2dp2"), embedded_model_dir(), tmp_path) as units:
+        for number, prompt in enumerate(prompts() * 2):
+            units.clients[number % 2].submit(prompt, 60)
+        while not units.metric("baton_kv_handoff_bytes_total", "decode", kind="peer"):
+            pass
+        units.processes["decode"][1].kill()
+        for process in units.processes["decode"]:
+            process.join(10)
+            assert process.exitcode not in (0, None)
+        units.wait_until_quiet("prefill")
+        units.drain("prefill")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,11 +18,12 @@ from kvcache.transfer.base import PageSource
 from kvcache.transfer.nixl import NixlSource
 from serving.cluster.rank import build_worker
 from serving.core.config import Config, unit_table
-from serving.core.messages import Drain, PeerAddress
+from serving.core.messages import Drain, MetricsQuery, MetricsReply, PeerAddress
 from serving.core.spec import WorkerSpec
 from serving.engine.build import build_engine_for
 from serving.model.units import groups_of
-from tests.wire_client import Request, WireClient, WrappedSource, create_spec
+from tests.scripted_peer import ScriptedPeer
+from tests.wire_client import WireClient, WrappedSource, create_spec
 
 _READY_S = 60.0
 _END_S = 20.0
@@ -46,27 +48,37 @@ class SpoilingSource(WrappedSource):
 
 
 class UnitPair:
-    """A prefill and a decode unit of `config`'s sizes. `close` drains both and raises if a process does not end well.
-
-    `spoils`: the rank of the prefill unit that changes a latent on its way.
-    """
+    """A prefill and a decode unit of `config`'s sizes. `spoils`: the rank of the prefill unit that changes a latent on its way."""
 
     def __init__(self, config: Config, model_dir: Path, folder: Path, *, spoils: int | None = None) -> None:
         """`folder`: an empty one of its own."""
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__, "prefill.worker", "decode.worker", "serving.follower"])
         self._stack = ExitStack()
-        self._processes: list[ForkServerProcess] = []
-        self._pipes: dict[str, list[Connection]] = {"prefill": [], "decode": []}
+        self.processes: dict[str, list[ForkServerProcess]] = {"prefill": [], "decode": []}
+        """By role and rank."""
+        self._stack.callback(self._kill)
         try:
-            for role in self._pipes:
-                self._start(role, config, model_dir, str(folder / role), spoils if role == "prefill" else None)
-            self.prefill, self.decode = (self._leaders(role) for role in ("prefill", "decode"))
+            pipes = {
+                role: self._start(role, config, model_dir, folder, spoils if role == "prefill" else None)
+                for role in self.processes
+            }
+            self._leaders = {role: _leaders(role, of_role) for role, of_role in pipes.items()}
+            self._observer = ScriptedPeer("observer")
+            self._stack.callback(self._observer.close)
+            for leader in self._leaders["prefill"] + self._leaders["decode"]:
+                self._observer.mailbox.connect(leader)
+            num_clients = max(map(len, self._leaders.values()))
+            self.clients = [self._client(index) for index in range(num_clients)]
         except BaseException:
-            self._kill()
+            self._stack.close()
             raise
-        num_clients = max(len(self.prefill), len(self.decode))
-        self.clients = [self._client(index) for index in range(num_clients)]
+
+    def __enter__(self) -> UnitPair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def generate(self, prompts: Sequence[list[int]], num_new: int, timeout_s: float = 60.0) -> list[list[int]]:
         """Their greedy texts, all of them at once; the DP groups take turns."""
@@ -77,83 +89,72 @@ class UnitPair:
         assert not any(request.failures or request.num_preempted for request in requests), requests
         return [request.token_ids for request in requests]
 
-    def submit(self, prompt: list[int], num_new: int) -> tuple[WireClient, Request]:
-        return self.clients[0], self.clients[0].submit(prompt, num_new)
-
-    def metric(self, name: str, **labels: str) -> float:
-        """Over the leaders of both units."""
+    def metric(self, name: str, *roles: str, **labels: str) -> float:
+        """Over the leaders of `roles`, or of both units."""
         total = 0.0
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        for worker, text in self._scrape().items():
-            for line in text.splitlines():
-                if line.startswith(name + "{") and all(label in line for label in wanted):
-                    assert f'worker="{worker}"' in line
-                    total += float(line.rsplit(" ", 1)[1])
+        for role in roles or self._leaders:
+            for leader in self._leaders[role]:
+                self._observer.say(MetricsQuery(query_id=1), to=leader.worker_id)
+                for line in self._observer.hear(MetricsReply).exposition.splitlines():
+                    if line.startswith(name + "{") and all(label in line for label in wanted):
+                        total += float(line.rsplit(" ", 1)[1])
         return total
 
-    def is_quiet(self) -> bool:
-        """Every page of every group is free or cached."""
-        return all(
-            self.metric("baton_kv_pages", state=state) == 0
-            for state in ("reserved", "exposed", "filled", "owned", "draining", "quarantined")
-        )
-
-    def wait_until_quiet(self, timeout_s: float = 5.0) -> None:
+    def wait_until_quiet(self, *roles: str, timeout_s: float = 10.0) -> None:
+        """Until every page of every group is free or cached."""
+        used = ("reserved", "exposed", "filled", "owned", "draining", "quarantined")
         end_s = time.monotonic() + timeout_s
-        while not self.is_quiet():
-            assert time.monotonic() < end_s, self._scrape()
+        while any(self.metric("baton_kv_pages", *roles, state=state) for state in used):
+            assert time.monotonic() < end_s, [
+                (state, self.metric("baton_kv_pages", *roles, state=state)) for state in used
+            ]
 
-    def close(self) -> None:
-        try:
-            for role in (self.prefill, self.decode):
-                for address in role:
-                    client = next(c for c in self.clients if address in (c.prefill, c.decode))
-                    client.mailbox.post(address.worker_id, Drain())
-            for process in self._processes:
+    def drain(self, *roles: str) -> None:
+        """The units end by themselves, and well."""
+        for role in roles or self._leaders:
+            for leader in self._leaders[role]:
+                self._observer.say(Drain(), to=leader.worker_id)
+        for role in roles or self._leaders:
+            for process in self.processes[role]:
                 process.join(_END_S)
-            codes = [process.exitcode for process in self._processes]
-            assert codes == [0] * len(codes), f"ranks ended with {codes}"
-        finally:
-            self._kill()
+            codes = [process.exitcode for process in self.processes[role]]
+            assert codes == [0] * len(codes), f"ranks of {role} ended with {codes}"
 
-    def _start(self, role: str, config: Config, model_dir: Path, rendezvous: str, spoils: int | None) -> None:
+    def _start(self, role: str, config: Config, model_dir: Path, folder: Path, spoils: int | None) -> list[Connection]:
+        pipes = []
         for rank in range(groups_of(unit_table(config, role)).world_size):
             spec = dataclasses.replace(
                 create_spec(f"{role}-0.{rank}", role, config, model_dir=model_dir),
                 unit=f"{role}-0",
                 rank=rank,
-                rendezvous=rendezvous,
+                rendezvous=str(folder / f"{role}-{os.getpid()}"),
             )
             pipe, other = self._context.Pipe()
             process = self._context.Process(target=_live, args=(other, spec, rank == spoils), daemon=True)
             process.start()
-            self._processes.append(process)
-            self._pipes[role].append(pipe)
-
-    def _leaders(self, role: str) -> list[PeerAddress]:
-        addresses = []
-        for rank, pipe in enumerate(self._pipes[role]):
-            assert pipe.poll(_READY_S), f"rank {rank} of the {role} unit does not come up"
-            addresses.append(pipe.recv())
-        return [address for address in addresses if address is not None]
+            self.processes[role].append(process)
+            pipes.append(pipe)
+        return pipes
 
     def _client(self, index: int) -> WireClient:
-        prefill, decode = self.prefill[index % len(self.prefill)], self.decode[index % len(self.decode)]
+        prefill, decode = (of_role[index % len(of_role)] for of_role in self._leaders.values())
         client = WireClient(prefill, decode, name=f"router-{index}")
         self._stack.callback(client.close)
         return client
 
-    def _scrape(self) -> dict[str, str]:
-        texts: dict[str, str] = {}
-        for client in self.clients:
-            texts |= client.scrape()
-        return texts
-
     def _kill(self) -> None:
-        self._stack.close()
-        for process in self._processes:
+        for process in self.processes["prefill"] + self.processes["decode"]:
             process.kill()
             process.join()
+
+
+def _leaders(role: str, pipes: list[Connection]) -> list[PeerAddress]:
+    addresses: list[PeerAddress | None] = []
+    for rank, pipe in enumerate(pipes):
+        assert pipe.poll(_READY_S), f"rank {rank} of the {role} unit does not come up"
+        addresses.append(pipe.recv())
+    return [address for address in addresses if address is not None]
 
 
 def _live(pipe: Connection, spec: WorkerSpec, spoils: bool) -> None:

@@ -272,6 +272,27 @@ def test_a_silent_writer_quarantines_its_pages_and_only_proof_frees_them(stage: 
     s.wait(lambda: s.used() == 0)
 
 
+def test_a_leader_is_gone_for_its_pages_when_every_rank_of_its_unit_is(stage: Make) -> None:
+    s = stage()
+    s.ticket()
+    s.prefill.close()
+    s.wait(lambda: s.worker.pages()["quarantined"] == 2, 4.0)
+
+    def say(follower: str) -> None:
+        states = {"prefill-0": "dead", "prefill-0.1": follower}
+        workers = [
+            WorkerInfo(address=PeerAddress(name, "", 1), role="prefill", state=state, unit="prefill-0")
+            for name, state in states.items()
+        ]
+        s.router.say(Roster(workers=workers))
+
+    say("draining")
+    time.sleep(0.2)
+    assert s.worker.pages()["quarantined"] == 2, "the other rank may still write"
+    say("dead")
+    s.wait(lambda: s.used() == 0)
+
+
 def test_a_hand_off_that_does_not_move_fails_and_its_pages_drain(stage: Make) -> None:
     s = stage(progress_timeout_s=0.3)
     ticket = s.ticket()
