@@ -416,6 +416,8 @@ class Arrivals:
     def _accept_if_complete(self, arrival: _Arrival, now_s: float) -> None:
         if arrival.ready is None or len(arrival.notices) < arrival.ready.num_writes:
             return
+        if arrival.job_id in self._copying:  # more than was announced: known to be wrong when nothing touches the pages
+            return
         try:
             self._verify(arrival, arrival.ready)
             page_ids = self._manager.accept(arrival.job_id, arrival.ready.epochs)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from decode.arrivals import Arrivals, Arrived
+from decode.arrivals import ArrivalFailed, Arrivals, Arrived
 from kvcache.layout import PageLayout
 from kvcache.manager import KVManager
 from kvcache.pool import KVPool
@@ -173,12 +173,28 @@ def test_copies_that_end_first_leave_the_pages_to_the_writers_word(group: Group)
     assert group.count("free") == 8
 
 
+def test_a_write_too_many_is_refused_but_not_while_it_is_copied(group: Group) -> None:
+    group.expose()
+    group.notice(0, [0, 2], 0)
+    group.notice(1, [1, 3], 1)
+    group.notice(0, [0], 2)
+    group.ready()
+    group.copied(0)
+    group.copied(1)
+    assert group.arrivals.outcomes() == []
+    assert group.count("exposed") == 4
+    group.copied(2)
+    (failed,) = group.arrivals.outcomes()
+    assert isinstance(failed, ArrivalFailed)
+    assert "3 writes, 2 announced" in failed.reason
+
+
 def test_a_copy_that_fails_ends_the_job(group: Group) -> None:
     group.expose()
     group.notice(0, [0, 2], 0)
     group.copied(0, "the pool is closed")
     (failed,) = group.arrivals.outcomes()
-    assert not isinstance(failed, Arrived)
+    assert isinstance(failed, ArrivalFailed)
     assert "the pool is closed" in failed.reason
     assert group.count("draining") == 4
     assert group.metrics.value("baton_kv_handoff_bytes_total", kind="peer") == 0
