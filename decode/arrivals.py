@@ -8,7 +8,7 @@ until then KVClose is repeated, and a writer that does not answer leaves them in
 sends through the mailbox. Knows neither the scheduler nor the engine: the worker asks for `outcomes` and acts.
 
 Every TP rank holds every page. A page is written into its owner's pool, the owner copies it to the other ranks, and only then has it
-arrived; a copy that is under way keeps its pages as a write does.
+arrived; a copy that is under way keeps its pages as a write does. The checksums are those of every rank's pool.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kvcache.transfer.ranks import PageRanks
 from kvcache.transfer.writes import WriteDone
 from serving.core.config import TransferTable
 from serving.core.errors import ManifestError, PeerError, StaleError
-from serving.core.messages import KVBind, KVClose, KVReady, KVRefused, KVTicket, WriteOrder
+from serving.core.messages import KVBind, KVClose, KVReady, KVRefused, KVTicket, PagesSums, WriteOrder
 from serving.core.request import Sequence
 from serving.mailbox import Mailbox
 from serving.metrics import Metrics
@@ -79,7 +79,10 @@ class _Bind:
 
 @dataclass(slots=True, eq=False)
 class _Arrival:
-    """One job. Without `has_credit` it waits; with `binding` it is exposed to `bind.writer`. `notices`: writes that are on every rank."""
+    """One job. Without `has_credit` it waits; with `binding` it is exposed to `bind.writer`.
+
+    `notices`: writes that are on every rank. `unchecked`: ranks whose checksums are awaited; None: this one's were not right yet.
+    """
 
     sequence: Sequence
     router: str
@@ -89,6 +92,7 @@ class _Arrival:
     binding: Binding | None = None
     notices: dict[int, WriteNotice] = field(default_factory=dict)
     ready: KVReady | None = None
+    unchecked: set[int] | None = None
     ready_s: float = 0.0
     moved_s: float = 0.0
 
@@ -232,6 +236,8 @@ class Arrivals:
         arrival = self._exposed(notice.job_id)
         binding, copying = arrival.binding, self._copying.get(notice.job_id, {})
         assert binding is not None
+        if arrival.unchecked is not None:
+            raise StaleError(f"job {notice.job_id} has all its pages; a further write is dropped")
         known = [index for index in notice.pages if 0 <= index < len(binding.epochs)]
         expected = [binding.epochs[index] for index in known]
         if known != notice.pages or notice.epochs != expected or notice.number in arrival.notices | copying.keys():
@@ -264,6 +270,20 @@ class Arrivals:
         if not of_job:
             del self._copying[order.job_id]
         self._finish_copy(order.job_id, copying, now_s)
+
+    def checked(self, rank: int, message: PagesSums, now_s: float) -> None:
+        """What a follower has in its pool; of a job that is over meanwhile, nothing."""
+        arrival = self._arrivals.get(message.job_id)
+        if arrival is None or arrival.ready is None or arrival.unchecked is None or rank not in arrival.unchecked:
+            return
+        arrival.unchecked.remove(rank)
+        arrival.moved_s = now_s
+        announced = arrival.ready.checksums
+        wrong = [index for index, found in message.checksums.items() if announced[index] != found]
+        if wrong:
+            self._refuse_manifest(arrival, ManifestError(f"pages {wrong} have other checksums on rank {rank}"), now_s)
+        else:
+            self._accept_if_complete(arrival, now_s)
 
     def closed(self, sender: str, incarnation: int, job_id: str) -> None:
         """The writer's word that nothing is in flight. Unasked, the job has ended there, and the router knows from it."""
@@ -419,11 +439,13 @@ class Arrivals:
         if arrival.job_id in self._copying:  # more than was announced: known to be wrong when nothing touches the pages
             return
         try:
-            self._verify(arrival, arrival.ready)
+            if arrival.unchecked is None:
+                arrival.unchecked = self._ranks.check(arrival.job_id, self._verify(arrival, arrival.ready))
+            if arrival.unchecked:
+                return
             page_ids = self._manager.accept(arrival.job_id, arrival.ready.epochs)
         except PeerError as error:
-            self._metrics.add("baton_kv_handoff_failures_total", reason="manifest")
-            self._fail(arrival, f"{type(error).__name__}: {error}", now_s=now_s)
+            self._refuse_manifest(arrival, error, now_s)
             return
         del self._arrivals[arrival.job_id]
         self._watch()
@@ -433,8 +455,13 @@ class Arrivals:
         sequence.num_new_tokens = 1
         self._outcomes.append(Arrived(sequence, arrival.ready.hidden, arrival.router, now_s - arrival.ready_s))
 
-    def _verify(self, arrival: _Arrival, ready: KVReady) -> None:
-        """Raises ManifestError unless what arrived is what was announced and what this job needs."""
+    def _refuse_manifest(self, arrival: _Arrival, error: PeerError, now_s: float) -> None:
+        self._metrics.add("baton_kv_handoff_failures_total", reason="manifest")
+        self._fail(arrival, f"{type(error).__name__}: {error}", now_s=now_s)
+
+    def _verify(self, arrival: _Arrival, ready: KVReady) -> dict[int, tuple[int, int]]:
+        """What was summed up: index of a page -> (page id, valid rows). Raises ManifestError unless what arrived is what was announced
+        and what this job needs."""
         assert arrival.binding is not None
         num_pages, num_tokens = len(arrival.binding.page_ids), arrival.sequence.num_tokens
         written = sorted(index for notice in arrival.notices.values() for index in notice.pages)
@@ -460,6 +487,7 @@ class Arrivals:
         for index, found in page_checksums(self._pool, rows).items():
             announced = checked[index]
             _require(found == announced, f"page {index} has checksum {found:08x}, announced is {announced:08x}")
+        return rows
 
     def _fail(self, arrival: _Arrival, reason: str, *, now_s: float, no_room: bool = False) -> None:
         """The router hears of it from here, whatever the writer makes of it."""

@@ -36,6 +36,7 @@ from serving.core.messages import (
     KVReady,
     PagesArrived,
     PagesReady,
+    PagesSums,
     PagesWritten,
     Preempted,
     Roster,
@@ -172,8 +173,9 @@ class DecodeWorker(Worker[_Job, WriteDone | bytes]):
             case PagesReady():
                 self._ranks.ready(sender, message)
             case PagesArrived():
-                rank, notice = self._ranks.arrived(sender, message)
-                self._arrivals.notice(rank, notice, now_s)
+                self._arrivals.notice(self._ranks.rank_of(sender), message.notice, now_s)
+            case PagesSums():
+                self._arrivals.checked(self._ranks.rank_of(sender), message, now_s)
             case PagesWritten():
                 self._arrivals.copied(self._ranks.written(sender, message), now_s)
             case Roster():

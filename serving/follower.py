@@ -53,7 +53,13 @@ class FollowerWorker:
             target = target or NixlTarget(f"{name}.target", engine.pool)
         leader = msgspec.msgpack.decode(engine.lockstep.announce(None), type=PeerAddress)
         self._pages = PageFollower(
-            spec, leader, tp_rank=engine.lockstep.tp_rank, source=source, target=target, failed=self.stop
+            spec,
+            leader,
+            tp_rank=engine.lockstep.tp_rank,
+            pool=engine.pool,
+            source=source,
+            target=target,
+            failed=self.stop,
         )
         self._follower = Follower(engine.runner, engine.lockstep, self._pages.computed)
 

@@ -1,6 +1,7 @@
 """A follower's part in moving pages: writes its own pages as its leader orders, and passes on what is announced of writes into its pool.
 
-    PagesReady -> (PagesWrite -> waits until its pages are computed -> written -> PagesWritten | a write arrives -> PagesArrived)*
+    PagesReady -> (PagesWrite -> waits until its pages are computed -> written -> PagesWritten
+                   | a write arrives -> PagesArrived | PagesCheck -> PagesSums)*
 
 A mailbox with its I/O thread, and a thread that takes what comes there: the rank's main thread is in the unit's rounds. Believes its
 leader alone. That a leader or a rank is gone is the unit's business, so silence of the leader means nothing here.
@@ -16,14 +17,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from kvcache.pool import KVPool
 from kvcache.transfer.base import PageSource, PageTarget
+from kvcache.transfer.manifest import page_checksums
 from kvcache.transfer.notices import Notices
 from kvcache.transfer.traffic import Traffic
 from kvcache.transfer.writes import WriteDone, Writes
 from serving.core.messages import (
     PagesArrived,
+    PagesCheck,
     PagesPart,
     PagesReady,
+    PagesSums,
     PagesWatch,
     PagesWrite,
     PagesWritten,
@@ -43,6 +48,7 @@ class PageFollower:
         leader: PeerAddress,
         *,
         tp_rank: int,
+        pool: KVPool,
         source: PageSource,
         target: PageTarget | None,
         failed: Callable[[], None],
@@ -51,6 +57,7 @@ class PageFollower:
         self._log = logging.getLogger(f"baton.{spec.worker_id}")
         self._leader = leader
         self._tp_rank = tp_rank
+        self._pool = pool
         self._agent = b"" if target is None else target.agent
         self._failed = failed
         self._writes = Writes(source)
@@ -126,6 +133,9 @@ class PageFollower:
             case PagesWatch() if self._notices is not None:
                 notices, num_jobs, num_due = self._notices, message.num_jobs, message.num_due
                 self._mailbox.call(lambda: notices.watch(num_jobs, num_due))
+            case PagesCheck():
+                sums = page_checksums(self._pool, message.rows)
+                self._mailbox.post(self._leader.worker_id, PagesSums(job_id=message.job_id, checksums=sums))
             case PagesPart():
                 worker_id = message.worker_id
                 self._mailbox.call(lambda: self._writes.part(worker_id))

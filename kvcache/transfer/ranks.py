@@ -20,7 +20,7 @@ from kvcache.transfer.writes import WriteDone, Writes
 from serving.core.errors import PeerError
 from serving.core.messages import (
     Message,
-    PagesArrived,
+    PagesCheck,
     PagesPart,
     PagesReady,
     PagesWatch,
@@ -110,12 +110,18 @@ class PageRanks:
         del self._orders[message.order_id]
         return WriteDone(order, message.error)
 
-    def arrived(self, sender: str, message: PagesArrived) -> tuple[int, bytes]:
-        """(TP rank, notification). Raises PeerError."""
+    def rank_of(self, sender: str) -> int:
+        """Of a follower that speaks of pages in its pool. Raises PeerError."""
         for rank, follower in enumerate(self._followers, start=1):
             if follower.name == sender:
-                return rank, message.notice
+                return rank
         raise PeerError(f"{sender} is no rank of this group; dropped")
+
+    def check(self, job_id: str, rows: dict[int, tuple[int, int]]) -> set[int]:
+        """The followers that sum up these pages and answer with PagesSums."""
+        if rows:
+            self._tell_all(PagesCheck(job_id=job_id, rows=rows))
+        return set(range(1, self.tp)) if rows else set()
 
     def watch(self, num_jobs: int, num_due: int) -> None:
         """As `Notices.watch`, on every rank."""

@@ -7,8 +7,8 @@
     worker -> router        TokenBatch, Preempted, JobFailed, WorkerState, MetricsReply
     router -> supervisor    Attach;      supervisor -> router    Roster
     supervisor -> decode    Roster, Drain (a dead rank in it is proof that nothing of that incarnation writes any more)
-    leader -> follower      PagesWrite, PagesWatch, PagesPart  (TP ranks of one DP group; a follower connects to its leader)
-    follower -> leader      PagesReady, PagesWritten, PagesArrived
+    leader -> follower      PagesWrite, PagesWatch, PagesPart, PagesCheck  (TP ranks of one DP group; a follower connects to its leader)
+    follower -> leader      PagesReady, PagesWritten, PagesArrived, PagesSums
     everybody               Heartbeat
 
 A message travels as an `Envelope` (serving.wire), which names its sender and the sender's incarnation. A job id is unique to one life of a
@@ -202,6 +202,20 @@ class PagesPart(Message, frozen=True):
     worker_id: str
 
 
+class PagesCheck(Message, frozen=True):
+    """Sum up these pages of the job in your pool: index into the ticket -> (page id, valid rows)."""
+
+    job_id: str
+    rows: dict[int, tuple[int, int]]
+
+
+class PagesSums(Message, frozen=True):
+    """The checksums asked for, by index (kvcache.transfer.manifest)."""
+
+    job_id: str
+    checksums: dict[int, int]
+
+
 class JobTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one job. The positions follow on from what the job has sent before.
 
@@ -309,6 +323,8 @@ AnyMessage = (
     | PagesArrived
     | PagesWatch
     | PagesPart
+    | PagesCheck
+    | PagesSums
     | TokenBatch
     | Preempted
     | JobFailed

@@ -14,13 +14,13 @@ from kvcache.layout import PageLayout
 from kvcache.manager import KVManager
 from kvcache.pool import KVPool
 from kvcache.transfer.local import LocalFabric
-from kvcache.transfer.manifest import WriteNotice, encode_notice
+from kvcache.transfer.manifest import WriteNotice, encode_notice, page_checksums, rows_of_page
 from kvcache.transfer.notices import COPY, Notices
 from kvcache.transfer.ranks import PageRanks
 from kvcache.transfer.writes import WriteDone
 from serving.core.config import TransferTable
 from serving.core.errors import PeerError, StaleError
-from serving.core.messages import KVBind, KVReady, PagesReady, WriteOrder
+from serving.core.messages import KVBind, KVReady, PagesReady, PagesSums, WriteOrder
 from serving.mailbox import Mailbox
 from serving.metrics import Metrics
 from tests.scheduler_factory import create_sequence
@@ -42,8 +42,9 @@ class NotedRanks(PageRanks):
 class Group:
     """One job, exposed to prefill-0."""
 
-    def __init__(self, mailbox: Mailbox[Any], metrics: Metrics) -> None:
+    def __init__(self, mailbox: Mailbox[Any], metrics: Metrics, checksum: str) -> None:
         pool = KVPool(LAYOUT, 8, torch.float32)
+        self.sums = page_checksums(pool, {index: (index, rows_of_page(index, NUM_TOKENS)) for index in range(4)})
         self.metrics = metrics
         self.manager = KVManager(8, prefix_cache=False)
         self.ranks = NotedRanks(mailbox, notices=Notices(LocalFabric().target("rank 0", pool)), tp=2)
@@ -54,7 +55,7 @@ class Group:
             self.manager,
             pool,
             metrics,
-            TransferTable(checksum="off"),
+            TransferTable(checksum=checksum),
             identity="id",
             hidden_bytes=0,
             vocab_size=128,
@@ -78,7 +79,7 @@ class Group:
             num_tokens=NUM_TOKENS,
             num_writes=2,
             num_bytes=4 * LAYOUT.page_bytes,
-            checksums={},
+            checksums=self.sums,
             first_token=7,
             hidden=b"",
         )
@@ -93,14 +94,15 @@ class Group:
 
 
 @pytest.fixture
-def group() -> Iterator[Group]:
+def group(request: pytest.FixtureRequest) -> Iterator[Group]:
+    """`request.param`: transfer.checksum, off unless it is given."""
     metrics = Metrics("worker", worker="decode-0")
     mailbox: Mailbox[Any] = Mailbox(
         worker_id="unit.0", incarnation=1, host="127.0.0.1", secret=b"t" * 32, heartbeat_s=0.2, metrics=metrics
     )
     mailbox.start()
     with closing(mailbox):
-        yield Group(mailbox, metrics)
+        yield Group(mailbox, metrics, getattr(request, "param", "off"))
 
 
 def test_no_page_is_exposed_before_every_rank_is_there_or_while_one_may_compute_on_it(group: Group) -> None:
@@ -187,6 +189,28 @@ def test_a_write_too_many_is_refused_but_not_while_it_is_copied(group: Group) ->
     (failed,) = group.arrivals.outcomes()
     assert isinstance(failed, ArrivalFailed)
     assert "3 writes, 2 announced" in failed.reason
+
+
+@pytest.mark.parametrize("group", ["all"], indirect=True)
+@pytest.mark.parametrize("is_right", [True, False])
+def test_every_rank_sums_up_what_it_has(group: Group, is_right: bool) -> None:
+    group.expose()
+    group.notice(0, [0, 2], 0)
+    group.notice(1, [1, 3], 1)
+    group.ready()
+    group.copied(0)
+    group.copied(1)
+    assert group.arrivals.outcomes() == [], "the other rank was not asked"
+    with pytest.raises(StaleError, match="has all its pages"):
+        group.notice(0, [0], 2)
+    sums = group.sums if is_right else group.sums | {2: 1}
+    group.arrivals.checked(1, PagesSums(job_id="j", checksums=sums), 2.0)
+    (outcome,) = group.arrivals.outcomes()
+    assert isinstance(outcome, Arrived if is_right else ArrivalFailed)
+    assert group.count("owned" if is_right else "draining") == 4
+    assert group.metrics.value("baton_kv_handoff_failures_total", reason="manifest") == (not is_right)
+    group.arrivals.checked(1, PagesSums(job_id="j", checksums={}), 2.0)
+    assert group.arrivals.outcomes() == []
 
 
 def test_a_copy_that_fails_ends_the_job(group: Group) -> None:

@@ -14,12 +14,13 @@ from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
 from kvcache.transfer.follower import PageFollower
 from kvcache.transfer.local import LocalFabric
+from kvcache.transfer.manifest import page_checksums
 from kvcache.transfer.notices import COPY, Notices
 from kvcache.transfer.ranks import PageRanks
 from kvcache.transfer.traffic import Traffic
 from kvcache.transfer.writes import WriteDone, Writes
 from serving.core.errors import PeerError
-from serving.core.messages import PagesArrived, PagesReady, PagesWritten, WriteOrder
+from serving.core.messages import PagesArrived, PagesReady, PagesSums, PagesWritten, WriteOrder
 from serving.mailbox import Driven, Mailbox, Received
 from serving.metrics import Metrics
 from tests.wire_client import SECRET, create_config, create_spec
@@ -56,6 +57,7 @@ class Group:
             create_spec("unit.1", "decode", create_config()),
             self.mailbox.address,
             tp_rank=1,
+            pool=self.pools[1],
             source=self.fabric.source(self.pools[1]),
             target=self.fabric.target("rank 1", self.pools[1]),
             failed=lambda: self.failures.append("failed"),
@@ -63,6 +65,7 @@ class Group:
         stack.callback(self.follower.close)
         self.done: list[WriteDone] = []
         self.notices: list[tuple[int, bytes]] = []
+        self.sums: list[tuple[int, PagesSums]] = []
         self.refused: list[str] = []
 
     def order(self, rank: int, source: list[int], target: list[int], **fields: Any) -> WriteOrder:
@@ -106,7 +109,9 @@ class Group:
                 case PagesWritten():
                     self.done.append(self.ranks.written(event.sender, event.message))
                 case PagesArrived():
-                    self.notices.append(self.ranks.arrived(event.sender, event.message))
+                    self.notices.append((self.ranks.rank_of(event.sender), event.message.notice))
+                case PagesSums():
+                    self.sums.append((self.ranks.rank_of(event.sender), event.message))
 
 
 @pytest.fixture
@@ -175,6 +180,16 @@ def test_an_order_that_cannot_be_carried_out_comes_back_with_the_reason(group: G
     assert group.failures == []
 
 
+def test_a_follower_sums_up_its_own_pages(group: Group) -> None:
+    group.follower.start()
+    rows = {0: (3, 64), 1: (5, 7)}
+    assert group.ranks.check("j", {}) == set()
+    assert group.ranks.check("j", rows) == {1}
+    group.wait(lambda: len(group.sums) == 1)
+    assert group.sums == [(1, PagesSums(job_id="j", checksums=page_checksums(group.pools[1], rows)))]
+    assert group.sums[0][1].checksums != page_checksums(group.pools[0], rows)
+
+
 def test_a_stranger_is_no_rank_of_the_group(group: Group) -> None:
     group.follower.start()
     group.wait(lambda: group.ranks.complete)
@@ -186,5 +201,5 @@ def test_a_stranger_is_no_rank_of_the_group(group: Group) -> None:
     with pytest.raises(PeerError, match="no order"):
         group.ranks.written("unit.7", PagesWritten(order_id=1))
     with pytest.raises(PeerError, match="no rank"):
-        group.ranks.arrived("unit.7", PagesArrived(notice=b""))
+        group.ranks.rank_of("unit.7")
     group.wait(lambda: len(group.done) == 1)
