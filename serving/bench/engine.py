@@ -8,6 +8,8 @@ Systems take turns within each repeat, so that a busy machine is busy for all of
 A turn begins with a pause and a prefill that is not counted: threads of the system before may spin for 0.2 s after its
 last step, and t(1) alone would pay for that and for caches that hold another's weights.
 
+--virtual runs units of many ranks instead, for what they send and not for time: `serving.bench.virtual`.
+
 On a GPU, or where --prefill or --decode is given, points are measured instead: `serving.bench.points`.
 """
 
@@ -45,6 +47,7 @@ from serving.bench.points import (
 from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES, random_prompts, write_checkpoint
 from serving.bench.systems import Baton, System, Transformers
+from serving.bench.virtual import report_of, run_units, table
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
 
@@ -72,6 +75,8 @@ class Figure:
 def main(argv: Sequence[str]) -> int:
     """`argv` without the program's name. JSON on standard output (or in --out), a table on standard error."""
     options = _parse(argv)
+    if options.virtual is not None:
+        return _run_virtual(options, argv)
     torch.set_num_threads(options.threads)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-bench-"))
@@ -94,6 +99,17 @@ def main(argv: Sequence[str]) -> int:
     print(_table(figures), file=sys.stderr)
     write_report(report, options.out)
     return 0
+
+
+def _run_virtual(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    """1: a text is not that of one rank."""
+    settings = {"num_requests": options.requests, "new_tokens": options.new_tokens, "seed": options.seed}
+    report = provenance(["baton", "bench", "engine", *argv]) | {"settings": settings}
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
+        report |= report_of(run_units(options.virtual, Path(scratch), **settings))
+    print(table(report), file=sys.stderr)
+    write_report(report, options.out)
+    return 0 if report["same_text_as_one_rank"] == options.requests else 1
 
 
 def measure(
@@ -183,13 +199,24 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--shape", choices=sorted(SHAPES), default="cpu-34m", help="a built-in model with random weights"
     )
     model.add_argument("--model", type=Path, help="a Hugging Face folder instead")
+    model.add_argument(
+        "--virtual",
+        metavar="CONFIG",
+        help="every rank of both units of a configuration (a file, or the name of a shipped one), in one process on a small model",
+    )
+    parser.add_argument("--requests", type=count, default=160, help="of --virtual")
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="the GPU if any")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of every system")
     parser.add_argument("--batch", type=counts, default=[1, 8], help="sequences at once, comma-separated")
     parser.add_argument("--prompt-tokens", type=count, default=128)
-    parser.add_argument("--new-tokens", type=count, default=65, help="at least 2; of a point: steps + 1")
+    parser.add_argument(
+        "--new-tokens",
+        type=count,
+        default=0,
+        help="at least 2; of a point: steps + 1; if not given 65, of --virtual 16",
+    )
     parser.add_argument(
         "--max-batched-tokens", type=count, default=0, help="prefill tokens of one step; if not given, as served"
     )
@@ -213,6 +240,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="write the JSON here instead of standard output")
     options = parser.parse_args(argv)
+    options.new_tokens = options.new_tokens or (65 if options.virtual is None else 16)
     if options.new_tokens < 2:
         parser.error("--new-tokens must be at least 2: the first token is the prefill's")
     if options.idle and options.device != "cuda":

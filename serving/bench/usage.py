@@ -38,8 +38,17 @@ def cpu_between(before: Mapping[psutil.Process, float], after: Mapping[psutil.Pr
 
 def peak_bytes(pid: int) -> int:
     """VmHWM: the most that was ever resident."""
+    return _status_bytes(pid, "VmHWM")
+
+
+def private_bytes(pid: int) -> int:
+    """RssAnon: what is resident now and is no file's."""
+    return _status_bytes(pid, "RssAnon")
+
+
+def _status_bytes(pid: int, field: str) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise psutil.NoSuchProcess(pid)
 

@@ -14,10 +14,11 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from serving.cluster.library_pages import unmap_library_pages
 from serving.core.errors import BatonError
 from serving.core.messages import PeerAddress
 from serving.core.spec import WorkerSpec
@@ -113,21 +114,28 @@ class Rank:
 
 
 def build_worker(spec: WorkerSpec, progress: LoadProgress | None = None) -> Worker:
-    """Imports only what the role needs. Raises BatonError."""
+    """Raises BatonError."""
     from serving.engine.joining import leads
 
-    if not leads(spec):
+    worker = worker_class(spec.role, leads=leads(spec))
+    unmap_library_pages()
+    return worker(spec, progress=progress)
+
+
+def worker_class(role: str, *, leads: bool = True) -> Callable[..., Worker]:
+    """Imports only what the role needs."""
+    if not leads:
         from serving.follower import FollowerWorker
 
-        return FollowerWorker(spec, progress=progress)
-    if spec.role == "prefill":
+        return FollowerWorker
+    if role == "prefill":
         from prefill.worker import PrefillWorker
 
-        return PrefillWorker(spec, progress=progress)
-    if spec.role == "decode":
+        return PrefillWorker
+    if role == "decode":
         from decode.worker import DecodeWorker
 
-        return DecodeWorker(spec, progress=progress)
+        return DecodeWorker
     from serving.aggregated_worker import AggregatedWorker
 
-    return AggregatedWorker(spec, progress=progress)
+    return AggregatedWorker

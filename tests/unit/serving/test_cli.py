@@ -143,7 +143,7 @@ def test_serving_on_a_port_in_use_is_one_line_before_anything_starts():
         (("--set", "nonsense"), "table.key=value"),
         (("--port", "abc"), "router.port"),
         (("--config", "absent.toml"), "no such file"),
-        (("--port", "0", "--set", "decode.tp=2"), "[decode] tp = 2: "),
+        (("--port", "0", "--set", "decode.tp=2", "--set", "decode.kv_sharding=true"), "[decode] kv_sharding"),
     ],
 )
 def test_serving_with_a_wrong_setting_is_one_line(arguments: tuple[str, ...], expected: str):

@@ -68,22 +68,29 @@ def check(*overrides: str, num_gpus: int = 0) -> None:
     check_units(config, embedded_model_dir(), plan_units(config, num_cores=2, num_gpus=num_gpus), num_gpus=num_gpus)
 
 
-@pytest.mark.parametrize("overrides", [(), ("decode.units=2",), ("decode.dp=2", "decode.ep=1")])
-def test_ranks_that_compute_alone_are_served(overrides: tuple[str, ...]):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("decode.units=2",),
+        ("decode.dp=2", "decode.ep=1"),
+        ("prefill.tp=2", "prefill.dp=2", "prefill.microbatches=2"),
+    ],
+)
+def test_units_of_these_sizes_are_served(overrides: tuple[str, ...]):
     check(*overrides)
 
 
 @pytest.mark.parametrize(
-    ("override", "key"),
+    ("overrides", "key"),
     [
-        ("prefill.tp=2", "[prefill] tp = 2"),
-        ("decode.dp=2", "[decode] ep = 2"),
-        ("decode.microbatches=2", "[decode] microbatches = 2"),
+        (("prefill.tp=2", "prefill.kv_sharding=true"), "[prefill] kv_sharding = true"),
+        (("decode.dp=2", "decode.hosted_slots=12"), "[decode] hosted_slots = 12"),
     ],
 )
-def test_what_the_engine_cannot_do_yet_is_not_passed_over(override: str, key: str):
+def test_what_the_engine_cannot_do_yet_is_not_passed_over(overrides: tuple[str, ...], key: str):
     with pytest.raises(StartupError) as caught:
-        check(override)
+        check(*overrides)
     assert str(caught.value).startswith(key)
 
 

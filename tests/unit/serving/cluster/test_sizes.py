@@ -68,8 +68,8 @@ def test_weights_that_do_not_fit_a_gpu_say_by_how_much(tmp_path: Path):
 
 
 def test_what_is_not_served_yet_is_said_and_what_is_served_is_not():
-    assert "Not" in described("node.toml")
-    assert "Not" not in described("laptop.toml")
+    assert "Not" in described(None, "decode.tp=2", "decode.kv_sharding=true")
+    assert "Not" not in described("node.toml")
 
 
 def test_mode_both_has_one_column():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serving.kernels import packed as packing_rules
 from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear, linear_fp32
 from serving.kernels.packed import pack, row_pieces
@@ -123,6 +124,16 @@ def test_a_packed_weight_gives_the_plain_product(dtype: torch.dtype, num_rows: i
     tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(linear(x, packed).double(), want, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(linear(x[:, :24], pack(weight[:, :24])), linear(x[:, :24], weight[:, :24]))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="nothing is packed without oneDNN")
+def test_only_matrices_that_are_large_enough_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing_rules, "WORTH_PACKING_BYTES", 4096)
+    large, small = randn(32, 32), randn(31, 32)
+    assert pack(large).is_mkldnn
+    assert pack(small) is small
+    x = randn(3, 32)
+    torch.testing.assert_close(linear(x, pack(small)), x @ small.T)
 
 
 def test_silu_mul_takes_the_gate_first() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import secrets
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ class RankProcesses:
     def __init__(self, world_size: int, folder: Path) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "serving.parallel.distributed"])
+        # Other tests of this machine have ranks at the same time.
+        self.name = f"test-{secrets.token_hex(4)}"
         self.processes = []
         self._pipes: list[Connection] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, folder), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, folder, self.name), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -58,7 +61,7 @@ def _result(pipe: Connection) -> Any:
     return result
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, folder: Path, name: str) -> None:
     torch.set_num_threads(1)
     ranks = range(world_size)
     store = dist.FileStore(str(folder / "store"), world_size)
@@ -67,7 +70,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, folder: Path) -> None:
             backend="gloo", store=store, ranks=ranks, rank=rank, name="unit", deadline_s=DEADLINE_S
         ),
         "shared_memory": SharedMemoryCollectives(
-            name=folder.name, ranks=ranks, rank=rank, deadline_s=DEADLINE_S, part_bytes=PART_BYTES
+            name=name, ranks=ranks, rank=rank, deadline_s=DEADLINE_S, part_bytes=PART_BYTES
         ),
     }
     while True:

@@ -167,7 +167,7 @@ def test_shared_memory_waits_without_burning_a_core(processes: RankProcesses) ->
 
 def test_shared_memory_leaves_nothing_behind(processes: RankProcesses) -> None:
     processes.run("shared_memory", "broadcast", 0, "fp32")
-    assert [name for name in os.listdir("/dev/shm") if name.startswith("baton-ranks")] == []
+    assert [name for name in os.listdir("/dev/shm") if name.startswith(f"baton-{processes.name}")] == []
 
 
 @pytest.mark.parametrize("implementation", PROCESSES)
