@@ -85,5 +85,6 @@ class Balancing:
         self._rebalancer.step(now_s=now_s)
 
     def report(self, metrics: Metrics, *, unit: str) -> None:
-        """The figures are those of the EP group."""
-        self._rebalancer.report(metrics, unit=unit)
+        """The figures are those of the EP group, so its first rank alone has any."""
+        if self._live.control.rank == 0:
+            self._rebalancer.report(metrics, unit=unit)

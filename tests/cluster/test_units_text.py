@@ -32,19 +32,20 @@ FROM_ONE_HEAD = [*_sizes("prefill", 1, 4, "microbatches=2"), *_sizes("decode", 2
 @pytest.mark.parametrize(
     ("sizes", "balances"), [(TO_ONE_HEAD, False), (FROM_ONE_HEAD, True)], ids=["tp2-to-tp1", "tp1-to-tp2"]
 )
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(120)
 def test_the_text_is_that_of_one_rank(
     server: WatchedServer, start_server: StartServer, sizes: list[str], balances: bool
 ) -> None:
     with ThreadPoolExecutor(16) as pool:
         texts = list(pool.map(server.complete, PROMPTS))
     units = start_server(*sizes, *PAGES, *(BALANCING if balances else ()))
-    for _ in range(3 if balances else 1):
+    versions = [1.0]
+    while versions == [1.0] or (balances and max(versions) == 1):
         with ThreadPoolExecutor(64) as pool:
             assert list(pool.map(units.complete, PROMPTS)) == texts
-    versions = VERSION.findall(httpx.get(f"{units.url}/metrics").text)
+        versions = [float(version) for version in VERSION.findall(httpx.get(f"{units.url}/metrics").text)]
     assert len(versions) == 2, "one figure of each EP group"
-    assert (max(map(float, versions)) > 1) == balances
+    assert (max(versions) > 1) == balances
     family = units.family()
     assert units.stop(signal.SIGTERM) == 0
     assert still_running(family, after_s=0) == []
