@@ -273,7 +273,7 @@ def test_parts_of_k_that_are_units_of_their_own(num_rows: int, columns: int, wid
 
 
 @pytest.mark.parametrize(
-    ("num_k", "columns", "want"), [(56, 2112, 4), (112, 256, 14), (128, 7168, 1), (2, 64, 1), (3, 64, 2)]
+    ("num_k", "columns", "want"), [(56, 2112, 4), (112, 256, 14), (56, 4096, 1), (128, 7168, 1), (2, 64, 1), (3, 64, 2)]
 )
 def test_parts_of_k_fill_the_processors_and_none_is_empty(num_k: int, columns: int, want: int) -> None:
     num_splits = ring.splits_for(columns, num_k, 132)
