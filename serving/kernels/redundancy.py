@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MOST_GPUS = 32
-NUM_STARTS, MAX_ROUNDS = 8, 64
+NUM_STARTS, MAX_ROUNDS = 8, 48
 HALVINGS, STAGES = 6, 3
 """Tokens to hand over at a time are halved so often, and shares that may be handed on are up to 1, 2, 4 times as large."""
 GOAL, GOAL_STEP = 40, 8

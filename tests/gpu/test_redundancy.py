@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -22,10 +24,8 @@ def test_graph_and_eager_equal_the_reference_bit_by_bit() -> None:
             continue
         counts, hosted = torch.from_numpy(step.counts), torch.from_numpy(step.hosted)
         want = assign_replicas_reference(counts, hosted, active=ACTIVE, gpus_per_node=GPUS_PER_NODE)
-        got = assign_replicas(counts.cuda(), hosted.cuda(), active=ACTIVE, gpus_per_node=GPUS_PER_NODE)
-        on_device = counts.cuda(), hosted.cuda()
-        again = replayed(lambda inputs=on_device: assign_replicas(*inputs, active=ACTIVE, gpus_per_node=GPUS_PER_NODE))
-        for found in (got, again):
+        call = partial(assign_replicas, counts.cuda(), hosted.cuda(), active=ACTIVE, gpus_per_node=GPUS_PER_NODE)
+        for found in (call(), replayed(call)):
             assert torch.equal(found[0].cpu(), want[0])
             assert torch.equal(found[1].cpu(), want[1])
         assert balance(want[0].sum(dim=1).numpy()) > 0.95

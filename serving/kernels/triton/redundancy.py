@@ -289,7 +289,7 @@ def _search_kernel(
                 # The GPU: likewise; of these the one with most room, a token of its own node counting as half a place.
                 own = tl.load(
                     local_ptr + (lane // gpus_per_node) * num_experts + moved,
-                    mask=(lane < num_gpus) & (moved >= 0),
+                    mask=lane < num_gpus,
                     other=0,
                 )
                 room = goal - load
