@@ -36,8 +36,9 @@ def split_rows(positions: Sequence[int], num_parts: int) -> list[slice]:
     """Runs of decode rows. A row costs as much as any other, and what its context takes to read."""
     ends = list(accumulate(1 + position / _EQUAL_CONTEXT for position in positions))
     total = ends[-1] if ends else 0.0
-    borders = [bisect_left(ends, total * index / num_parts - 1e-9) for index in range(num_parts)]
-    borders[0] = 0
+    # A row that lies across a border is before it.
+    inner = [bisect_left(ends, total * index / num_parts - 1e-9) + 1 for index in range(1, num_parts)]
+    borders = [0, *(min(border, len(ends)) for border in inner)]
     return [slice(start, end) for start, end in zip(borders, [*borders[1:], len(ends)], strict=True)]
 
 
