@@ -6,21 +6,28 @@
 Exposed pages of a job that was given up are free only by the writer's KVClosed or proof that its process has ended;
 until then KVClose is repeated, and a writer that does not answer leaves them in quarantine. Owned by the step loop;
 sends through the mailbox. Knows neither the scheduler nor the engine: the worker asks for `outcomes` and acts.
+
+Every TP rank holds every page. A page is written into its owner's pool, the owner copies it to the other ranks, and only then has it
+arrived; a copy that is under way keeps its pages as a write does. The checksums are those of every rank's pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from decode.notices import Notices
 from kvcache.layout import PAGE_TOKENS
 from kvcache.manager import Binding, KVManager
 from kvcache.pool import KVPool
 from kvcache.transfer.manifest import WriteNotice, checked_pages, decode_notice, page_checksums, rows_of_page
+from kvcache.transfer.notices import COPY
+from kvcache.transfer.owners import owner_of
+from kvcache.transfer.ranks import PageRanks
+from kvcache.transfer.writes import WriteDone
 from serving.core.config import TransferTable
 from serving.core.errors import ManifestError, PeerError, StaleError
-from serving.core.messages import KVBind, KVClose, KVReady, KVRefused, KVTicket
+from serving.core.messages import KVBind, KVClose, KVReady, KVRefused, KVTicket, PagesSums, WriteOrder
 from serving.core.request import Sequence
 from serving.mailbox import Mailbox
 from serving.metrics import Metrics
@@ -72,7 +79,10 @@ class _Bind:
 
 @dataclass(slots=True, eq=False)
 class _Arrival:
-    """One job. Without `has_credit` it waits; with `binding` it is exposed to `bind.writer`."""
+    """One job. Without `has_credit` it waits; with `binding` it is exposed to `bind.writer`.
+
+    `notices`: writes that are on every rank. `unchecked`: ranks whose checksums are awaited; None: this one's were not right yet.
+    """
 
     sequence: Sequence
     router: str
@@ -82,6 +92,7 @@ class _Arrival:
     binding: Binding | None = None
     notices: dict[int, WriteNotice] = field(default_factory=dict)
     ready: KVReady | None = None
+    unchecked: set[int] | None = None
     ready_s: float = 0.0
     moved_s: float = 0.0
 
@@ -91,10 +102,22 @@ class _Arrival:
 
 
 @dataclass(slots=True)
+class _Copying:
+    """A write that its owner copies to the other ranks, `num_open` of which do not have it yet."""
+
+    notice: WriteNotice
+    num_open: int
+    error: str | None = None
+
+
+@dataclass(slots=True)
 class _Closing:
+    """`closed`: by the writer, so that only our own copies are waited for."""
+
     writer: _Writer
     asked_s: float
     quarantined: bool = False
+    closed: bool = False
 
 
 class Arrivals:
@@ -102,8 +125,8 @@ class Arrivals:
 
     def __init__(
         self,
-        mailbox: Mailbox[bytes],
-        notices: Notices,
+        mailbox: Mailbox[Any],
+        ranks: PageRanks,
         manager: KVManager,
         pool: KVPool,
         metrics: Metrics,
@@ -114,7 +137,7 @@ class Arrivals:
         vocab_size: int,
     ) -> None:
         self._mailbox = mailbox
-        self._notices = notices
+        self._ranks = ranks
         self._manager = manager
         self._pool = pool
         self._metrics = metrics
@@ -125,6 +148,7 @@ class Arrivals:
         self._arrivals: dict[str, _Arrival] = {}
         self._early: dict[str, _Bind] = {}
         self._closing: dict[str, _Closing] = {}
+        self._copying: dict[str, dict[int, _Copying]] = {}
         self._watched = (0, 0)
         self._outcomes: list[Outcome] = []
 
@@ -141,8 +165,8 @@ class Arrivals:
 
     @property
     def num_closing(self) -> int:
-        """Jobs that are over but whose pages a writer, who answers, may still touch."""
-        return sum(not closing.quarantined for closing in self._closing.values())
+        """Jobs that are over but whose pages a writer, who answers, or a rank of ours may still touch."""
+        return sum(not closing.quarantined or job_id in self._copying for job_id, closing in self._closing.items())
 
     @property
     def num_unpromised(self) -> int:
@@ -169,16 +193,17 @@ class Arrivals:
         arrival = _Arrival(sequence, router, num_credit, bind=self._early.pop(sequence.job_id, None))
         self._arrivals[sequence.job_id] = arrival
 
-    def grant(self, now_s: float, *, may_promise: bool) -> None:
+    def grant(self, now_s: float, *, may_promise: bool, may_expose: bool = True) -> None:
         """Credits for those in line while there is room, and pages for those who have been asked to name them.
 
         Without `may_promise` a running sequence stalls for want of a page: no new credit, and one that nobody has bound
-        yet, the last in line first, goes back; it keeps its place.
+        yet, the last in line first, goes back; it keeps its place. Without `may_expose` some rank may still compute on free pages.
         """
         if may_promise:
             self._promise()
-        for arrival in [a for a in self._arrivals.values() if a.has_credit and a.bind and not a.binding]:
-            self._expose(arrival, now_s)
+        if may_expose and self._ranks.complete:
+            for arrival in [a for a in self._arrivals.values() if a.has_credit and a.bind and not a.binding]:
+                self._expose(arrival, now_s)
         if not may_promise:
             self._take_back()
 
@@ -205,28 +230,71 @@ class Arrivals:
         self._accept_if_complete(arrival, now_s)
         self._watch()
 
-    def notice(self, data: bytes, now_s: float) -> None:
-        """A write has arrived. Raises StaleError if it is of an earlier use of its pages, PeerError if it is none."""
+    def notice(self, rank: int, data: bytes, now_s: float) -> None:
+        """A write has arrived at one of our TP ranks. Raises StaleError if it is of an earlier use of its pages, PeerError if it is none."""
         notice = decode_notice(data)
         arrival = self._exposed(notice.job_id)
-        assert arrival.binding is not None
-        expected = arrival.binding.epochs[notice.first : notice.first + len(notice.epochs)]
-        if notice.first < 0 or notice.epochs != expected or notice.number in arrival.notices:
+        binding, copying = arrival.binding, self._copying.get(notice.job_id, {})
+        assert binding is not None
+        if arrival.unchecked is not None:
+            raise StaleError(f"job {notice.job_id} has all its pages; a further write is dropped")
+        known = [index for index in notice.pages if 0 <= index < len(binding.epochs)]
+        expected = [binding.epochs[index] for index in known]
+        if known != notice.pages or notice.epochs != expected or notice.number in arrival.notices | copying.keys():
             raise StaleError(f"job {notice.job_id}: a write of epochs {notice.epochs}, exposed are {expected}; dropped")
-        arrival.notices[notice.number] = notice
+        page_ids = [binding.page_ids[index] for index in known]
+        if any(owner_of(page_id, self._ranks.tp) != rank for page_id in page_ids):
+            raise PeerError(
+                f"job {notice.job_id}: pages {page_ids} came to rank {rank}, which does not own all; dropped"
+            )
         arrival.moved_s = now_s
-        self._accept_if_complete(arrival, now_s)
+        if self._ranks.tp > 1:
+            self._copy(notice, rank, page_ids)
+        else:
+            arrival.notices[notice.number] = notice
+            self._accept_if_complete(arrival, now_s)
+
+    def copied(self, done: WriteDone, now_s: float) -> None:
+        """A rank has pages of another of ours, or will not get them."""
+        order = done.order
+        of_job = self._copying[order.job_id]
+        copying = of_job[order.number]
+        copying.num_open -= 1
+        copying.error = done.error or copying.error
+        if done.error is None:
+            num_bytes = len(order.target_page_ids) * self._pool.layout.page_bytes
+            self._metrics.add("baton_kv_handoff_bytes_total", num_bytes, kind="peer")
+        if copying.num_open:
+            return
+        del of_job[order.number]
+        if not of_job:
+            del self._copying[order.job_id]
+        self._finish_copy(order.job_id, copying, now_s)
+
+    def checked(self, rank: int, message: PagesSums, now_s: float) -> None:
+        """What a follower has in its pool; of a job that is over meanwhile, nothing."""
+        arrival = self._arrivals.get(message.job_id)
+        if arrival is None or arrival.ready is None or arrival.unchecked is None or rank not in arrival.unchecked:
+            return
+        arrival.unchecked.remove(rank)
+        arrival.moved_s = now_s
+        announced = arrival.ready.checksums
+        wrong = [index for index, found in message.checksums.items() if announced[index] != found]
+        if wrong:
+            self._refuse_manifest(arrival, ManifestError(f"pages {wrong} have other checksums on rank {rank}"), now_s)
+        else:
+            self._accept_if_complete(arrival, now_s)
 
     def closed(self, sender: str, incarnation: int, job_id: str) -> None:
         """The writer's word that nothing is in flight. Unasked, the job has ended there, and the router knows from it."""
         closing, arrival = self._closing.get(job_id), self._arrivals.get(job_id)
         writer = _Writer(sender, incarnation)
         if closing is not None and closing.writer == writer:
-            self._free(job_id)
+            self._close(job_id)
         elif arrival is not None and arrival.bind is not None and arrival.bind.writer == writer:
             self._give_up(arrival, 0.0)
             if job_id in self._closing:
-                self._free(job_id)
+                self._close(job_id)
         elif job_id in self._early and self._early[job_id].writer == writer:
             del self._early[job_id]
 
@@ -251,8 +319,8 @@ class Arrivals:
             self._fail(arrival, reason, now_s=now_s)
         for job_id, closing in [item for item in self._closing.items() if is_it(item[1].writer)]:
             if proven:
-                self._free(job_id)
-            elif not closing.quarantined:
+                self._close(job_id)
+            elif not closing.quarantined and not closing.closed:
                 closing.quarantined = True
                 self._manager.quarantine(job_id)
         self._watch()
@@ -269,7 +337,7 @@ class Arrivals:
             elif arrival.ready is not None and arrival.moved_s + self._config.progress_timeout_s <= now_s:
                 self._fail(arrival, f"no latents came for {self._config.progress_timeout_s:g} s", now_s=now_s)
         for job_id, closing in self._closing.items():
-            if closing.asked_s + _ASK_AGAIN_S <= now_s:
+            if not closing.closed and closing.asked_s + _ASK_AGAIN_S <= now_s:
                 closing.asked_s = now_s
                 self._mailbox.post(closing.writer.worker_id, KVClose(job_id=job_id))
 
@@ -286,7 +354,8 @@ class Arrivals:
             elif arrival.bind is not None and arrival.binding is None:
                 yield arrival.bind.received_s + BIND_WAIT_S
         for closing in self._closing.values():
-            yield closing.asked_s + _ASK_AGAIN_S
+            if not closing.closed:
+                yield closing.asked_s + _ASK_AGAIN_S
 
     def _exposed(self, job_id: str) -> _Arrival:
         arrival = self._arrivals.get(job_id)
@@ -328,20 +397,55 @@ class Arrivals:
             first_page=binding.first_page,
             page_ids=binding.page_ids,
             epochs=binding.epochs,
-            agent=self._notices.agent,
+            agents=self._ranks.agents,
         )
         # The I/O thread watches before the writer can know where to write.
         self._mailbox.post(bind.writer.worker_id, ticket)
 
+    def _copy(self, notice: WriteNotice, rank: int, page_ids: list[int]) -> None:
+        """From their owner to every other rank, outside the steps."""
+        others = [other for other in range(self._ranks.tp) if other != rank]
+        self._copying.setdefault(notice.job_id, {})[notice.number] = _Copying(notice, len(others))
+        for other in others:
+            order = WriteOrder(
+                job_id=notice.job_id,
+                number=notice.number,
+                rank=rank,
+                worker_id=f"rank {other}",
+                agent=self._ranks.agents[other],
+                source_page_ids=page_ids,
+                target_page_ids=page_ids,
+                num_tokens=len(page_ids) * PAGE_TOKENS,
+                notice=COPY,
+            )
+            self._ranks.write(order)
+
+    def _finish_copy(self, job_id: str, copying: _Copying, now_s: float) -> None:
+        """All have the pages of a write, or never will."""
+        arrival, closing = self._arrivals.get(job_id), self._closing.get(job_id)
+        if closing is not None and closing.closed:
+            self._close(job_id)
+        elif arrival is not None and copying.error is not None:
+            self._fail(arrival, f"pages do not reach every rank: {copying.error}", now_s=now_s)
+        elif arrival is not None:
+            arrival.moved_s = now_s
+            arrival.notices[copying.notice.number] = copying.notice
+            self._accept_if_complete(arrival, now_s)
+        self._watch()
+
     def _accept_if_complete(self, arrival: _Arrival, now_s: float) -> None:
         if arrival.ready is None or len(arrival.notices) < arrival.ready.num_writes:
             return
+        if arrival.job_id in self._copying:  # more than was announced: known to be wrong when nothing touches the pages
+            return
         try:
-            self._verify(arrival, arrival.ready)
+            if arrival.unchecked is None:
+                arrival.unchecked = self._ranks.check(arrival.job_id, self._verify(arrival, arrival.ready))
+            if arrival.unchecked:
+                return
             page_ids = self._manager.accept(arrival.job_id, arrival.ready.epochs)
         except PeerError as error:
-            self._metrics.add("baton_kv_handoff_failures_total", reason="manifest")
-            self._fail(arrival, f"{type(error).__name__}: {error}", now_s=now_s)
+            self._refuse_manifest(arrival, error, now_s)
             return
         del self._arrivals[arrival.job_id]
         self._watch()
@@ -351,15 +455,16 @@ class Arrivals:
         sequence.num_new_tokens = 1
         self._outcomes.append(Arrived(sequence, arrival.ready.hidden, arrival.router, now_s - arrival.ready_s))
 
-    def _verify(self, arrival: _Arrival, ready: KVReady) -> None:
-        """Raises ManifestError unless what arrived is what was announced and what this job needs."""
+    def _refuse_manifest(self, arrival: _Arrival, error: PeerError, now_s: float) -> None:
+        self._metrics.add("baton_kv_handoff_failures_total", reason="manifest")
+        self._fail(arrival, f"{type(error).__name__}: {error}", now_s=now_s)
+
+    def _verify(self, arrival: _Arrival, ready: KVReady) -> dict[int, tuple[int, int]]:
+        """What was summed up: index of a page -> (page id, valid rows). Raises ManifestError unless what arrived is what was announced
+        and what this job needs."""
         assert arrival.binding is not None
         num_pages, num_tokens = len(arrival.binding.page_ids), arrival.sequence.num_tokens
-        written = sorted(
-            index
-            for notice in arrival.notices.values()
-            for index in range(notice.first, notice.first + len(notice.epochs))
-        )
+        written = sorted(index for notice in arrival.notices.values() for index in notice.pages)
         num_bytes = sum(notice.num_bytes for notice in arrival.notices.values())
         _require(ready.num_tokens == num_tokens, f"{ready.num_tokens} tokens, the job has {num_tokens}")
         _require(
@@ -382,6 +487,7 @@ class Arrivals:
         for index, found in page_checksums(self._pool, rows).items():
             announced = checked[index]
             _require(found == announced, f"page {index} has checksum {found:08x}, announced is {announced:08x}")
+        return rows
 
     def _fail(self, arrival: _Arrival, reason: str, *, now_s: float, no_room: bool = False) -> None:
         """The router hears of it from here, whatever the writer makes of it."""
@@ -403,9 +509,12 @@ class Arrivals:
             self._refuse(bind, job_id, reason)
         self._watch()
 
-    def _free(self, job_id: str) -> None:
-        del self._closing[job_id]
-        self._manager.closed(job_id)
+    def _close(self, job_id: str) -> None:
+        """The writer is done with its pages: free, unless our own ranks are not."""
+        self._closing[job_id].closed = True
+        if job_id not in self._copying:
+            del self._closing[job_id]
+            self._manager.closed(job_id)
         self._watch()
 
     def _refuse(self, bind: _Bind, job_id: str, reason: str, *, router_told: bool = True) -> None:
@@ -415,11 +524,11 @@ class Arrivals:
     def _watch(self) -> None:
         """Tell the I/O thread how many jobs may still be written to by somebody who is there, and how many await their last writes."""
         exposed = [arrival for arrival in self._arrivals.values() if arrival.binding is not None]
-        num = len(exposed) + sum(not closing.quarantined for closing in self._closing.values())
-        num_due = sum(arrival.ready is not None for arrival in exposed) if self._notices.hurries else 0
+        num = len(exposed) + self.num_closing
+        num_due = sum(arrival.ready is not None for arrival in exposed) if self._ranks.hurries else 0
         if (num, num_due) != self._watched:
             self._watched = (num, num_due)
-            self._mailbox.call(lambda: self._notices.watch(num, num_due))
+            self._ranks.watch(num, num_due)
 
 
 def _require(holds: bool, found: str) -> None:

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from decode.arrivals import Arrivals, Arrived, Outcome
 from decode.credit import num_credit
 from decode.news import by_job, job_tokens
-from decode.notices import Notices
 from decode.quarantine import QuarantineBudget
 from decode.scheduler import DecodeScheduler, TokenEvent
 from kvcache.manager import KVManager
-from kvcache.transfer.base import PageTarget
-from kvcache.transfer.nixl import NixlTarget
+from kvcache.transfer.base import PageSource, PageTarget
+from kvcache.transfer.nixl import NixlSource, NixlTarget
+from kvcache.transfer.notices import Notices
+from kvcache.transfer.traffic import Traffic
+from kvcache.transfer.writes import WriteDone, Writes
 from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.messages import (
     Abort,
@@ -32,6 +34,10 @@ from serving.core.messages import (
     KVBind,
     KVClosed,
     KVReady,
+    PagesArrived,
+    PagesReady,
+    PagesSums,
+    PagesWritten,
     Preempted,
     Roster,
     WorkerState,
@@ -58,11 +64,11 @@ class _Job:
     opened_s: float = 0.0
 
 
-class DecodeWorker(Worker[_Job, bytes]):
+class DecodeWorker(Worker[_Job, WriteDone | bytes]):
     """Constructing loads the model, makes the pool and binds the socket; `run` serves until drained or stopped.
 
-    `engine`, `manager` and `target` are made from `spec` unless they are given (both workers in one process). `run_ahead` None: as
-    configured, except on a CPU, where it would only delay tokens.
+    `engine`, `manager`, `target` and, where it has followers, `source` are made from `spec` unless they are given (both workers in one
+    process). `run_ahead` None: as configured, except on a CPU, where it would only delay tokens.
     """
 
     def __init__(
@@ -72,13 +78,20 @@ class DecodeWorker(Worker[_Job, bytes]):
         engine: Engine | None = None,
         manager: KVManager | None = None,
         target: PageTarget | None = None,
+        source: PageSource | None = None,
         run_ahead: bool | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Raises ModelFolderError, ConfigError, StartupError."""
         config, engine = spec.config, engine or build_engine_for(spec, progress)
-        notices = Notices(target or NixlTarget(f"{spec.worker_id}.{spec.incarnation}.target", engine.pool))
-        super().__init__(spec, engine, manager=manager, driver=notices, run_ahead=run_ahead)
+        name = f"{spec.worker_id}.{spec.incarnation}"
+        notices = Notices(target or NixlTarget(f"{name}.target", engine.pool))
+        writes: Writes | None = None
+        if engine.lockstep is not None and engine.lockstep.tp > 1:
+            writes = Writes(source or NixlSource(f"{name}.source", engine.pool))
+        super().__init__(spec, engine, manager=manager, driver=Traffic(writes, notices), run_ahead=run_ahead)
+        self._ranks = self._page_ranks(writes=writes, notices=notices)
+        self._settled_round = -1
         self._scheduler = DecodeScheduler(
             self._manager,
             Slots(engine.max_num_seqs, on_give=self._executor.close_slot),
@@ -89,7 +102,7 @@ class DecodeWorker(Worker[_Job, bytes]):
         model = engine.model_config
         self._arrivals = Arrivals(
             self._mailbox,
-            notices,
+            self._ranks,
             self._manager,
             engine.pool,
             self._metrics,
@@ -106,13 +119,15 @@ class DecodeWorker(Worker[_Job, bytes]):
         for event in self._mailbox.get(self._patience_s(self._arrivals.due_s())):
             self._take(event)
         now_s = time.monotonic()
-        self._arrivals.grant(now_s, may_promise=self._scheduler.num_stalled == 0)
+        self._grant(now_s)
         self._arrivals.expire(now_s)
         for outcome in self._arrivals.outcomes():
             self._conclude(outcome, now_s)
         step = self._launch(now_s)
         if step is not None:
             self._in_flight.append(step)
+            if self._ranks.tp > 1:
+                self._grant(now_s)
         may_take_back = self._scheduler.num_stalled > 0 and self._arrivals.has_unbound_credit
         self._moved = step is not None or bool(self._in_flight) or may_take_back
         if self._in_flight and (step is None or len(self._in_flight) > int(self._run_ahead)):
@@ -121,14 +136,19 @@ class DecodeWorker(Worker[_Job, bytes]):
         self._quarantine.check(now_s)
         self._reporter.tick(time.monotonic())
 
+    def _grant(self, now_s: float) -> None:
+        """A page that was freed by a step may be in use by it on a follower until that has come to the next round."""
+        may_expose = self._ranks.tp == 1 or self._ranks.rounds() > self._settled_round
+        self._arrivals.grant(now_s, may_promise=self._scheduler.num_stalled == 0, may_expose=may_expose)
+
     # Messages.
 
-    def _take(self, event: Received | PeerGone | Driven[bytes]) -> None:
+    def _take(self, event: Received | PeerGone | Driven[WriteDone | bytes]) -> None:
         self._reporter.touch()
         now_s = time.monotonic()
         if isinstance(event, Driven):
             with self._bearing_with("a write"):
-                self._arrivals.notice(event.item, now_s)
+                self._on_page_news(event.item, now_s)
         elif isinstance(event, PeerGone):
             self._on_gone(event, now_s)
         else:
@@ -150,10 +170,24 @@ class DecodeWorker(Worker[_Job, bytes]):
                 self._arrivals.ready(sender, incarnation, message, now_s)
             case KVClosed():
                 self._arrivals.closed(sender, incarnation, message.job_id)
+            case PagesReady():
+                self._ranks.ready(sender, message)
+            case PagesArrived():
+                self._arrivals.notice(self._ranks.rank_of(sender), message.notice, now_s)
+            case PagesSums():
+                self._arrivals.checked(self._ranks.rank_of(sender), message, now_s)
+            case PagesWritten():
+                self._arrivals.copied(self._ranks.written(sender, message), now_s)
             case Roster():
                 self._on_roster(message, now_s)
             case _:
                 self._on_any(sender, message)
+
+    def _on_page_news(self, item: WriteDone | bytes, now_s: float) -> None:
+        if isinstance(item, bytes):
+            self._arrivals.notice(0, item, now_s)
+        else:
+            self._arrivals.copied(item, now_s)
 
     def _on_job(self, router: str, job: DecodeJob, now_s: float) -> None:
         if job.job_id in self._jobs or job.job_id in self._arrivals:
@@ -189,9 +223,12 @@ class DecodeWorker(Worker[_Job, bytes]):
             self._fail(job_id, event.reason, retryable=True)
 
     def _on_roster(self, roster: Roster, now_s: float) -> None:
-        """Who is listed as dead, or in a later life, has ended: its supervisor has seen the exit."""
+        """Who is listed as dead, or in a later life, has ended: its supervisor has seen the exit. A leader's word stands for all ranks of its
+        group, which write too, so its death counts when no rank of its unit is left."""
+        alive = {worker.unit for worker in roster.workers if worker.unit and worker.state != "dead"}
         for worker in roster.workers:
-            incarnation = worker.address.incarnation - (worker.state != "dead")
+            has_ended = worker.state == "dead" and worker.unit not in alive
+            incarnation = worker.address.incarnation - (not has_ended)
             reason = f"{worker.address.worker_id} has ended: {worker.detail or worker.state}"
             self._arrivals.writer_gone(worker.address.worker_id, incarnation, proven=True, reason=reason, now_s=now_s)
 
@@ -244,6 +281,7 @@ class DecodeWorker(Worker[_Job, bytes]):
 
     def _settle(self, step: Launched) -> None:
         result = self._executor.settle(step)
+        self._settled_round = self._ranks.rounds()
         events = self._scheduler.settle(step.plan, result)
         now_s = time.monotonic()
         self._metrics.add("baton_tokens_total", len(events), phase="decode")
@@ -282,7 +320,7 @@ class DecodeWorker(Worker[_Job, bytes]):
         may_promise = self._scheduler.num_stalled == 0
         return WorkerState(
             role="decode",
-            ready=not self._draining,
+            ready=self._ranks.complete and not self._draining,
             draining=self._draining,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + self._arrivals.num_waiting,

@@ -3,14 +3,15 @@
     begin --KVBind--> bound --KVTicket--> writing --last page, KVReady--> ready --all writes complete--> Done
       any of them --KVRefused, failed or stuck write, KVClose, abandon--> closing --nothing in flight--> KVClosed, gone
 
-Pages are written as they become complete, one transfer a step and job. The source pages of a write are held until it
-is over, whatever becomes of the job. Owned by the step loop; sends through the mailbox, learns of completions by
+Pages are written as they become complete, one transfer a step, job and pair of owners: the TP rank of ours that sends a page, and the one
+of the decode group that receives it. The source pages of a write are held until it is over, whatever becomes of the job. Owned by the step loop; sends through the mailbox, learns of completions by
 `written`. Knows neither the scheduler nor the engine: the worker asks for `outcomes` and acts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -24,10 +25,12 @@ from kvcache.transfer.manifest import (
     page_checksums,
     rows_of_page,
 )
-from prefill.writes import WriteDone, WriteOrder, Writes
+from kvcache.transfer.owners import Stripe, stripes
+from kvcache.transfer.ranks import PageRanks
+from kvcache.transfer.writes import WriteDone
 from serving.core.config import TransferTable
 from serving.core.errors import PeerError, StaleError
-from serving.core.messages import KVBind, KVClose, KVClosed, KVReady, KVRefused, KVTicket, PeerAddress
+from serving.core.messages import KVBind, KVClose, KVClosed, KVReady, KVRefused, KVTicket, PeerAddress, WriteOrder
 from serving.core.request import Sequence
 from serving.engine.plan import SampledToken
 from serving.mailbox import Mailbox
@@ -90,8 +93,8 @@ class Handoffs:
 
     def __init__(
         self,
-        mailbox: Mailbox[WriteDone],
-        writes: Writes,
+        mailbox: Mailbox[Any],
+        ranks: PageRanks,
         manager: KVManager,
         pool: KVPool,
         metrics: Metrics,
@@ -99,7 +102,7 @@ class Handoffs:
         identity: str,
     ) -> None:
         self._mailbox = mailbox
-        self._writes = writes
+        self._ranks = ranks
         self._manager = manager
         self._pool = pool
         self._metrics = metrics
@@ -139,6 +142,7 @@ class Handoffs:
         if not (
             0 <= ticket.first_page <= num_pages
             and num_pages - ticket.first_page == len(ticket.page_ids) == len(ticket.epochs)
+            and ticket.agents
         ):
             self._fail(handoff, "the ticket does not fit the prompt", retryable=False)
             raise PeerError(
@@ -198,7 +202,7 @@ class Handoffs:
 
     def peer_gone(self, worker_id: str, incarnation: int, reason: str) -> None:
         """Lives of a decode worker up to `incarnation` wait for our word no more; writes in flight end by themselves."""
-        self._mailbox.call(lambda: self._writes.part(worker_id))
+        self._ranks.part(worker_id)
         for handoff in list(self._handoffs.values()):
             decode = handoff.decode
             if decode.worker_id == worker_id and decode.incarnation <= incarnation and not handoff.closing:
@@ -242,31 +246,41 @@ class Handoffs:
             self._finish_if_done(handoff, now_s)
 
     def _write(self, handoff: _Handoff, ticket: KVTicket, end: int, now_s: float) -> None:
-        """Pages [num_sent, end) of the ticket, as one transfer."""
+        """Pages [num_sent, end) of the ticket."""
         start, first_page = handoff.num_sent, ticket.first_page
         page_ids = handoff.sequence.page_ids[first_page + start : first_page + end]
         rows = {
             index: (page_ids[index - start], rows_of_page(first_page + index, handoff.num_tokens))
             for index in handoff.checked.intersection(range(start, end))
         }
-        num_bytes = len(page_ids) * self._pool.layout.page_bytes
-        notice = WriteNotice(handoff.job_id, handoff.num_writes, start, ticket.epochs[start:end], num_bytes)
-        order = WriteOrder(
-            job_id=handoff.job_id,
-            worker_id=handoff.decode.worker_id,
-            agent=ticket.agent,
-            source_page_ids=page_ids,
-            target_page_ids=ticket.page_ids[start:end],
-            num_tokens=min((first_page + end) * PAGE_TOKENS, handoff.num_tokens) - (first_page + start) * PAGE_TOKENS,
-            notice=encode_notice(notice),
-        )
-        self._manager.hold(page_ids)
-        self._mailbox.call(lambda: self._writes.submit(order))
-        # While the pages travel: nobody changes them as long as they are held.
-        handoff.checksums |= page_checksums(self._pool, rows)
         handoff.began_s = handoff.began_s or now_s
         handoff.moved_s = handoff.moved_s if handoff.num_open else now_s
+        targets = ticket.page_ids[start:end]
+        for stripe in stripes(page_ids, targets, source_tp=self._ranks.tp, target_tp=len(ticket.agents)):
+            self._order(handoff, ticket, stripe, page_ids)
+        # While the pages travel: nobody changes them as long as they are held.
+        handoff.checksums |= page_checksums(self._pool, rows)
         handoff.num_sent = end
+
+    def _order(self, handoff: _Handoff, ticket: KVTicket, stripe: Stripe, page_ids: list[int]) -> None:
+        """`stripe` of `page_ids`, which are those of the ticket's pages from num_sent on."""
+        pages = [handoff.num_sent + index for index in stripe.indices]
+        source_page_ids = [page_ids[index] for index in stripe.indices]
+        num_bytes = len(pages) * self._pool.layout.page_bytes
+        epochs = [ticket.epochs[index] for index in pages]
+        order = WriteOrder(
+            job_id=handoff.job_id,
+            number=handoff.num_writes,
+            rank=stripe.source,
+            worker_id=handoff.decode.worker_id,
+            agent=ticket.agents[stripe.target],
+            source_page_ids=source_page_ids,
+            target_page_ids=[ticket.page_ids[index] for index in pages],
+            num_tokens=sum(rows_of_page(ticket.first_page + index, handoff.num_tokens) for index in pages),
+            notice=encode_notice(WriteNotice(handoff.job_id, handoff.num_writes, pages, epochs, num_bytes)),
+        )
+        self._manager.hold(source_page_ids)
+        self._ranks.write(order)
         handoff.num_open += 1
         handoff.num_writes += 1
         handoff.num_bytes += num_bytes

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from kvcache.manager import KVManager
 from kvcache.transfer.base import PageSource
 from kvcache.transfer.nixl import NixlSource
+from kvcache.transfer.writes import WriteDone, Writes
 from prefill.handoff import HandoffDone, Handoffs, Outcome
 from prefill.scheduler import FirstToken, PrefillScheduler
-from prefill.writes import WriteDone, Writes
 from serving.core.errors import PagesExhausted, PeerError, StaleError
 from serving.core.messages import (
     Abort,
@@ -28,6 +28,8 @@ from serving.core.messages import (
     KVClose,
     KVRefused,
     KVTicket,
+    PagesReady,
+    PagesWritten,
     PeerAddress,
     PrefillJob,
     WorkerState,
@@ -83,9 +85,10 @@ class PrefillWorker(Worker[_Job, WriteDone]):
             max_batched_tokens=config.prefill.max_batched_tokens or engine.max_batched_tokens,
             max_model_len=config.model.max_model_len or engine.model_config.max_position_embeddings,
         )
+        self._ranks = self._page_ranks(writes=writes)
         self._handoffs = Handoffs(
             self._mailbox,
-            writes,
+            self._ranks,
             self._manager,
             engine.pool,
             self._metrics,
@@ -137,6 +140,10 @@ class PrefillWorker(Worker[_Job, WriteDone]):
                 self._handoffs.refused(sender, message)
             case KVClose():
                 self._handoffs.close(sender, message)
+            case PagesReady():
+                self._ranks.ready(sender, message)
+            case PagesWritten():
+                self._handoffs.written(self._ranks.written(sender, message), now_s)
             case _:
                 self._on_any(sender, message)
 
@@ -253,7 +260,7 @@ class PrefillWorker(Worker[_Job, WriteDone]):
     def _state(self, step_s: float) -> WorkerState:
         return WorkerState(
             role="prefill",
-            ready=not self._draining,
+            ready=self._ranks.complete and not self._draining,
             draining=self._draining,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,

@@ -94,7 +94,7 @@ CATALOGUE: tuple[Family, ...] = (
     _worker(
         "baton_kv_handoff_bytes_total",
         "counter",
-        "Bytes written to decode pools: latent, mtp, manifest, padding.",
+        "Bytes written to decode pools: latent, mtp, manifest, padding; peer: copied there to the other TP ranks.",
         "kind",
     ),
     _worker(

@@ -16,8 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
+import msgspec
+
 from kvcache.audit import Audit
 from kvcache.manager import KVManager
+from kvcache.transfer.notices import Notices
+from kvcache.transfer.ranks import PageRanks
+from kvcache.transfer.writes import Writes
 from serving.core.errors import PeerError, StaleError
 from serving.core.messages import AnyMessage, Attach, Drain, MetricsQuery, WorkerState
 from serving.core.spec import WorkerSpec
@@ -160,6 +165,14 @@ class Worker(ABC, Generic[J, T]):
             case _:
                 raise PeerError(f"a worker of role {self._role} has no use for {type(message).__name__}; dropped")
 
+    def _page_ranks(self, *, writes: Writes | None = None, notices: Notices | None = None) -> PageRanks:
+        """The TP ranks of this one's DP group as movers of pages. Its followers, which wait for this, hear where their leader is."""
+        lockstep = self._engine.lockstep
+        if lockstep is None or lockstep.tp == 1:
+            return PageRanks(self._mailbox, writes=writes, notices=notices)
+        lockstep.announce(msgspec.msgpack.encode(self.address))
+        return PageRanks(self._mailbox, writes=writes, notices=notices, tp=lockstep.tp, rounds=lambda: lockstep.number)
+
     def _count_drafts(self) -> None:
         if self._drafting is not None:
             num_drafted, num_accepted = self._drafting.take_counts()
@@ -182,4 +195,4 @@ class Worker(ABC, Generic[J, T]):
 def _unit_of(engine: Engine) -> Unit:
     if engine.lockstep is None:
         return Alone(engine.runner)
-    return Leader(engine.runner, engine.lockstep, engine.copies)
+    return Leader(engine.runner, engine.lockstep)

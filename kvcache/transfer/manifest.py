@@ -23,11 +23,11 @@ _LOW_63_BITS = (1 << 63) - 1
 
 
 class WriteNotice(msgspec.Struct, frozen=True, array_like=True):
-    """One write of a job: pages [first, first + len(epochs)) of its ticket, in the ticket's epochs."""
+    """One write of a job: `pages`, indices into its ticket's, all of one owner, in the ticket's epochs."""
 
     job_id: str
     number: int
-    first: int
+    pages: list[int]
     epochs: list[int]
     num_bytes: int
 

@@ -95,7 +95,14 @@ class _Unit:
         state = "dead" if not rank.alive else "draining" if self.state == "dead" else self.state
         endpoint = "" if state == "starting" else rank.endpoint
         address = PeerAddress(rank.plan.worker_id, endpoint, self.incarnation)
-        return WorkerInfo(address=address, role=rank.plan.role, state=state, detail=rank.detail, leads=rank.plan.leads)
+        return WorkerInfo(
+            address=address,
+            role=rank.plan.role,
+            state=state,
+            detail=rank.detail,
+            leads=rank.plan.leads,
+            unit=self.plan.name,
+        )
 
     def reachable(self) -> list[WorkerInfo]:
         """Ranks that serve and can be told something."""

@@ -7,6 +7,8 @@
     worker -> router        TokenBatch, Preempted, JobFailed, WorkerState, MetricsReply
     router -> supervisor    Attach;      supervisor -> router    Roster
     supervisor -> decode    Roster, Drain (a dead rank in it is proof that nothing of that incarnation writes any more)
+    leader -> follower      PagesWrite, PagesWatch, PagesPart, PagesCheck  (TP ranks of one DP group; a follower connects to its leader)
+    follower -> leader      PagesReady, PagesWritten, PagesArrived, PagesSums
     everybody               Heartbeat
 
 A message travels as an `Envelope` (serving.wire), which names its sender and the sender's incarnation. A job id is unique to one life of a
@@ -19,7 +21,7 @@ import msgspec
 
 from serving.core.request import FinishReason, SamplingParams, TokenLogprobs
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -92,14 +94,15 @@ class KVTicket(Message, frozen=True):
     """Pages of the decode pool that the prefill worker may write, each once.
 
     `page_ids[i]` with `epochs[i]` receives tokens [(first_page + i) * 64, ...); what lies before is in the decode worker's prefix cache.
-    `agent` is the transfer backend's own description of the pool (opaque to everybody else).
+    `agents` are the transfer backend's own descriptions of the pools of the group's TP ranks (opaque to everybody else): a page is written
+    into that of its owner (kvcache.transfer.owners), who copies it to the others.
     """
 
     job_id: str
     first_page: int
     page_ids: list[int]
     epochs: list[int]
-    agent: bytes
+    agents: list[bytes]
 
 
 class KVRefused(Message, frozen=True):
@@ -138,6 +141,79 @@ class KVClosed(Message, frozen=True):
     """Proof that no write of this job is in flight and none will follow."""
 
     job_id: str
+
+
+class WriteOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """One transfer: pages of TP rank `rank` of ours into those of the worker `worker_id`, into the pool that `agent` describes.
+
+    `number` says which of the job's, `num_tokens` of their rows are valid. `notice` is what the target is notified of. `order_id` is unique
+    where another rank than the leader carries it out.
+    """
+
+    job_id: str
+    number: int
+    rank: int
+    worker_id: str
+    agent: bytes
+    source_page_ids: list[int]
+    target_page_ids: list[int]
+    num_tokens: int
+    notice: bytes
+    order_id: int = 0
+
+
+class PagesReady(Message, frozen=True):
+    """The sender is TP rank `rank` of the receiver's DP group and moves pages for it. `agent` describes its pool; empty where nobody writes."""
+
+    rank: int
+    agent: bytes
+
+
+class PagesWrite(Message, frozen=True):
+    """Write these pages of yours, once you have computed the unit's round `after_round`."""
+
+    order: WriteOrder
+    after_round: int
+
+
+class PagesWritten(Message, frozen=True):
+    """Nothing of the order is in flight any more; `error` None: all of it has arrived."""
+
+    order_id: int
+    error: str | None = None
+
+
+class PagesArrived(Message, frozen=True):
+    """Another unit has written into the sender's pool, and announces it so (kvcache.transfer.manifest)."""
+
+    notice: bytes
+
+
+class PagesWatch(Message, frozen=True):
+    """So many jobs may be written to in your pool from now on, the last writes of `num_due` of them have been posted."""
+
+    num_jobs: int
+    num_due: int
+
+
+class PagesPart(Message, frozen=True):
+    """The worker is gone: forget its agents."""
+
+    worker_id: str
+
+
+class PagesCheck(Message, frozen=True):
+    """Sum up these pages of the job in your pool: index into the ticket -> (page id, valid rows)."""
+
+    job_id: str
+    rows: dict[int, tuple[int, int]]
+
+
+class PagesSums(Message, frozen=True):
+    """The checksums asked for, by index (kvcache.transfer.manifest)."""
+
+    job_id: str
+    checksums: dict[int, int]
 
 
 class JobTokens(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -211,6 +287,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One worker as the supervisor sees it. role: prefill, decode or both. state: starting, ready, draining, dead.
 
     Ranks of a unit start, are ready and die together. Only one that `leads` takes jobs: it has the scheduler of its DP group.
+    `unit`: the unit's name; all its ranks have one incarnation.
     """
 
     address: PeerAddress
@@ -218,6 +295,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     detail: str = ""
     leads: bool = True
+    unit: str = ""
 
 
 class Roster(Message, frozen=True):
@@ -239,6 +317,14 @@ AnyMessage = (
     | KVReady
     | KVClose
     | KVClosed
+    | PagesReady
+    | PagesWrite
+    | PagesWritten
+    | PagesArrived
+    | PagesWatch
+    | PagesPart
+    | PagesCheck
+    | PagesSums
     | TokenBatch
     | Preempted
     | JobFailed

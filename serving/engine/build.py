@@ -24,7 +24,6 @@ from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
 from serving.core.spec import WorkerSpec
 from serving.engine.balancing import Balancing
-from serving.engine.copies import PageCopies
 from serving.engine.joining import Place, join
 from serving.engine.runner import Model, Runner
 from serving.engine.unit import Lockstep
@@ -53,7 +52,7 @@ class Engine:
     `max_batched_tokens`: prefill tokens of one step. `draft_tokens`: the most that a decode step drafts a row.
 
     `identity` is equal for two engines whose pages mean the same: same weights, dtype, layout, MTP and protocol.
-    `lockstep` None: the rank computes alone. `copies`: where pages come from other units and are to be on every TP rank.
+    `lockstep` None: the rank computes alone.
     """
 
     runner: Runner
@@ -66,7 +65,6 @@ class Engine:
     max_batched_tokens: int
     draft_tokens: int
     lockstep: Lockstep | None = None
-    copies: PageCopies | None = None
     balancing: Balancing | None = None
 
 
@@ -150,7 +148,6 @@ def build_engine(
         max_batched_tokens=max_batched_tokens,
         draft_tokens=num_drafts,
         lockstep=lockstep,
-        copies=PageCopies(parallel.tp, pool.tensor) if parallel.tp.world_size > 1 and not prefills else None,
     )
 
 

@@ -24,7 +24,6 @@ from typing import NamedTuple, Protocol
 import msgspec
 import torch
 
-from serving.engine.copies import PageCopies
 from serving.engine.plan import Executor, Launched, SlotSpec, StepPlan, StepResult, StepShape
 from serving.parallel.bell import Bell
 from serving.parallel.collectives import Collectives
@@ -120,14 +119,10 @@ class CloseSlot(msgspec.Struct, frozen=True, tag="close", array_like=True):
 
 
 class Commands(msgspec.Struct, frozen=True, array_like=True):
-    """What a leader asked of its Executor since the round before, in order, and last of all the plan, which may be empty.
-
-    `shared_page_ids`: pages to be copied to the followers before that.
-    """
+    """What a leader asked of its Executor since the round before, in order, and last of all the plan, which may be empty."""
 
     slots: list[OpenSlot | CloseSlot]
     plan: StepPlan
-    shared_page_ids: list[int] = []
 
 
 class BetweenSteps(Protocol):
@@ -161,7 +156,7 @@ class Lockstep:
         """Rounds so far. While parked it is the number of the ring that ends it."""
         self.parked = True
         self.ended = False
-        self.has_followers = tp.world_size > 1
+        self.tp_rank, self.tp = tp.rank, tp.world_size
         self._world, self._tp, self._start = world, tp, start or world
         self._micro_batches = micro_batches or MicroBatches()
         self._between_steps: BetweenSteps | None = None
@@ -181,6 +176,17 @@ class Lockstep:
         self._start.all_gather(numbers, torch.tensor([number])).wait()
         return int(numbers.min())
 
+    def announce(self, data: bytes | None) -> bytes:
+        """Before the first round, what the leader has for its followers; None on these."""
+        if data is not None:
+            assert len(data) <= _INLINE_BYTES
+            self._block[: _LENGTH_BYTES + len(data)] = torch.frombuffer(
+                bytearray(len(data).to_bytes(_LENGTH_BYTES, "little") + data), dtype=torch.uint8
+            )
+        self._tp.broadcast(self._block, 0).wait()
+        said = self._block.numpy().tobytes()
+        return said[_LENGTH_BYTES:][: int.from_bytes(said[:_LENGTH_BYTES], "little")]
+
     def meet(self) -> None:
         """Returns when every rank is ready for the first round."""
         self._start.barrier()
@@ -190,7 +196,7 @@ class Lockstep:
         version = self._between_steps.placement_version if self._between_steps is not None else 0
         mine = torch.tensor([header._replace(placement_version=version)])
         exchanged = self._world.all_gather(self._headers, mine)
-        if self.has_followers:
+        if self.tp > 1:
             commands = self._tell(commands)
         exchanged.wait()
         most, least = Header(*self._headers.amax(0).tolist()), Header(*self._headers.amin(0).tolist())
@@ -227,13 +233,10 @@ class Lockstep:
 class Leader:
     """TP rank 0 of a DP group: an Executor, and the Unit of the step loop that calls it."""
 
-    def __init__(self, runner: UnitRunner, lockstep: Lockstep, copies: PageCopies | None = None) -> None:
-        """`copies`: slots are opened with pages that the followers have not computed."""
+    def __init__(self, runner: UnitRunner, lockstep: Lockstep) -> None:
         self._runner = runner
         self._lockstep = lockstep
-        self._copies = copies
         self._slots: list[OpenSlot | CloseSlot] = []
-        self._shared_page_ids: list[int] = []
         self._num_in_flight = 0
         self._idle_steps: deque[Launched] = deque()
         self._leaving = self._told_leaving = Leaving.STAYS
@@ -249,14 +252,12 @@ class Leader:
 
     def open_slot(self, slot: int, spec: SlotSpec) -> None:
         self._runner.open_slot(slot, spec)
-        if self._lockstep.has_followers:
+        if self._lockstep.tp > 1:
             self._slots.append(OpenSlot(slot, spec))
-        if self._copies is not None:
-            self._shared_page_ids += spec.page_ids
 
     def close_slot(self, slot: int) -> None:
         self._runner.close_slot(slot)
-        if self._lockstep.has_followers:
+        if self._lockstep.tp > 1:
             self._slots.append(CloseSlot(slot))
 
     def launch(self, plan: StepPlan) -> Launched:
@@ -299,12 +300,9 @@ class Leader:
     def _round(self, plan: StepPlan) -> Launched | None:
         """None: the unit parks, or ends without a step."""
         slots, self._slots = self._slots, []
-        page_ids, self._shared_page_ids = self._shared_page_ids, []
         self._took_part, self._told_leaving = True, self._leaving
         header = Header(plan.num_prefill_tokens, len(plan.rows), self._leaving)
-        step, _ = self._lockstep.round(header, Commands(slots, plan, page_ids))
-        if self._copies is not None:
-            self._copies.share(page_ids)
+        step, _ = self._lockstep.round(header, Commands(slots, plan))
         if step is None:
             return None
         if self._num_in_flight + len(self._idle_steps) == _MAX_IN_FLIGHT and self._idle_steps:
@@ -315,11 +313,13 @@ class Leader:
 class Follower:
     """Another TP rank of a DP group: does what its leader's Executor does, until the unit ends."""
 
-    def __init__(self, runner: UnitRunner, lockstep: Lockstep, copies: PageCopies | None = None) -> None:
-        """`copies`: as its leader has them."""
+    def __init__(
+        self, runner: UnitRunner, lockstep: Lockstep, on_computed: Callable[[int], None] = lambda number: None
+    ) -> None:
+        """`on_computed` hears of each round whose step has been computed here, and with it those before."""
         self._runner = runner
         self._lockstep = lockstep
-        self._copies = copies
+        self._on_computed = on_computed
         self._in_flight: deque[Launched] = deque()
         self._stopping = False
 
@@ -333,6 +333,7 @@ class Follower:
             step, commands = lockstep.round(Header(leaving=leaving), None)
             assert commands is not None, "a follower has a leader"
             self._replay(commands, step)
+            self._on_computed(lockstep.number)
 
     def stop(self) -> None:
         """From any thread: the unit ends after a round."""
@@ -343,8 +344,6 @@ class Follower:
         self._lockstep.bell.close()
 
     def _replay(self, commands: Commands, step: StepShape | None) -> None:
-        if self._copies is not None:
-            self._copies.share(commands.shared_page_ids)
         for command in commands.slots:
             if isinstance(command, OpenSlot):
                 self._runner.open_slot(command.slot, command.spec)

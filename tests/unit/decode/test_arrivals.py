@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from decode.arrivals import Arrivals
-from decode.notices import Notices
 from kvcache.layout import PageLayout
 from kvcache.manager import KVManager
 from kvcache.pool import KVPool
 from kvcache.transfer.local import LocalFabric
+from kvcache.transfer.notices import Notices
+from kvcache.transfer.ranks import PageRanks
 from serving.core.config import TransferTable
 from serving.core.messages import KVBind
 from serving.mailbox import Mailbox
@@ -32,7 +33,7 @@ class Line:
         self.manager = KVManager(NUM_PAGES, prefix_cache=False)
         self.arrivals = Arrivals(
             mailbox,
-            Notices(LocalFabric().target("decode", pool)),
+            PageRanks(mailbox, notices=Notices(LocalFabric().target("decode", pool))),
             self.manager,
             pool,
             metrics,

@@ -83,11 +83,11 @@ class DecodeStage(Stage[DecodeWorker]):
         notice: dict[str, Any] = {
             "job_id": ticket.job_id,
             "number": 0,
-            "first": 0,
+            "pages": [0, 1],
             "epochs": ticket.epochs,
             "num_bytes": 2 * self.engine.layout.page_bytes,
         }
-        peer = self.source.connect(ticket.agent)
+        peer = self.source.connect(ticket.agents[0])
         self.source.write(peer, [0, 1], ticket.page_ids, encode_notice(WriteNotice(**(notice | fields))))
         self.source.poll()
 
@@ -205,7 +205,7 @@ def test_a_write_of_an_earlier_epoch_is_counted_and_does_not_count(stage: Make) 
 def test_an_announcement_that_is_no_announcement_is_refused(stage: Make) -> None:
     s = stage()
     ticket = s.ticket()
-    s.source.write(s.source.connect(ticket.agent), [0], [ticket.page_ids[0]], b"junk")
+    s.source.write(s.source.connect(ticket.agents[0]), [0], [ticket.page_ids[0]], b"junk")
     s.wait(lambda: s.worker.metric("baton_frames_refused_total") == 1)
 
 
@@ -269,6 +269,27 @@ def test_a_silent_writer_quarantines_its_pages_and_only_proof_frees_them(stage: 
     time.sleep(0.2)
     assert s.worker.pages()["quarantined"] == 2
     s.router.say(Roster(workers=[WorkerInfo(address=address, role="prefill", state="dead")]))
+    s.wait(lambda: s.used() == 0)
+
+
+def test_a_leader_is_gone_for_its_pages_when_every_rank_of_its_unit_is(stage: Make) -> None:
+    s = stage()
+    s.ticket()
+    s.prefill.close()
+    s.wait(lambda: s.worker.pages()["quarantined"] == 2, 4.0)
+
+    def say(follower: str) -> None:
+        states = {"prefill-0": "dead", "prefill-0.1": follower}
+        workers = [
+            WorkerInfo(address=PeerAddress(name, "", 1), role="prefill", state=state, unit="prefill-0")
+            for name, state in states.items()
+        ]
+        s.router.say(Roster(workers=workers))
+
+    say("draining")
+    time.sleep(0.2)
+    assert s.worker.pages()["quarantined"] == 2, "the other rank may still write"
+    say("dead")
     s.wait(lambda: s.used() == 0)
 
 

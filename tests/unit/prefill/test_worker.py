@@ -85,7 +85,7 @@ class PrefillStage(Stage[PrefillWorker]):
             "first_page": 0,
             "page_ids": [5, 4, 2, 3],
             "epochs": [1, 1, 2, 3],
-            "agent": self.target.agent,
+            "agents": [self.target.agent],
         }
         self.decode.say(KVTicket(job_id=job_id, **(defaults | fields)), to="prefill-0")
 
@@ -236,7 +236,7 @@ def test_an_agent_that_cannot_be_written_fails_the_job(stage: Make) -> None:
     s = stage()
     s.submit()
     s.decode.hear(KVBind)
-    s.grant(agent=b"nobody")
+    s.grant(agents=[b"nobody"])
     assert "nobody" in s.router.hear(JobFailed, job_id="j").reason
     s.wait(lambda: s.used() == 0)
 
@@ -262,7 +262,7 @@ def test_a_restarted_decode_worker_ends_the_jobs_of_its_old_life_and_none_of_its
     s.submit("new", decode=again.address)
     again.hear(KVBind, job_id="new")
     assert "restarted" in s.router.hear(JobFailed, job_id="old").reason
-    ticket = KVTicket(job_id="new", first_page=0, page_ids=[0, 1, 2, 3], epochs=[1, 1, 1, 1], agent=s.target.agent)
+    ticket = KVTicket(job_id="new", first_page=0, page_ids=[0, 1, 2, 3], epochs=[1, 1, 1, 1], agents=[s.target.agent])
     again.say(ticket, to="prefill-0")
     again.hear(KVReady, job_id="new")
     s.wait(lambda: s.used() == 0)

@@ -46,7 +46,7 @@ MESSAGES: tuple[AnyMessage, ...] = (
     DecodeJob(
         job_id="j", token_ids=[1], num_prompt_tokens=1, sampling=SamplingParams(), max_new_tokens=1, budget_s=2.0
     ),
-    KVTicket(job_id="j", first_page=2, page_ids=[4, 5], epochs=[1, 9], agent=b"\x00\xff"),
+    KVTicket(job_id="j", first_page=2, page_ids=[4, 5], epochs=[1, 9], agents=[b"\x00\xff"]),
     KVReady(
         job_id="j",
         epochs=[1, 9],
@@ -92,7 +92,7 @@ LONGEST: tuple[AnyMessage, ...] = (
         first_page=0,
         page_ids=[1 << 20] * NUM_PAGES,
         epochs=[1 << 40] * NUM_PAGES,
-        agent=bytes(1 << 16),
+        agents=[bytes(1 << 16)] * 8,
     ),
     KVReady(
         job_id="j",

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.core.request import SamplingParams
-from serving.engine.copies import PageCopies
 from serving.engine.plan import DecodeRow, Launched, PrefillChunk, SlotSpec, StepPlan, StepResult, StepShape
 from serving.engine.unit import Follower, Header, Leader, Leaving, Lockstep, MicroBatches, agree
 from serving.parallel.collectives import Collectives, RanksMissing, SingleRank
@@ -181,30 +178,33 @@ def test_commands_of_any_size_arrive() -> None:
     assert len(runners[1].steps) == 3
 
 
-@pytest.mark.parametrize("shares", [True, False])
-def test_pages_from_elsewhere_are_on_every_rank_of_the_group_when_a_step_uses_them(shares: bool) -> None:
-    groups = Groups(tp=4, dp=1, ep=4, ranks_per_node=4)
-    pools: dict[int, torch.Tensor] = {}
+def test_followers_hear_what_their_leader_announces_and_then_its_commands() -> None:
+    groups = SIZES[0]
+    heard: dict[int, bytes] = {}
+    computed: list[int] = []
 
     def main(world: VirtualCollectives) -> None:
-        pool = pools[world.rank] = torch.full((200, 2, 3), float("nan"))
-        tp = world.subgroup(range(4), "tp")
-        copies = PageCopies(tp, pool) if shares else None
-        lockstep = Lockstep(world, world.subgroup(range(4), "control-tp"), VirtualBell(world))
-        runner = RecordingRunner(tp)
-        if world.rank:
-            Follower(runner, lockstep, copies).run()
+        at = groups.coordinates(world.rank)
+        tp = world.subgroup(groups.tp_group(world.rank), "control-tp")
+        lockstep = Lockstep(world, tp, VirtualBell(world))
+        heard[world.rank] = lockstep.announce(None if at.tp_rank else f"group {at.dp_rank}".encode())
+        runner = RecordingRunner(world.subgroup(range(4), "model"))
+        if at.tp_rank:
+            Follower(runner, lockstep, computed.append if world.rank == 1 else lambda number: None).run()
             return
-        leader = Leader(runner, lockstep, copies)
-        pool[torch.tensor([7, 150])] = torch.arange(12.0).view(2, 2, 3)
-        leader.open_slot(0, dataclasses.replace(_spec(0), page_ids=[150, 7]))
-        leader.settle(leader.launch(_plan(0, 1, 0)))
+        leader = Leader(runner, lockstep)
+        for _ in range(3 if at.dp_rank == 0 else 0):
+            leader.open_slot(0, _spec(0))
+            leader.settle(leader.launch(_plan(0, 1, 0)))
+            leader.close_slot(0)
+            leader.turned(stopping=False, drained=False)
         while not leader.turned(stopping=False, drained=True):
             pass
 
     VirtualUnit(groups).run(main)
-    equal = [torch.equal(pools[rank].nan_to_num(-1), pools[0].nan_to_num(-1)) for rank in range(1, 4)]
-    assert equal == [shares] * 3
+    assert heard == {0: b"group 0", 1: b"group 0", 2: b"group 1", 3: b"group 1"}
+    assert computed == list(range(1, len(computed) + 1))
+    assert len(computed) >= 3
 
 
 def test_a_follower_that_drops_a_command_is_found_out() -> None:

@@ -1,4 +1,4 @@
-"""The I/O thread's side of the hand-offs: orders in, pages written, results out.
+"""The I/O thread's side of what a rank writes: orders in, pages written, results out.
 
 The step loop submits through `Mailbox.call`; the mailbox polls while a write is open. A PageSource knows pages and
 agents; this adds which job and which worker a write belongs to. Knows no tickets and no epochs.
@@ -10,22 +10,7 @@ from dataclasses import dataclass
 
 from kvcache.transfer.base import PageSource
 from serving.core.errors import PeerError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteOrder:
-    """One transfer: pages of ours into pages of the decode worker `worker_id`, whose pool is described by `agent`.
-
-    `num_tokens` of their rows are valid.
-    """
-
-    job_id: str
-    worker_id: str
-    agent: bytes
-    source_page_ids: list[int]
-    target_page_ids: list[int]
-    num_tokens: int
-    notice: bytes
+from serving.core.messages import WriteOrder
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,17 @@
 """The I/O thread's side of the arrivals: the pool that others write, driven only while somebody may.
 
 The step loop says how many jobs have pages exposed or draining; while there are any, the mailbox polls the backend (a
-write may need both ends to move) and hands on what its notifications say.
+write may need both ends to move) and hands on what the notifications of other units say. What a TP rank of the same group
+copies here is known from that rank.
 """
 
 from __future__ import annotations
 
 from kvcache.transfer.base import PageTarget
 from serving.mailbox import PAUSE_S
+
+COPY = b"copy"
+"""The notification of pages that come from a TP rank of the same group."""
 
 
 class Notices:
@@ -33,7 +37,7 @@ class Notices:
         self._num_watched, self._num_due = num_jobs, num_due
 
     def poll(self) -> list[bytes]:
-        return self._target.notifications()
+        return [notification for notification in self._target.notifications() if notification != COPY]
 
     def close(self) -> None:
         self._target.close()
