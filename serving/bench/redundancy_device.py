@@ -74,7 +74,7 @@ def _time_us(counts: Tensor, hosted: Tensor) -> float:
         for pair in inputs:
             _assigned(*pair)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
+    times: list[float] = []
     for _ in range(3):
         begin.record()
         graph.replay()
