@@ -464,11 +464,12 @@ def few_rows(
 
 def splits_for(num_rows_w: int, num_k: int, processors: int) -> int:
     """Parts of K for `few_rows` such that the rings of all SMs hold the whole matrix before the rows come; 1: they cannot."""
-    num_steps = triton.cdiv(num_k, 2)
-    most = min(_MOST_SPLITS, processors // triton.cdiv(num_rows_w, 64), num_steps)
-    if most < 2 or triton.cdiv(num_steps, most) > _HELD_STEPS:
+    num_steps = -(-num_k // 2)
+    most = min(_MOST_SPLITS, processors // -(-num_rows_w // 64), num_steps)
+    if most < 2:
         return 1
-    return triton.cdiv(num_steps, triton.cdiv(num_steps, most))
+    steps = -(-num_steps // most)
+    return -(-num_steps // steps) if steps <= _HELD_STEPS else 1
 
 
 def few_rows_by_head(x_BHC: Tensor, w_HVC: Tensor, *, quantise: bool) -> Tensor | QuantisedRows:
