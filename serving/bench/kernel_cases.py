@@ -252,7 +252,11 @@ def latent_store(stage: Stage, *, tokens: int, heads: int, fp8: bool) -> Work:
     latents = [stage.randn(tokens, 1536 + _C + _R)[:, 1536:] for _ in sets]
     queries = [stage.randn(tokens, heads, _N + _R)[:, :, _N:] if heads else None for _ in sets]
     weight = stage.randn(_C)
-    turns = rotations(torch.arange(tokens, device=stage.device), inverse_frequencies(_R, 1e4).to(stage.device), 1.0)
+    turns = rotations(
+        torch.arange(tokens, device=stage.device),
+        inverse_frequencies(_R, 1e4).to(stage.device),
+        torch.ones(1, device=stage.device),
+    )
     places = [slots(pool.tensor, stage.permutation(pool.num_pages * PAGE_TOKENS)[:tokens]) for _ in sets]
 
     def own(i: int) -> None:

@@ -32,7 +32,7 @@ from serving.parallel.redundancy import Assignment, assign, balance, choose_host
 
 NUM_GPUS, GPUS_PER_NODE, NUM_EXPERTS, HOSTED, ACTIVE = 32, 8, 256, 16, 9
 TOP_K, DP_GROUPS = 8, 8
-GATES = {"balance": 0.95, "over_optimum": 1.03, "mean_ms": 2.0}
+GATES = {"balance": 0.95, "over_optimum": 1.03, "mean_ms": 2.0, "device_us": 100.0}
 _RENEWAL = 100
 _ZIPF, _CORRELATION = 0.8, 0.9
 _LEANING = 0.5
@@ -65,6 +65,9 @@ def main(argv: Sequence[str]) -> int:
         default=0.0,
         help="at most so long a sample for HiGHS; needs scipy (0: compare with the lower bound alone)",
     )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the kernels on the same steps as well (cpu)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the JSON here instead of standard output")
     options = parser.parse_args(argv)
@@ -72,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             "--milp-seconds needs scipy, which is not installed; `pip install scipy`, or leave the option out"
         )
+    if options.device == "cuda":
+        _require_cuda()
     report = provenance(["baton", "bench", "redundancy", *argv])
     report["versions"]["scipy"] = installed_version("scipy")
     report |= measure(
@@ -81,10 +86,30 @@ def main(argv: Sequence[str]) -> int:
         milp_s=options.milp_seconds,
         seed=options.seed,
     )
+    names = ["balance", "static", "static_of_the_step", "ms", "crossing", "optimum"]
+    if options.device == "cuda":
+        from serving.bench.redundancy_device import measure_on_device
+
+        found = measure_on_device(drifting_steps(steps=options.steps, tokens=options.tokens, seed=options.seed))
+        report["device"] = found
+        report["passed"] &= bool(
+            found["legal"]
+            and found["balance"]["mean"] >= GATES["balance"]
+            and found["us"]["median"] <= GATES["device_us"]
+            and found["equals_the_reference"]["equal"] == found["equals_the_reference"]["of"]
+        )
+        names.append("device")
     write_report(report, options.out)
-    for name in ("balance", "static", "static_of_the_step", "ms", "crossing", "optimum"):
+    for name in names:
         print(f"{name:<20}{report[name]}", file=sys.stderr)
     return 0 if report["passed"] else 1
+
+
+def _require_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda needs a CUDA GPU, and PyTorch finds none; leave the option out")
 
 
 def drifting_steps(*, steps: int, tokens: int, seed: int) -> Iterator[Step]:

@@ -27,6 +27,7 @@ from serving.engine.split import split_rows
 from serving.engine.staging import ids, to_device, to_host
 from serving.kernels import sampling
 from serving.kernels.packed import PIECES, row_pieces
+from serving.kernels.step_rows import StepRows, step_rows
 from serving.model.batch import DecodeBatch
 from serving.model.heap import blocks_returned
 
@@ -129,7 +130,7 @@ class Runner:
             if size <= row_pieces(self._scratch_slot)[0]:
                 told(f"compiling a decode step of {size} rows")
                 slots_B, positions_B, row_ids_B = self._ids(self._idle_rows(size)).view(3, size).unbind()
-                self._decode(slots_B, positions_B, row_ids_B, self._page_table_SP.index_select(0, slots_B))
+                self._decode_rows(slots_B, positions_B, row_ids_B, self._page_table_SP.index_select(0, slots_B))
 
     def open_slot(self, slot: int, spec: SlotSpec) -> None:
         self._set_pages(slot, spec.page_ids)
@@ -268,7 +269,7 @@ class Runner:
             return logits_BV[: len(rows)], greedy_B[: len(rows)]
         positions_B, row_ids_B = self._ids((positions, row_ids)).unbind()
         parts = split_rows(positions, shape.num_micro_batches)
-        return self._decode(batch_rows.slots_B, positions_B, row_ids_B, batch_rows.page_table_BP, parts), None
+        return self._decode_rows(batch_rows.slots_B, positions_B, row_ids_B, batch_rows.page_table_BP, parts), None
 
     def _idle_rows(self, size: int) -> list[int]:
         """The integers of a captured decode step without rows."""
@@ -277,17 +278,14 @@ class Runner:
     def _captured_decode(self, size: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, V] and their argmax, noted as the slots' last tokens."""
         slots_B, positions_B, row_ids_B = inputs.view(3, size).unbind()
-        # The page of the token itself; those before it were written by earlier steps.
-        pages_B = (row_ids_B // PAGE_TOKENS).to(self._page_table_SP.dtype)
-        self._page_table_SP.index_put_((slots_B, positions_B // PAGE_TOKENS), pages_B)
-        # A few rows are picked several times as fast by indices as by `index_select`.
-        page_table_BP = self._page_table_SP[slots_B]
-        logits_BV = self._decode(slots_B, positions_B, row_ids_B, page_table_BP)
+        # The page of the token itself is noted; those before it were by earlier steps.
+        rows = step_rows(self._page_table_SP, self._last_token_S, slots_B, positions_B, row_ids_B)
+        logits_BV = self._decode(slots_B, positions_B, row_ids_B, rows)
         greedy_B = sampling.argmax(logits_BV[:, : self.sampler.vocab_size])
         self._last_token_S.index_copy_(0, slots_B, greedy_B)
         return logits_BV, greedy_B
 
-    def _decode(
+    def _decode_rows(
         self,
         slots_B: Tensor,
         positions_B: Tensor,
@@ -295,14 +293,24 @@ class Runner:
         page_table_BP: Tensor,
         parts: Sequence[slice] = (slice(None),),
     ) -> Tensor:
-        """Logits [B, V]. `parts`: the rows of each micro-batch."""
-        token_ids_B = self._last_token_S[slots_B]
+        """Logits [B, V], not captured: the page table is there. `parts`: the rows of each micro-batch."""
+        rows = StepRows(page_table_BP, self._last_token_S[slots_B], positions_B + 1)
+        return self._decode(slots_B, positions_B, row_ids_B, rows, parts)
+
+    def _decode(
+        self,
+        slots_B: Tensor,
+        positions_B: Tensor,
+        row_ids_B: Tensor,
+        rows: StepRows,
+        parts: Sequence[slice] = (slice(None),),
+    ) -> Tensor:
         batch = DecodeBatch(
-            token_ids_B=token_ids_B,
+            token_ids_B=rows.token_ids_B,
             positions_B=positions_B,
             row_ids_B=row_ids_B,
-            page_table_BP=page_table_BP,
-            context_lens_B=positions_B + 1,
+            page_table_BP=rows.page_table_BP,
+            context_lens_B=rows.context_lens_B,
         )
         if len(parts) == 1:
             hidden_BD = self.model.decode(batch, self.kv_pool)
@@ -310,7 +318,7 @@ class Runner:
             hidden_BD = torch.cat(self.model.decode_each([_part(batch, part) for part in parts], self.kv_pool))
         if self.model.mtp is not None:
             previous_BD = self._hidden_SD.index_select(0, slots_B)
-            self.model.mtp.store_rows(previous_BD, token_ids_B, positions_B - 1, row_ids_B, self.kv_pool)
+            self.model.mtp.store_rows(previous_BD, rows.token_ids_B, positions_B - 1, row_ids_B, self.kv_pool)
             self._hidden_SD.index_copy_(0, slots_B, hidden_BD)
         return self.model.logits(hidden_BD)
 

@@ -86,7 +86,7 @@ class Sampler:
         positions: Sequence[int] | Tensor,
         counted_B: Tensor | None = None,
     ) -> tuple[Tensor, Logprobs | None]:
-        """Token ids int64 [B], and logprobs where asked. fp32 logits [B, >= vocab_size], which may be overwritten.
+        """Token ids int64 [B], and logprobs where asked. fp32 or bf16 logits [B, >= vocab_size], which may be overwritten.
 
         `positions`: index of the token to be drawn in its sequence (int64 [B] where only the device knows it); with the
         seed it decides the random number. `counted_B` bool: whose token penalties will count from now on; None: all.
@@ -95,6 +95,7 @@ class Sampler:
         logits_BV = logits_BV[:, : self.vocab_size]
         if recipe.plain:
             return ops.argmax(logits_BV), None
+        logits_BV = logits_BV.to(torch.float32)
         if recipe.bias is not None:
             logits_BV.index_put_(
                 (recipe.bias.rows, recipe.bias.token_ids), recipe.bias.values.to(logits_BV.dtype), accumulate=True

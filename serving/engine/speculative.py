@@ -21,9 +21,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kvcache.layout import PAGE_TOKENS
-from serving.core.config import MOST_DRAFTS
 from serving.kernels import sampling
+from serving.kernels.draft_rows import accepted, opened, placed
 from serving.model.batch import DecodeBatch
 
 
@@ -65,7 +64,7 @@ class SlotState:
 class Drafted(NamedTuple):
     """A step as it was computed. `outcome_BX` [B, T + 1]: the tokens drawn and, last, how many drafts were accepted.
 
-    `positions_B`: of the first of the T tokens; `logits_NV` fp32 [B * T, V]; `hidden_BTD` after the final norm.
+    `positions_B`: of the first of the T tokens; `logits_NV` [B * T, V]; `hidden_BTD` after the final norm.
     """
 
     outcome_BX: Tensor
@@ -73,11 +72,6 @@ class Drafted(NamedTuple):
     positions_B: Tensor
     drafts_BK: Tensor
     hidden_BTD: Tensor
-
-
-def num_accepted(tokens_BT: Tensor, drafts_BK: Tensor) -> Tensor:
-    """int64 [B]: how many drafts stand before the first that is not the token drawn for its position."""
-    return (tokens_BT[:, :-1] == drafts_BK).cumprod(dim=1).sum(dim=1)
 
 
 class Speculation:
@@ -91,7 +85,6 @@ class Speculation:
         self._kv_pool = kv_pool
         self.state = state
         self._vocab_size = vocab_size
-        self._offsets = torch.arange(MOST_DRAFTS + 1, device=kv_pool.device)
 
     def step(
         self, num_drafts: int, slots_B: Tensor, known_B: Tensor, page_places_B: Tensor, page_ids_B: Tensor
@@ -102,11 +95,10 @@ class Speculation:
         `page_places_B` first (scratch in its last column: no new page).
         """
         state = self.state
-        state.page_table_SP.index_put_((slots_B, page_places_B), page_ids_B.to(state.page_table_SP.dtype))
-        page_table_BP = state.page_table_SP.index_select(0, slots_B)
-        positions_B = torch.where(known_B >= 0, known_B, state.positions_S.index_select(0, slots_B))
-        token_B = state.last_token_S.index_select(0, slots_B)
-        before_BD = state.hidden_SD.index_select(0, slots_B)
+        page_table_BP, positions_B, token_B, before_BD = opened(
+            state.page_table_SP, state.positions_S, state.last_token_S, state.hidden_SD,
+            slots_B, known_B, page_places_B, page_ids_B,
+        )  # fmt: skip
         drafts_BK = self._draft(num_drafts, before_BD, token_B, positions_B, page_table_BP)
         hidden_BTD = self._compute(before_BD, torch.cat((token_B[:, None], drafts_BK), 1), positions_B, page_table_BP)
         logits_NV = self._model.logits(hidden_BTD.flatten(0, 1))
@@ -118,13 +110,11 @@ class Speculation:
         self, slots_B: Tensor, positions_B: Tensor, hidden_BTD: Tensor, tokens_BT: Tensor, drafts_BK: Tensor
     ) -> Tensor:
         """What the slots go on with, if `tokens_BT` were drawn. Returns the outcome, int64 [B, T + 1]."""
-        accepted_B = num_accepted(tokens_BT, drafts_BK)
-        state, chosen_B1 = self.state, accepted_B[:, None]
-        hidden_BD = hidden_BTD.gather(1, chosen_B1[:, :, None].expand(-1, 1, hidden_BTD.shape[2]))[:, 0]
-        state.last_token_S.index_copy_(0, slots_B, tokens_BT.gather(1, chosen_B1)[:, 0])
-        state.hidden_SD.index_copy_(0, slots_B, hidden_BD)
-        state.positions_S.index_copy_(0, slots_B, positions_B + accepted_B + 1)
-        return torch.cat((tokens_BT, chosen_B1), dim=1)
+        state = self.state
+        return accepted(
+            state.last_token_S, state.hidden_SD, state.positions_S,
+            slots_B, positions_B, hidden_BTD, tokens_BT, drafts_BK,
+        )  # fmt: skip
 
     def _draft(
         self, num_drafts: int, hidden_BD: Tensor, token_B: Tensor, positions_B: Tensor, page_table_BP: Tensor
@@ -132,9 +122,9 @@ class Speculation:
         """Greedy drafts, int64 [B, K], of the tokens after `token_B`, which stands at `positions_B`."""
         drafts = []
         for i in range(num_drafts):
-            at_B = positions_B + i
-            rows_B = _row_ids(page_table_BP, at_B[:, None])[:, 0]
-            hidden_BD = self._mtp.hidden(hidden_BD, token_B, at_B - 1, rows_B, page_table_BP, at_B + 1, self._kv_pool)
+            at = placed(page_table_BP, positions_B, first=i, num_tokens=1)
+            rows = at.before_N, at.row_ids_N, page_table_BP, at.context_lens_B
+            hidden_BD = self._mtp.hidden(hidden_BD, token_B, *rows, self._kv_pool)
             token_B = sampling.argmax(self._model.logits(hidden_BD)[:, : self._vocab_size])
             drafts.append(token_B)
         return torch.stack(drafts, dim=1) if drafts else token_B.new_empty(token_B.shape[0], 0)
@@ -142,24 +132,18 @@ class Speculation:
     def _compute(self, before_BD: Tensor, tokens_BT: Tensor, positions_B: Tensor, page_table_BP: Tensor) -> Tensor:
         """Hidden states [B, T, D]; stores the rows of these tokens, the MTP layer's of true hidden states among them."""
         num_tokens = tokens_BT.shape[1]
-        positions_BT = positions_B[:, None] + self._offsets[:num_tokens]
-        row_ids_N = _row_ids(page_table_BP, positions_BT).flatten()
-        token_ids_N, positions_N = tokens_BT.flatten(), positions_BT.flatten()
+        at = placed(page_table_BP, positions_B, first=0, num_tokens=num_tokens)
+        token_ids_N = tokens_BT.flatten()
         batch = DecodeBatch(
             token_ids_B=token_ids_N,
-            positions_B=positions_N,
-            row_ids_B=row_ids_N,
+            positions_B=at.positions_N,
+            row_ids_B=at.row_ids_N,
             page_table_BP=page_table_BP,
-            context_lens_B=positions_B + num_tokens,
+            context_lens_B=at.context_lens_B,
             num_tokens=num_tokens,
         )
         hidden_ND = self._model.decode(batch, self._kv_pool)
         hidden_BTD = hidden_ND.view(-1, num_tokens, hidden_ND.shape[1])
         previous_ND = torch.cat((before_BD[:, None], hidden_BTD[:, :-1]), dim=1).flatten(0, 1)
-        self._mtp.store_rows(previous_ND, token_ids_N, positions_N - 1, row_ids_N, self._kv_pool)
+        self._mtp.store_rows(previous_ND, token_ids_N, at.before_N, at.row_ids_N, self._kv_pool)
         return hidden_BTD
-
-
-def _row_ids(page_table_BP: Tensor, positions_BT: Tensor) -> Tensor:
-    pages_BT = page_table_BP.gather(1, positions_BT // PAGE_TOKENS).to(torch.int64)
-    return pages_BT * PAGE_TOKENS + positions_BT % PAGE_TOKENS

@@ -34,11 +34,15 @@ def split_chunks(chunks: Sequence[PrefillChunk], num_parts: int) -> list[tuple[P
 
 def split_rows(positions: Sequence[int], num_parts: int) -> list[slice]:
     """Runs of decode rows. A row costs as much as any other, and what its context takes to read."""
-    ends = list(accumulate(1 + position / _EQUAL_CONTEXT for position in positions))
-    total = ends[-1] if ends else 0.0
-    borders = [bisect_left(ends, total * index / num_parts - 1e-9) for index in range(num_parts)]
-    borders[0] = 0
-    return [slice(start, end) for start, end in zip(borders, [*borders[1:], len(ends)], strict=True)]
+    ends = list(accumulate((1 + position / _EQUAL_CONTEXT for position in positions), initial=0.0))
+    borders = [_nearest(ends, ends[-1] * index / num_parts) for index in range(num_parts)]
+    return [slice(start, end) for start, end in zip(borders, [*borders[1:], len(positions)], strict=True)]
+
+
+def _nearest(ends: list[float], cost: float) -> int:
+    """Index of the end that is nearest to `cost`, of two the later."""
+    after = min(bisect_left(ends, cost), len(ends) - 1)
+    return after if after == 0 or ends[after] - cost <= cost - ends[after - 1] else after - 1
 
 
 def _chunk_cost(chunk: PrefillChunk) -> float:

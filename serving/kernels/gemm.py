@@ -48,6 +48,7 @@ def linear_fp32(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
 def linear_silu_mul(x_MK: Tensor | QuantisedRows, weight_NK: Tensor | Fp8Weight) -> Tensor | QuantisedRows:
     """silu(x gate^T) * (x up^T), [M, N / 2], the weight gate above up. FP8 rows from an FP8 weight, else as `linear`."""
     if isinstance(weight_NK, Fp8Weight):
+        assert weight_NK.shape[0] % (2 * BLOCK) == 0, "gate and up would share a scale's block"
         return silu_mul_quantise(linear(x_MK, weight_NK))
     assert isinstance(x_MK, Tensor), "quantised rows are for an FP8 weight"
     if not weight_NK.is_cuda:
@@ -75,6 +76,20 @@ def _linear_fp8(x_MK: Tensor | QuantisedRows, weight_NK: Fp8Weight) -> Tensor:
     out = product(rows_MK, weight_NK)
     assert isinstance(out, Tensor)
     return out
+
+
+def linear_by_head(x_THC: Tensor, w_HVC: Tensor, *, quantise: bool) -> Tensor | QuantisedRows:
+    """x[t, h] W[h]^T of every head h, side by side, [T, H V], plain; as FP8 rows if `quantise`."""
+    if x_THC.is_cuda:
+        from serving.kernels.triton.product import is_few_by_head
+
+        if is_few_by_head(x_THC, w_HVC):
+            from serving.kernels.gluon.few_rows import few_rows_by_head
+
+            return few_rows_by_head(x_THC, w_HVC, quantise=quantise)
+    out_THV = x_THC.new_empty(*x_THC.shape[:2], w_HVC.shape[1])
+    per_head(x_THC, w_HVC.transpose(1, 2), out_THV)
+    return quantise_rows_fp8(out_THV.flatten(1)) if quantise else out_THV.flatten(1)
 
 
 def per_head(x_THK: Tensor, w_HKN: Tensor, out_THN: Tensor) -> None:

@@ -42,10 +42,15 @@ class FlashMla:
 
         Page and row strides of `rows_PTW` are the pool's. Each length is at least T: of no rows the lse would be +inf.
         """
+        # Its kernels are launched early and do not wait for the one before, which must not let them start early then; and its
+        # last one may end before the attention has, where there is nothing to merge. An ordinary launch between ours and them
+        # waits for all before it, and lets nobody start early.
+        torch.ones(1, device=q_BTHW.device)
         out, lse_BHT = self._attend(
             q_BTHW, rows_PTW.unsqueeze(2), page_table_BP, context_lens_B, latent, schedule,
             softmax_scale=scale, causal=True,
         )  # fmt: skip
+        torch.ones(1, device=out.device)
         return out, lse_BHT.transpose(1, 2)
 
 

@@ -74,13 +74,14 @@ class PagedPlan:
     """What every layer of a decode step reads on a GPU: sizes depend on the batch's alone, values are made by the device.
 
     `page_table_BP`, `context_lens_B`: int32. Positions `[first, context_len)` are attended. `cut`: which pages each of
-    the device's processors attends.
+    the device's processors attends, or which of `num_groups` where each is to attend them for several blocks of heads.
     """
 
     page_table_BP: Tensor
     context_lens_B: Tensor
     first: int
     cut: Cut
+    num_groups: int | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,6 +105,7 @@ def plan_decode(
     *,
     first: int = 0,
     num_tokens: int = 1,
+    num_blocks: int | None = None,
     flash_mla: FlashMla | None = None,
 ) -> Plan:
     """What every layer of a decode step reads; made once a step. Positions `[first, context_len)` are attended.
@@ -111,7 +113,8 @@ def plan_decode(
     `num_tokens`: the T last tokens of each sequence are queries. On a GPU nothing is read back, so a plan may be made
     inside a captured graph, and every row is found through the page table. On CPU every length is above
     `first + T - 1`, lengths are read to cut the batch (a group's shortest is at least half its longest, its copy
-    bounded), and a sequence's last row is `row_ids_B`. `flash_mla` attends in place of our kernel, from position 0 and
+    bounded), and a sequence's last row is `row_ids_B`. `num_blocks`: what `num_column_blocks` says of the queries, if known: the
+    pages are then cut for as many passes over them. `flash_mla` attends in place of our kernel, from position 0 and
     lengths from T on.
     """
     if flash_mla is not None:
@@ -126,9 +129,25 @@ def plan_decode(
         from serving.kernels.triton.mla_decode import cut_pages
 
         lens_B = context_lens_B.to(torch.int32)
-        cut = cut_pages(lens_B, torch.cuda.get_device_properties(kv_pool.device).multi_processor_count)
-        return PagedPlan(page_table_BP=page_table_BP.to(torch.int32), context_lens_B=lens_B, first=first, cut=cut)
+        num_processors = torch.cuda.get_device_properties(kv_pool.device).multi_processor_count
+        num_groups = max(num_processors // num_blocks, 1) if num_blocks else None
+        return PagedPlan(
+            page_table_BP=page_table_BP.to(torch.int32),
+            context_lens_B=lens_B,
+            first=first,
+            cut=cut_pages(lens_B, num_groups or num_processors),
+            num_groups=num_groups,
+        )
     return _plan_groups(kv_pool, row_ids_B, page_table_BP, context_lens_B, first, num_tokens)
+
+
+def num_column_blocks(kv_pool: Tensor, num_columns: int, *, latent: int, rope: int) -> int | None:
+    """In how many passes over its pages a GPU attends for `num_columns` queries of a sequence, heads times tokens; None on CPU."""
+    if kv_pool.device.type != "cuda":
+        return None
+    from serving.kernels.triton.mla_decode import config_for
+
+    return -(-num_columns // config_for(num_columns, kv_pool.dtype, latent, rope).columns)
 
 
 def _plan_groups(
@@ -212,7 +231,7 @@ def decode_latent(
         q_BTHW = q if q.dim() == 4 else q[:, None]
         out, lse = decode_paged(
             q_BTHW.contiguous(), kv_pool[:, layer], plan.page_table_BP, plan.context_lens_B, plan.cut,
-            first=plan.first, latent=latent, scale=scale,
+            first=plan.first, latent=latent, scale=scale, num_groups=plan.num_groups,
         )  # fmt: skip
         return out.view(*q.shape[:-1], latent), lse.view(q.shape[:-1])
     rows_NW = layer_rows(kv_pool, layer)

@@ -97,10 +97,9 @@ def yarn_inverse_frequencies(
     return freqs / factor * (1.0 - keep) + freqs * keep
 
 
-def rotations(positions_T: Tensor, inverse_freqs: Tensor, magnitude: float) -> Tensor:
-    """complex64 [T, R/2]: the factor each pair is multiplied with at its position; computed once a step."""
-    angles = positions_T.to(torch.float32)[:, None] * inverse_freqs
-    return torch.polar(torch.full_like(angles, magnitude), angles)
+def rotations(positions_T: Tensor, inverse_freqs: Tensor, magnitude: Tensor) -> Tensor:
+    """complex64 [T, R/2]: the factor each pair is multiplied with at its position; computed once a step. `magnitude` fp32 [1]."""
+    return torch.polar(magnitude, positions_T.to(torch.float32)[:, None] * inverse_freqs)
 
 
 def rope_(x: Tensor, rotations_T: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def layer_rows(kv_pool: Tensor, layer: int) -> Tensor:
 def slots(kv_pool: Tensor, row_ids: Tensor) -> Tensor:
     """int64 slots of `row_ids`, same shape, for `layer_rows` of any layer."""
     rows_between_pages = kv_pool.stride(0) // kv_pool.shape[3] - PAGE_TOKENS
-    return row_ids + (row_ids // PAGE_TOKENS) * rows_between_pages
+    return torch.add(row_ids, row_ids // PAGE_TOKENS, alpha=rows_between_pages)
 
 
 def context_slots(kv_pool: Tensor, page_ids: Tensor, start: int, end: int) -> Tensor:

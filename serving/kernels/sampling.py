@@ -73,7 +73,7 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
 
 
 def argmax(logits_BV: Tensor) -> Tensor:
-    """int64 [B]: the lowest id of each row's largest logit. fp32 logits, rows strided."""
+    """int64 [B]: the lowest id of each row's largest logit. fp32 or bf16 logits, rows strided."""
     if not logits_BV.is_cuda:
         return logits_BV.argmax(dim=-1)
     from serving.kernels.triton import sampling as device

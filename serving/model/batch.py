@@ -44,7 +44,7 @@ class PrefillBatch:
 class DecodeBatch:
     """The next token, or the T <= 4 next ones, of each of B sequences. `page_table_BP` int32 or int64 [B, P].
 
-    int64 tensors: `context_lens_B` [B] counts a sequence's last token here; the others are [B], and with T tokens
+    int64 tensors, lengths int32 too: `context_lens_B` [B] counts a sequence's last token here; the others are [B], and with T tokens
     [B * T], those of a sequence side by side. Entries of the page table past `ceil(context_len / 64)` may hold anything.
     A padding row points at scratch (`row_ids_B` and its first page) and has context length T.
     """

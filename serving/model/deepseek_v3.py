@@ -22,7 +22,7 @@ from torch import Tensor
 
 from serving.kernels import mla
 from serving.kernels.attention import attend_varlen, has_kernel, merge_into
-from serving.kernels.gemm import linear, per_head
+from serving.kernels.gemm import linear, linear_by_head, per_head
 from serving.kernels.kv_store import norm_rope_store
 from serving.kernels.norm_rope import (
     add_rms_norm,
@@ -73,7 +73,7 @@ class Rope:
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         yarn = config.yarn
-        self.magnitude = yarn.attention_factor if yarn else 1.0
+        self.magnitude = torch.full((1,), yarn.attention_factor if yarn else 1.0, device=device)
         if yarn is None:
             freqs = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta)
         else:
@@ -170,9 +170,8 @@ class Attention:
         if not kv_pool.is_cuda:
             out_HBV = torch.bmm(out_BHC.transpose(0, 1), self.w_uv_HVC.transpose(1, 2))
             return scatter_sum(self.tp, linear(out_HBV.transpose(0, 1).flatten(1), self.out))
-        out_BHV = out_BHC.new_empty(*out_BHC.shape[:2], self.config.v_head_dim)
-        per_head(out_BHC, self.w_uv_HVC.transpose(1, 2), out_BHV)
-        return scatter_sum(self.tp, linear(out_BHV.flatten(1), self.out))
+        rows = linear_by_head(out_BHC, self.w_uv_HVC, quantise=isinstance(self.out, Fp8Weight))
+        return scatter_sum(self.tp, linear(rows, self.out))
 
     def store(self, x_TD: Activations, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
         """Only the latent rows of these tokens, nothing attended."""
@@ -370,11 +369,11 @@ class Head:
         self.weight = pack(self.weight)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """fp32 [N, vocab_size]; fp64 of an fp64 model."""
+        """[N, vocab_size], fp32, or fp64 of an fp64 model; on a GPU as computed: who wants the best one alone needs no more."""
         logits_NV = gather_columns(self.tp, linear(hidden_ND, self.weight))
         if logits_NV.shape[1] > self.vocab_size:
             logits_NV = logits_NV[:, : self.vocab_size].contiguous()
-        return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.to(torch.float32)
+        return logits_NV if logits_NV.is_cuda or logits_NV.dtype == torch.float64 else logits_NV.to(torch.float32)
 
 
 class DeepseekV3:
@@ -464,12 +463,17 @@ class DeepseekV3:
     def _decode(self, batch: DecodeBatch, kv_pool: Tensor) -> Pass:
         num_tokens = batch.num_tokens
         last_rows_B = batch.row_ids_B[num_tokens - 1 :: num_tokens]
+        config = self.config
+        num_columns = config.num_heads // self.parallel.tp.world_size * num_tokens
         plan = mla.plan_decode(
             kv_pool,
             last_rows_B,
             batch.page_table_BP,
             batch.context_lens_B,
-            num_tokens=batch.num_tokens,
+            num_tokens=num_tokens,
+            num_blocks=mla.num_column_blocks(
+                kv_pool, num_columns, latent=config.kv_lora_rank, rope=config.qk_rope_head_dim
+            ),
             flash_mla=self.kernels.mla_decode,
         )
         rope_B = self.rope.at(batch.positions_B)
@@ -482,7 +486,7 @@ class DeepseekV3:
 
     @torch.inference_mode()
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """fp32 (fp64 for an fp64 model) [N, vocab_size]; ids past the tokenizer's are the sampler's to mask."""
+        """`Head.logits`, [N, vocab_size]; ids past the tokenizer's are the sampler's to mask."""
         return self.head.logits(hidden_ND)
 
     def _final_norm(self, x_TD: Tensor, sum_TD: Tensor | None, num_tokens: int) -> Tensor:

@@ -144,14 +144,16 @@ class Moe:
             shared = self.shared.gate_up, self.shared.down
             return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), shared)
         sending = self.routing.send(self.layer, x, *self.choose(x_TD))
-        # While the counts travel; then the rows do.
+        # While counts travel, where rows have to wait for them; they go before the pass gives way.
         shared_TD = None if self.shared is None else self.shared.forward(x)
-        sending.advance()
+        if sending.num_more:
+            yield Sent(name="counts", wait=sending.advance, gives_way=False)
         arrived: Arrived[Tensor | QuantisedRows] = yield Sent(name="dispatch", wait=sending.wait)
         y_RD = grouped_mlp(arrived.x_RD, self.gate_up, self.down, arrived.slots_RK, arrived.weights_RK)
         returning = self.routing.dispatch.give_back(sending, y_RD)
-        # Inside the node at once, if that is the first hop: what travels meanwhile is the hop between nodes.
-        returning.advance()
+        # A hop inside the node comes first: it is waited for, so that the one between nodes travels meanwhile.
+        if returning.num_more:
+            yield Sent(name="combine in the node", wait=returning.advance, gives_way=False)
         routed_TD: Tensor = yield Sent(name="combine", wait=returning.wait)
         return routed_TD if shared_TD is None else routed_TD.add_(shared_TD)
 

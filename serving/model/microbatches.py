@@ -23,10 +23,11 @@ from serving.model.timeline import Timeline
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """What a pass waits for: its turn begins with what `wait` returns."""
+    """What a pass waits for: it goes on with what `wait` returns, in its next turn or, where it does not give way, at once."""
 
     name: str
     wait: Callable[[], Any]
+    gives_way: bool = True
 
 
 Pass = Generator[Sent | None, Any, Tensor]
@@ -58,6 +59,11 @@ class _Running:
         """On to where it next gives way, or to its end; nothing where it has ended."""
         if self.result is not None:
             return
+        self._go_on()
+        while self._in_flight is not None and not self._in_flight.gives_way:
+            self._go_on()
+
+    def _go_on(self) -> None:
         if self._timeline is not None:
             self._timeline.waits(self._index)
         arrived = None if self._in_flight is None else self._in_flight.wait()
@@ -68,4 +74,4 @@ class _Running:
         except StopIteration as end:
             self.result, self._in_flight = end.value, None
         if self._timeline is not None:
-            self._timeline.gives_way(self._index, None if self._in_flight is None else self._in_flight.name)
+            self._timeline.stops(self._index, None if self._in_flight is None else self._in_flight.name)

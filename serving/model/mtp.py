@@ -73,7 +73,7 @@ class Mtp:
         context_lens_B: Tensor,
         kv_pool: Tensor,
     ) -> Tensor:
-        """Logits fp32 [B, vocab_size] for token i+2; stores the row of (h_i, t_{i+1}) on the way.
+        """Logits [B, vocab_size] for token i+2, as the head's; stores the row of (h_i, t_{i+1}) on the way.
 
         The first four as `store_rows`; `context_lens_B` counts slots up to and with token i+1's, so i + 2. Rows of slots
         1 to i must be stored. Positions of one text may be rows of one batch if all their rows were stored before.

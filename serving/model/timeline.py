@@ -1,8 +1,9 @@
 """What the micro-batches of a step computed when, what they had in flight meanwhile, and how much of that was hidden.
 
-In flight is from where a pass gives way to where its wait returns, exposed is the wait. What arrived long before it was waited
-for counts as in flight until then: beside a run with one micro-batch, where all of it is exposed, `exposed_s` tells what the
-second one saves. On a GPU times are the device's, of the stream that computes.
+In flight is from where a pass stops to where its wait returns, exposed is the wait. What arrived long before it was waited
+for counts as in flight until then, so `hidden` is the more the less there is to hide; beside a run of the same steps with
+one micro-batch, where all of it is exposed, `hidden_beside` is what the second one saves. On a GPU times are the device's, of
+the stream that computes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-_COMPUTED_AFTER = {"dispatch": "experts"}
+_COMPUTED_AFTER = {"dispatch": "experts", "combine in the node": "experts"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Timeline:
         self._spans: list[Span] = []
 
     def waits(self, micro_batch: int) -> None:
-        """Its turn begins."""
+        """For what it has in flight, if anything."""
         self._turn = self._now()
 
     def computes(self, micro_batch: int) -> None:
@@ -53,8 +54,8 @@ class Timeline:
             self._add(micro_batch, "in flight", name, begin, self._computes)
             self._add(micro_batch, "wait", name, self._turn, self._computes)
 
-    def gives_way(self, micro_batch: int, name: str | None) -> None:
-        """Its turn ends; `name` is in flight."""
+    def stops(self, micro_batch: int, name: str | None) -> None:
+        """It gives way or waits; `name` is in flight."""
         now = self._now()
         before, _ = self._sent.pop(micro_batch, ("", None))
         self._add(micro_batch, "compute", _COMPUTED_AFTER.get(before, "attention"), self._computes, now)
@@ -75,6 +76,10 @@ class Timeline:
     def hidden(self) -> float:
         """The share of the time in flight in which something was computed; 0 where nothing was sent."""
         return 1.0 - self.exposed_s / self.in_flight_s if self.in_flight_s else 0.0
+
+    def hidden_beside(self, alone: Timeline) -> float:
+        """The share of what the same steps wait for with one micro-batch, `alone`, that is not waited for here."""
+        return 1.0 - self.exposed_s / alone.exposed_s if alone.exposed_s else 0.0
 
     def chrome_trace(self) -> dict[str, Any]:
         """As chrome://tracing and Perfetto read it: a process a rank, two threads a micro-batch; microseconds."""

@@ -53,6 +53,7 @@ def rows_like(x: X, payloads: Sequence[Tensor]) -> X:
 
 def routing_of(slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """int32 [T, M] from slots int64, -1: none, and weights fp32."""
+    assert weights_TK.dtype == torch.float32, f"weights travel as fp32, not {weights_TK.dtype}"
     return torch.cat([slots_TK.to(torch.int32).add_(1), weights_TK.contiguous().view(torch.int32)], dim=1)
 
 

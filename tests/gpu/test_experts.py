@@ -91,6 +91,9 @@ def test_fp8_experts(num_tokens: int, num_experts: int, top_k: int, width: int, 
     everyone = torch.zeros(num_tokens, 1, dtype=torch.int64, device="cuda")
     for num_shared in (1, 2):
         hidden = num_shared * inner
+        if hidden % 128:
+            # Gate and up of one matrix may not share a scale's block: such models are not kept in FP8.
+            continue
         stacked = (
             fp8_stack(randn(1, hidden, width, seed=7) / width**0.5, randn(1, hidden, width, seed=8) / width**0.5),
             fp8_stack(randn(1, width, hidden, seed=9) / inner**0.5),

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.kernels.gemm import linear, linear_fp8_reference
+from serving.kernels.gemm import linear, linear_by_head, linear_fp8_reference, linear_fp32
 from serving.kernels.quant import (
     Fp8Weight,
     QuantisedRows,
     quantise_block_fp8,
     quantise_rows_fp8,
+    quantise_rows_fp8_reference,
     silu_mul_quantise_reference,
 )
 from serving.kernels.triton.gemm import FewRows, few_rows
@@ -45,6 +46,9 @@ SHAPES = [
     (1, 7168, 2048),
     (3, 160, 256),
     (5, 24576, 1536),
+    (1, 2112, 7168),
+    (16, 2112, 7168),
+    (9, 300, 7104),
     (16, 4096, 7168),
     (16, 7168, 16384),
     (33, 24576, 1536),
@@ -69,6 +73,41 @@ def test_graph_and_eager_equal_the_reference(rows: int, columns: int, width: int
     assert torch.equal(linear(x, w), got)
     w.scales[-1, -1] *= 1.5
     assert not torch.equal(linear(x, w), got)
+
+
+# K for few SMs is parted; so many columns are not.
+@pytest.mark.parametrize(
+    ("rows", "columns", "width"),
+    [(1, 256, 7168), (16, 256, 7168), (33, 250, 7160), (64, 2048, 10944), (5, 20000, 4352)],
+)
+def test_plain_products_of_long_rows_in_fp32(rows: int, columns: int, width: int) -> None:
+    x, w = randn(rows, width).bfloat16(), randn(columns, width, seed=1).bfloat16() / width**0.5
+    got, want = linear_fp32(x, w), x.double() @ w.double().T
+    assert got.dtype == torch.float32
+    assert error(got, want) < 1e-5
+    assert error(got.bfloat16(), want) > 1e-4
+    assert torch.equal(replayed(lambda: linear_fp32(x, w)), got)
+    assert torch.equal(linear_fp32(x, w), got)
+
+
+@pytest.mark.parametrize("quantise", [False, True])
+@pytest.mark.parametrize(("rows", "heads"), [(1, 128), (16, 128), (17, 128), (64, 128), (65, 128), (16, 16)])
+def test_each_head_has_a_matrix_of_its_own(rows: int, heads: int, quantise: bool) -> None:
+    x = randn(rows, heads, 512).bfloat16()
+    w = (randn(heads, 256, 512, seed=1) / 512**0.5).bfloat16()[:, 128:]
+    want = torch.einsum("bhc,hvc->bhv", x.double(), w.double()).flatten(1)
+    got = linear_by_head(x, w, quantise=quantise)
+    again = replayed(lambda: linear_by_head(x, w, quantise=quantise))
+    if quantise:
+        assert isinstance(got, QuantisedRows)
+        assert isinstance(again, QuantisedRows)
+        torch.testing.assert_close(got.scales, quantise_rows_fp8_reference(want.float()).scales, rtol=1e-2, atol=0)
+        got, again = got.dequantise(torch.float32), again.dequantise(torch.float32)
+    assert isinstance(got, Tensor)
+    assert isinstance(again, Tensor)
+    assert error(got, want) < (4e-2 if quantise else 4e-3)
+    assert error(got.roll(128, dims=1), want) > 0.5
+    assert torch.equal(again, got)
 
 
 def test_plain_rows_are_quantised_first() -> None:

@@ -25,9 +25,8 @@ def test_graph_and_eager_equal_the_reference(heads: int, fp8: bool) -> None:
     pool = torch.zeros(num_pages, 61, 64, width, device="cuda", dtype=torch.uint8 if fp8 else torch.bfloat16)
     latent = torch.randn(num_tokens, 1536 + LATENT + ROPE, device="cuda", dtype=torch.bfloat16)[:, 1536:]
     weight = torch.randn(LATENT, device="cuda", dtype=torch.bfloat16)
-    turns = rotations(
-        torch.randint(0, 9000, (num_tokens,), device="cuda"), inverse_frequencies(ROPE, 1e4).to("cuda"), 1.1
-    )
+    positions, magnitude = torch.randint(0, 9000, (num_tokens,), device="cuda"), torch.full((1,), 1.1, device="cuda")
+    turns = rotations(positions, inverse_frequencies(ROPE, 1e4).to("cuda"), magnitude)
     query = torch.randn(num_tokens, heads, NOPE + ROPE, device="cuda", dtype=torch.bfloat16)
     row_ids = torch.randperm(num_pages * 64, device="cuda")[:num_tokens]
     row_ids[0] = num_pages * 64 - 1

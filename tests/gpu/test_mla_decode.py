@@ -48,8 +48,14 @@ def make_pool(lens: list[int], dtype: torch.dtype, *, first: int = 0, latent: in
     return Pool(tensor, table, torch.tensor(lens, dtype=torch.int32, device="cuda"))
 
 
-def decode(pool: Pool, q: Tensor, *, layer: int = 1, first: int = 0, latent: int = LATENT) -> tuple[Tensor, Tensor]:
-    plan = mla.plan_decode(pool.tensor, pool.lens, pool.table, pool.lens, first=first)
+def decode(
+    pool: Pool, q: Tensor, *, layer: int = 1, first: int = 0, latent: int = LATENT, whole: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`whole`: pages are cut for the device, not for each block of columns."""
+    num_columns = q.shape[1] if q.dim() == 3 else q.shape[1] * q.shape[2]
+    blocks = mla.num_column_blocks(pool.tensor, num_columns, latent=latent, rope=q.shape[-1] - latent)
+    num_blocks = None if whole else blocks
+    plan = mla.plan_decode(pool.tensor, pool.lens, pool.table, pool.lens, first=first, num_blocks=num_blocks)
     return mla.decode_latent(q, pool.tensor, layer, plan, latent=latent, scale=SCALE)
 
 
@@ -74,10 +80,11 @@ def error(out: Tensor, want: Tensor) -> float:
 def test_any_mix_of_lengths(heads: int, dtype: torch.dtype, lens: list[int], first: int) -> None:
     pool = make_pool(lens, dtype, first=first)
     q = torch.randn(len(lens), heads, WIDTH, device="cuda", dtype=torch.bfloat16)
-    out, lse = decode(pool, q, first=first)
     want_out, want_lse = reference(pool, q, first=first)
-    assert error(out, want_out) < 6e-3
-    torch.testing.assert_close(lse, want_lse, atol=1e-2, rtol=0)
+    for whole in (False, True):
+        out, lse = decode(pool, q, first=first, whole=whole)
+        assert error(out, want_out) < 6e-3
+        torch.testing.assert_close(lse, want_lse, atol=1e-2, rtol=0)
     other_layer, _ = decode(pool, q, layer=0, first=first)
     assert error(other_layer, want_out) > 0.1
 

@@ -6,7 +6,8 @@
 
 One persistent program an SM with a ring of 200 KB: the memory is busy from before the kernel that makes the rows has ended
 until the last tile, through the ends of tiles too. The shared experts of a layer are computed beside the routed ones and
-first: their weights are known before the gate has chosen.
+first: their weights are known before the gate has chosen. Where a matrix has columns for few SMs, parts of K are units of
+their own (`num_splits`): its weights then lie in the rings whole when the rows come. Heads with a matrix each are units too.
 """
 
 from __future__ import annotations
@@ -30,13 +31,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from serving.kernels.gluon.mla_segments import next_slot
-from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows
+from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows, empty_rows
 from serving.kernels.triton.device import num_processors
-from serving.kernels.triton.gemm import Operands, Tiles, empty_product, operands
+from serving.kernels.triton.gemm import Operands, Tiles, empty_product, operands, sum_splits
 
 FP8_MAX = gl.constexpr(448.0)
 # Of the 227 KB of shared memory, what the ring may have.
 _RING_BYTES = 219 << 10
+# Each costs the sum behind it a row of fp32 more. And steps of two blocks of K that a ring holds for 64 columns and 16 rows: a part
+# that is longer is read no sooner (16 x 4096 x 7168: 13.5 us for 10.9).
+_MOST_SPLITS = 16
+_HELD_STEPS = 10
 
 
 @gluon.jit
@@ -86,8 +91,8 @@ def _place(index, num_shared, num_n):
 @gluon.jit
 def _copy_weights(
     descs, w_smem, full, free, tiles, grid, routed, shared, scales, shared_scales, num_k,
-    FP8: gl.constexpr, SILU: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr, KNOWN: gl.constexpr, BLOCK_N: gl.constexpr,
-    UNROLL: gl.constexpr, BLOCK_K: gl.constexpr,
+    FP8: gl.constexpr, SILU: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr, KNOWN: gl.constexpr, SPLIT: gl.constexpr,
+    HEADS: gl.constexpr, BLOCK_N: gl.constexpr, UNROLL: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     tile_expert_ptr, num_tiles_ptr, num_dense = tiles
     num_n, num_steps = grid
@@ -140,13 +145,18 @@ def _copy_weights(
         end = first + num_dense * num_n
         while index < end:
             row = (index - first) % num_n * BLOCK_N
+            first_k = 0
             if FP8:
                 at = w_scale_ptr + (row // 128).to(gl.int64) * num_k
                 _fetch_ahead(at, 32, num_k, 32)
                 if SILU:
                     _fetch_ahead(at + second_scale_row * num_k, 32, num_k, 32)
+            if SPLIT:
+                first_k = index // num_n * num_steps * UNROLL
+            if HEADS:
+                row += index // num_n * expert_rows
             slot, phase = _copy_unit(
-                descs[0], w_smem, full, free, slot, phase, row, second_row, 0, num_steps, SILU, UNROLL, BLOCK_K
+                descs[0], w_smem, full, free, slot, phase, row, second_row, first_k, num_steps, SILU, UNROLL, BLOCK_K
             )  # fmt: skip
             index += gl.num_programs(0)
 
@@ -154,7 +164,8 @@ def _copy_weights(
 @gluon.jit
 def _copy_rows(
     descs, x_smem, full, free, tiles, grid, shared, shared_rows, scales, num_k,
-    FP8: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr, BLOCK_T: gl.constexpr, UNROLL: gl.constexpr, BLOCK_K: gl.constexpr,
+    FP8: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr, ONE_TILE: gl.constexpr, BLOCK_T: gl.constexpr, UNROLL: gl.constexpr,
+    BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
     gdc_launch_dependents()
@@ -167,6 +178,10 @@ def _copy_rows(
     for index in range(gl.program_id(0), (num_shared + num_tiles) * num_n, gl.num_programs(0)):
         tile, _, is_shared = _place(index, num_shared, num_n)
         row = gl.where(is_shared, first_row + tile % row_tiles * BLOCK_T, tile * BLOCK_T)
+        first_step = 0
+        if ONE_TILE:
+            row = 0
+            first_step = tile * num_steps
         if FP8:
             x_scale_ptr, x_scale_stride, sx_scale_ptr, sx_scale_stride = scales
             if is_shared:
@@ -178,7 +193,7 @@ def _copy_rows(
             bar = full.index(slot)
             mbarrier.expect(bar, UNROLL * descs[0].block_type.nbytes)
             for u in gl.static_range(UNROLL):
-                k = (step * UNROLL + u) * BLOCK_K
+                k = ((first_step + step) * UNROLL + u) * BLOCK_K
                 to = x_smem.index(slot * UNROLL + u)
                 if SHARED:
                     tma.async_copy_global_to_shared(descs[0], [row, k], bar, to, pred=is_shared == 0)
@@ -208,8 +223,8 @@ def _step_scales(
 @gluon.jit
 def _multiply(
     x_smem, w_smem, full, free, scales, outputs, tiles, grid, shared, shared_rows, shared_scales, sizes,
-    FP8: gl.constexpr, SILU: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr,
-    BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, UNROLL: gl.constexpr,
+    FP8: gl.constexpr, SILU: gl.constexpr, QUANTISE: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr,
+    SPLIT: gl.constexpr, HEADS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     gdc_wait()
     out_ptr, out_scale_ptr, out_stride, out_scale_stride, shared_out_row = outputs
@@ -227,9 +242,14 @@ def _multiply(
         tile, n, is_shared = _place(index, num_shared, num_n)
         row = tile * BLOCK_T + token
         column = n * BLOCK_N
+        own_row = row
+        first_step = 0
+        if SPLIT:
+            own_row = token
+            first_step = tile * num_steps
         if FP8:
-            x_scales = x_scale_ptr + row
-            has_scale = row < x_rows
+            x_scales = x_scale_ptr + own_row
+            has_scale = own_row < x_rows
             x_step = x_scale_stride
             w_scales = w_scale_ptr + (column // 128).to(gl.int64) * num_k
             if GROUPED:
@@ -251,8 +271,10 @@ def _multiply(
         second_total = gl.zeros([BLOCK_N, BLOCK_T], gl.float32, layout)
         if FP8:
             # A row of a padded tile that was never written may have any scale; its own sums alone are lost.
-            now = _step_scales(x_scales, x_step, has_scale, w_scales, second_scales, 0, num_k, SILU, UNROLL)
-            later = _step_scales(x_scales, x_step, has_scale, w_scales, second_scales, 1, num_k, SILU, UNROLL)
+            now = _step_scales(x_scales, x_step, has_scale, w_scales, second_scales, first_step, num_k, SILU, UNROLL)
+            later = _step_scales(
+                x_scales, x_step, has_scale, w_scales, second_scales, first_step + 1, num_k, SILU, UNROLL
+            )
         for step in range(num_steps):
             mbarrier.wait(full.index(slot), phase)
             if FP8:
@@ -276,7 +298,7 @@ def _multiply(
                 # Two steps ahead: a step is shorter than these loads.
                 now = later
                 later = _step_scales(
-                    x_scales, x_step, has_scale, w_scales, second_scales, step + 2, num_k, SILU, UNROLL
+                    x_scales, x_step, has_scale, w_scales, second_scales, first_step + step + 2, num_k, SILU, UNROLL
                 )
             else:
                 sum_0 = total
@@ -294,19 +316,25 @@ def _multiply(
             slot, phase = next_slot(slot, phase, full.shape[0])
         columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
         out_row = gl.where(is_shared, shared_out_row, 0) + row
+        group = n
+        to = columns
+        if HEADS:
+            out_row = token
+            group = tile * num_n + n
+            to = columns + tile * num_columns
         in_rows = out_row < num_rows
         mask = (columns < num_columns)[:, None] & in_rows[None, :]
-        to = out_ptr + out_row.to(gl.int64)[None, :] * out_stride + columns[:, None]
         if SILU:
             total = total / (1.0 + gl.exp(-total)) * second_total
-            if FP8:
-                # Columns past the last belong to another matrix.
-                total = gl.where((columns < num_columns)[:, None], total, 0.0)
-                largest = gl.max(gl.abs(total), axis=0)
-                scale = gl.where(largest > 0, largest / FP8_MAX, 1.0)
-                total = total / scale[None, :]
-                gl.store(out_scale_ptr + n * out_scale_stride + out_row, scale, mask=in_rows)
-        gl.store(to, total.to(out_ptr.dtype.element_ty), mask=mask)
+        if QUANTISE:
+            # Columns past the last belong to another matrix.
+            total = gl.where((columns < num_columns)[:, None], total, 0.0)
+            largest = gl.max(gl.abs(total), axis=0)
+            scale = gl.where(largest > 0, largest / FP8_MAX, 1.0)
+            total = total / scale[None, :]
+            gl.store(out_scale_ptr + group * out_scale_stride + out_row, scale, mask=in_rows)
+        out = out_ptr + out_row.to(gl.int64)[None, :] * out_stride + to[:, None]
+        gl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit(do_not_specialize=["x_rows", "num_rows", "num_dense", "x_scale_stride", "out_scale_stride", "num_shared", "shared_tiles", "shared_out_row", "shared_x_rows", "shared_x_row", "sx_scale_stride", "row_tiles"])  # fmt: skip
@@ -317,11 +345,15 @@ def few_rows_kernel(
     out_stride, out_scale_stride,
     num_shared, shared_tiles, shared_row_step, shared_k_step, shared_second, shared_x_rows, shared_x_row, row_tiles, shared_out_row,
     sx_scale_stride, scale_row_step, scale_second, scale_width, scale_k_step,
-    FP8: gl.constexpr, SILU: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr, KNOWN: gl.constexpr,
+    FP8: gl.constexpr, SILU: gl.constexpr, QUANTISE: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr, KNOWN: gl.constexpr,
+    SPLIT: gl.constexpr, HEADS: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, UNROLL: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Units of BLOCK_T rows by BLOCK_N columns (with SILU of gate and up); see the head of this file and `few_rows`."""
+    """Units of BLOCK_T rows by BLOCK_N columns (with SILU of gate and up); see the head of this file and `few_rows`.
+
+    With SPLIT or HEADS there is one tile of rows, and what counts tiles counts the parts of K or the heads.
+    """
     HALVES: gl.constexpr = 2 if SILU else 1
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES * UNROLL, BLOCK_T, BLOCK_K], x_desc.layout)
     w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES * UNROLL * HALVES, BLOCK_N, BLOCK_K], w_desc.layout)
@@ -342,12 +374,14 @@ def few_rows_kernel(
     gl.warp_specialize(
         [
             (_multiply, (x_smem, w_smem, full, free, scales, outputs, tiles, grid, shared, shared_rows, shared_scales,
-                         (x_rows, shared_x_rows, num_rows, num_columns, num_k), FP8, SILU, GROUPED, SHARED, BLOCK_T, BLOCK_N, UNROLL)),
+                         (x_rows, shared_x_rows, num_rows, num_columns, num_k),
+                         FP8, SILU, QUANTISE, GROUPED, SHARED, SPLIT, HEADS, BLOCK_T, BLOCK_N, UNROLL)),
             (_copy_weights, ((w_desc, sw_desc), w_smem, full, free, tiles, grid, (expert_rows, second_row), shared,
                              (w_scale_ptr, expert_scale_rows, second_scale_row),
-                             shared_by, num_k, FP8, SILU, GROUPED, SHARED, KNOWN, BLOCK_N, UNROLL, BLOCK_K)),
+                             shared_by, num_k, FP8, SILU, GROUPED, SHARED, KNOWN, SPLIT, HEADS, BLOCK_N, UNROLL, BLOCK_K)),
             (_copy_rows, ((x_desc, sx_desc), x_smem, full, free, tiles, grid, shared, shared_rows,
-                          (x_scale_ptr, x_scale_stride, sx_scale_ptr, sx_scale_stride), num_k, FP8, GROUPED, SHARED, BLOCK_T, UNROLL, BLOCK_K)),
+                          (x_scale_ptr, x_scale_stride, sx_scale_ptr, sx_scale_stride), num_k,
+                          FP8, GROUPED, SHARED, SPLIT or HEADS, BLOCK_T, UNROLL, BLOCK_K)),
         ],
         [1, 1],
         [40, 40],
@@ -383,11 +417,13 @@ def few_rows(
     dtype: torch.dtype | None = None,
     block_n: int | None = None,
     unroll: int | None = None,
+    num_splits: int = 1,
 ) -> Tensor | QuantisedRows:
     """As `triton.gemm.few_rows`, bf16 or FP8. With `shared` the result has S * ceil(T / tile) * tile rows more than `tiles` may use.
 
     `dtype`: of the result, fp32 from bf16. `known`: weights are read by `tiles` before the wait. So the kernel launched directly before
     must wait itself before it lets this one start, and `tiles` must be older than it; another that has only passed by is not enough.
+    `num_splits`: parts of K of a plain product, summed by a second kernel in one order.
     """
     op = operands(x, w, silu=silu)
     block_t = tiles.num_rows if tiles else min(64, max(16, triton.next_power_of_2(op.num_rows)))
@@ -395,28 +431,126 @@ def few_rows(
     num_shared = shared.num_experts * shared.num_tiles(block_t) if shared else 0
     num_rows = (num_routed + num_shared) * block_t if shared else op.num_rows
     out = empty_product(op, silu=silu, num_rows=num_rows, dtype=dtype)
-    target = out.values if isinstance(out, QuantisedRows) else out
-    out_scales = out.scales if isinstance(out, QuantisedRows) else target
+    split = num_splits > 1
+    target = out
+    if split:
+        assert not silu
+        assert tiles is None
+        assert num_routed == 1
+        num_routed, num_rows = num_splits, num_splits * block_t
+        target = empty_product(op, silu=False, num_rows=num_rows, dtype=torch.float32)
+    processors = num_processors(op.x_SK.device)
     if block_n is None:
-        block_n = _block_n(op, silu=silu, num_tiles=num_routed + num_shared, processors=num_processors(target.device))
+        block_n = 64 if split else _block_n(op, silu=silu, num_tiles=num_routed + num_shared, processors=processors)
     assert not (silu and op.fp8) or block_n == BLOCK, "a unit writes one scale a row"
     if unroll is None:
-        unroll = 4 if block_t == 16 and not silu else 2
+        unroll = 4 if block_t == 16 and not silu and not split else 2
+    cut = _Cut(
+        block_t=block_t,
+        block_n=block_n,
+        unroll=unroll,
+        num_tiles=num_routed,
+        num_steps=triton.cdiv(triton.cdiv(op.num_k, unroll), num_splits),
+    )
+    beside = _beside(shared, x, op, block_t=block_t, first_row=num_routed * block_t, silu=silu) if shared else None
+    _launch(
+        op, target, cut, num_rows=num_rows, silu=silu, tiles=tiles, beside=beside, num_shared=num_shared, known=known, split=split
+    )  # fmt: skip
+    if split:
+        assert isinstance(target, Tensor)
+        sum_splits(target, out, num_splits=num_splits, silu=False, rows_apart=block_t)
+    return out
+
+
+def splits_for(num_rows_w: int, num_k: int, processors: int) -> int:
+    """Parts of K for `few_rows` such that the rings of all SMs hold the whole matrix before the rows come; 1: they cannot."""
+    num_steps = triton.cdiv(num_k, 2)
+    most = min(_MOST_SPLITS, processors // triton.cdiv(num_rows_w, 64), num_steps)
+    if most < 2 or triton.cdiv(num_steps, most) > _HELD_STEPS:
+        return 1
+    return triton.cdiv(num_steps, triton.cdiv(num_steps, most))
+
+
+def few_rows_by_head(x_BHC: Tensor, w_HVC: Tensor, *, quantise: bool) -> Tensor | QuantisedRows:
+    """x[:, h] W[h]^T of every head h, side by side: [B, H V] in bf16, or FP8 where V is a scale's width.
+
+    bf16; x contiguous, B up to 64, C a multiple of 256; rows of W contiguous, heads of W a whole number of its rows apart.
+    """
+    num_rows, num_heads, width = x_BHC.shape
+    num_columns, row_stride = w_HVC.shape[1], w_HVC.stride(1)
+    assert x_BHC.is_contiguous()
+    assert w_HVC.stride(2) == 1
+    assert w_HVC.stride(0) % row_stride == 0
+    rows_apart = w_HVC.stride(0) // row_stride
+    w_NC = w_HVC.as_strided(((num_heads - 1) * rows_apart + num_columns, width), (row_stride, 1))
+    x_BK = x_BHC.flatten(1)
+    op = Operands(
+        x_SK=x_BK, x_scales=x_BK, w_EK=w_NC, w_scales=w_NC, expert_rows=rows_apart, expert_scale_rows=0,
+        num_columns=num_columns, fp8=False,
+    )  # fmt: skip
+    unroll = 4 if num_rows <= 16 else 2
+    assert width % (op.block_k * unroll) == 0, "a step of one head would reach into the next"
+    assert not quantise or num_columns == BLOCK, "a unit writes one scale a row"
+    cut = _Cut(
+        block_t=max(16, triton.next_power_of_2(num_rows)),
+        block_n=BLOCK if quantise else 64,
+        unroll=unroll,
+        num_tiles=num_heads,
+        num_steps=width // (op.block_k * unroll),
+    )
+    out: Tensor | QuantisedRows
+    if quantise:
+        out = empty_rows(num_rows, num_heads * num_columns, x_BHC.device)
+    else:
+        out = torch.empty(num_rows, num_heads * num_columns, dtype=x_BHC.dtype, device=x_BHC.device)
+    _launch(op, out, cut, num_rows=num_rows, heads=True)
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """Units of `block_t` rows and `block_n` columns, `num_tiles` of rows (of parts of K, of heads), `unroll` blocks of K a step."""
+
+    block_t: int
+    block_n: int
+    unroll: int
+    num_tiles: int
+    num_steps: int
+
+
+def _launch(
+    op: Operands,
+    out: Tensor | QuantisedRows,
+    cut: _Cut,
+    *,
+    num_rows: int,
+    silu: bool = False,
+    tiles: Tiles | None = None,
+    beside: tuple[Operands, tuple[int, ...]] | None = None,
+    num_shared: int = 0,
+    known: bool = False,
+    split: bool = False,
+    heads: bool = False,
+) -> None:
+    """`num_rows`: of `out`, which has FP8 rows if a unit is to quantise its own."""
+    target = out.values if isinstance(out, QuantisedRows) else out
+    out_scales = out.scales if isinstance(out, QuantisedRows) else target
+    block_t, block_n, unroll = cut.block_t, cut.block_n, cut.unroll
     num_n = triton.cdiv(op.num_columns, block_n)
     stages = _RING_BYTES // (unroll * 128 * (block_n * (2 if silu else 1) + block_t))
-    beside, beside_numbers = _beside(shared, x, op, block_t=block_t, first_row=num_routed * block_t, silu=silu)
-    few_rows_kernel[(min(num_processors(target.device), (num_routed + num_shared) * num_n),)](
+    shared, shared_numbers = beside or (op, (0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0))
+    few_rows_kernel[(min(num_processors(target.device), (cut.num_tiles + num_shared) * num_n),)](
         _descriptor(op.x_SK, [block_t, op.block_k]), _descriptor(op.w_EK, [block_n, op.block_k]),
-        _descriptor(beside.x_SK, [block_t, op.block_k]), _descriptor(beside.w_EK, [block_n, op.block_k]),
+        _descriptor(shared.x_SK, [block_t, op.block_k]), _descriptor(shared.w_EK, [block_n, op.block_k]),
         target, out_scales, tiles.expert if tiles else target, tiles.num_used if tiles else target,
-        op.x_scales, op.w_scales, beside.x_scales, beside.w_scales,
-        num_routed, op.num_rows, num_rows, op.num_columns, num_n, op.num_k, triton.cdiv(op.num_k, unroll), op.expert_rows, op.num_columns,
+        op.x_scales, op.w_scales, shared.x_scales, shared.w_scales,
+        cut.num_tiles, op.num_rows, num_rows, op.num_columns, num_n, op.num_k, cut.num_steps, op.expert_rows, op.num_columns,
         op.x_scales.stride(-1), op.expert_scale_rows, op.second_scale_row, target.stride(0), out_scales.stride(-1),
-        *beside_numbers,
-        FP8=op.fp8, SILU=silu, GROUPED=tiles is not None, SHARED=shared is not None, KNOWN=known, BLOCK_T=block_t, BLOCK_N=block_n,
+        *shared_numbers,
+        FP8=op.fp8, SILU=silu, QUANTISE=isinstance(out, QuantisedRows), GROUPED=tiles is not None, SHARED=beside is not None, KNOWN=known,
+        SPLIT=split, HEADS=heads, BLOCK_T=block_t, BLOCK_N=block_n,
         BLOCK_K=op.block_k, UNROLL=unroll, STAGES=stages, num_warps=4, maxnreg=128, launch_pdl=True,
     )  # fmt: skip
-    return out
 
 
 def _block_n(op: Operands, *, silu: bool, num_tiles: int, processors: int) -> int:
@@ -427,11 +561,9 @@ def _block_n(op: Operands, *, silu: bool, num_tiles: int, processors: int) -> in
 
 
 def _beside(
-    shared: Shared | None, x: Tensor | QuantisedRows, op: Operands, *, block_t: int, first_row: int, silu: bool
+    shared: Shared, x: Tensor | QuantisedRows, op: Operands, *, block_t: int, first_row: int, silu: bool
 ) -> tuple[Operands, tuple[int, ...]]:
     """The shared experts' operands, and how the kernel finds each expert's part of them."""
-    if shared is None:
-        return op, (0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0)
     beside = operands(x if shared.x is None else shared.x, shared.w, silu=silu)
     per_expert = shared.num_tiles(block_t)
     num_shared = shared.num_experts * per_expert

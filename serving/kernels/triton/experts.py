@@ -129,6 +129,7 @@ def send_kernel(
     NUM_BINS: tl.constexpr,
     PAIRS: tl.constexpr,
     TOP_K: tl.constexpr,
+    K: tl.constexpr,
     TILE: tl.constexpr,
     QUANTISE: tl.constexpr,
     SCALED: tl.constexpr,
@@ -156,12 +157,16 @@ def send_kernel(
     tiles = (total + TILE - 1) // TILE
     tile_end = tl.cumsum(tiles, axis=0)
     first_slot = (tile_end - tiles) * TILE
+    # All of the token's experts in one pass: a sum over the program takes longer than what it adds up.
+    k_K = tl.arange(0, K)
+    pair_K = token * TOP_K + k_K
+    expert_K = tl.load(experts_ptr + pair_K, mask=k_K < TOP_K, other=0).to(tl.int32)
+    before = (chosen[None, :] == expert_K[:, None]) & (every[None, :] < pair_K[:, None])
+    first_K = tl.sum(tl.where(bins[None, :] == expert_K[:, None], first_slot[None, :], 0), axis=1)
+    slot_K = first_K + tl.sum(before.to(tl.int32), axis=1)
+    tl.store(slots_ptr + pair_K, slot_K, mask=(k_K < TOP_K) & (tl.program_id(1) == 0))
     for k in tl.static_range(TOP_K):
-        pair = token * TOP_K + k
-        expert = tl.load(experts_ptr + pair).to(tl.int32)
-        rank = tl.sum(((chosen == expert) & (every < pair)).to(tl.int32), axis=0)
-        slot = (tl.sum(tl.where(bins == expert, first_slot, 0), axis=0) + rank).to(tl.int64)
-        tl.store(slots_ptr + pair, slot.to(tl.int32), mask=tl.program_id(1) == 0)
+        slot = tl.sum(tl.where(k_K == k, slot_K, 0), axis=0).to(tl.int64)
         tl.store(out_ptr + slot * out_stride + column, x, mask=mask)
         if QUANTISE or SCALED:
             tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
@@ -221,24 +226,32 @@ def combine_kernel(
     added_rows,
     out_stride,
     TOP_K: tl.constexpr,
+    K: tl.constexpr,
     ADDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """Sum of a token's rows by their routing weights, in the order of K whatever the batch, and of its ADDED rows, `added_rows` apart; fp32."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = column < width
+    if PDL:
+        gdc_launch_dependents()
+    # Older than the products, which wait before they let another start. Not from the first cache, which may hold what was there before.
+    k_K = tl.arange(0, K)
+    slots_K = tl.load(slots_ptr + token * TOP_K + k_K, mask=k_K < TOP_K, other=0, cache_modifier=".cg")
+    weights_K = tl.load(weights_ptr + token * TOP_K + k_K, mask=k_K < TOP_K, other=0.0, cache_modifier=".cg").to(
+        tl.float32
+    )
+    if PDL:
+        gdc_wait()
     total = tl.zeros([BLOCK_D], tl.float32)
     for i in tl.static_range(ADDED):
         added = added_ptr + (token + i * added_rows).to(tl.int64) * added_stride + column
         total += tl.load(added, mask=mask, other=0.0).to(tl.float32)
     for k in tl.static_range(TOP_K):
-        slot = tl.load(slots_ptr + token * TOP_K + k).to(tl.int64)
-        weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
+        slot = tl.sum(tl.where(k_K == k, slots_K, 0), axis=0).to(tl.int64)
+        weight = tl.sum(tl.where(k_K == k, weights_K, 0.0), axis=0)
         total += weight * tl.load(y_ptr + slot * y_stride + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + token.to(tl.int64) * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -301,7 +314,7 @@ def send(
         experts_TK, values, x_scales, slots.slots_TK, tiles.expert, tiles.num_used, target, scales,
         num_pairs, width, values.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
         NUM_BINS=triton.next_power_of_2(num_experts), PAIRS=next(n for n in _COUNTED_AT_ONCE if n >= num_pairs),
-        TOP_K=experts_TK.shape[1], TILE=tile, **ends.form, **overlap(device),
+        TOP_K=experts_TK.shape[1], K=triton.next_power_of_2(experts_TK.shape[1]), TILE=tile, **ends.form, **overlap(device),
     )  # fmt: skip
     return slots, ends.out
 
@@ -362,7 +375,7 @@ def combine(
     assert added.stride(1) == 1, "rows must be contiguous"
     combine_kernel[(num_tokens, triton.cdiv(width, block))](
         y_SD, slots.slots_TK, weights_TK, added, out, width, y_SD.stride(0), added.stride(0), added.shape[0] // num_added, out.stride(0),
-        TOP_K=top_k, ADDED=0 if added_TD is None else num_added, BLOCK_D=block, **overlap(out.device),
+        TOP_K=top_k, K=triton.next_power_of_2(top_k), ADDED=0 if added_TD is None else num_added, BLOCK_D=block, **overlap(out.device),
     )  # fmt: skip
     return out
 

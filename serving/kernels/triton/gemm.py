@@ -116,13 +116,14 @@ def few_rows_kernel(
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "out_scale_stride"])
+@triton.jit(do_not_specialize=["num_rows", "rows_apart", "out_scale_stride"])
 def sum_splits_kernel(
     part_ptr,
     out_ptr,
     out_scale_ptr,
     num_rows,
     num_columns,
+    rows_apart,
     part_stride,
     out_stride,
     out_scale_stride,
@@ -142,7 +143,7 @@ def sum_splits_kernel(
     total = tl.zeros([BLOCK_T, 128], tl.float32)
     second_total = tl.zeros([BLOCK_T, 128], tl.float32)
     for split in tl.static_range(NUM_SPLITS):
-        part = part_ptr + (split * num_rows + row).to(tl.int64)[:, None] * part_stride + column[None, :]
+        part = part_ptr + (split * rows_apart + row).to(tl.int64)[:, None] * part_stride + column[None, :]
         total += tl.load(part, mask=mask, other=0.0)
         if SILU:
             second_total += tl.load(part + num_columns, mask=mask, other=0.0)
@@ -275,13 +276,15 @@ def few_rows(
     return out
 
 
-def sum_splits(parts: Tensor, out: Tensor | QuantisedRows, *, num_splits: int, silu: bool) -> None:
-    """Fill `out` [M, N] from fp32 [num_splits * M, N], or with `silu` [num_splits * M, 2N]."""
+def sum_splits(
+    parts: Tensor, out: Tensor | QuantisedRows, *, num_splits: int, silu: bool, rows_apart: int | None = None
+) -> None:
+    """Fill `out` [M, N] from fp32 [num_splits * M, N], or with `silu` [num_splits * M, 2N]; parts may lie more rows apart than M."""
     target = out.values if isinstance(out, QuantisedRows) else out
     out_scales = out.scales if isinstance(out, QuantisedRows) else target
     num_rows, num_columns = target.shape
     block_t = 4
     sum_splits_kernel[(triton.cdiv(num_rows, block_t), triton.cdiv(num_columns, BLOCK))](
-        parts, target, out_scales, num_rows, num_columns, parts.stride(0), target.stride(0), out_scales.stride(-1),
+        parts, target, out_scales, num_rows, num_columns, rows_apart or num_rows, parts.stride(0), target.stride(0), out_scales.stride(-1),
         NUM_SPLITS=num_splits, SILU=silu, QUANTISE=isinstance(out, QuantisedRows), BLOCK_T=block_t, **overlap(target.device),
     )  # fmt: skip

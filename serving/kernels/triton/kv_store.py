@@ -77,10 +77,9 @@ def norm_rope_store(
 
 
 @triton.jit
-def _turned(x, rotation_ptr, ROPE: tl.constexpr):
-    """Pairs of the last axis of [H, R] times the rotations of one token, fp32."""
+def _turned(x, parts, ROPE: tl.constexpr):
+    """Pairs of the last axis of [H, R] times the rotations [R] of one token, fp32."""
     even, odd = tl.split(tl.reshape(x.to(tl.float32), [x.shape[0], ROPE // 2, 2]))
-    parts = tl.load(rotation_ptr + tl.arange(0, ROPE))
     cos, sin = tl.split(tl.reshape(parts, [ROPE // 2, 2]))
     cos, sin = cos[None, :], sin[None, :]
     turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
@@ -89,21 +88,21 @@ def _turned(x, rotation_ptr, ROPE: tl.constexpr):
 
 @triton.jit
 def _turn_query(
-    q_ptr, q_out_ptr, rotation_ptr, q_stride_h, q_out_stride_h, first_head, num_heads, ROPE: tl.constexpr, HEADS: tl.constexpr
+    q_ptr, q_out_ptr, rotation, q_stride_h, q_out_stride_h, first_head, num_heads, ROPE: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
     head = first_head + tl.arange(0, HEADS)
     column = tl.arange(0, ROPE)
     inside = head[:, None] < num_heads
     q = tl.load(q_ptr + head[:, None] * q_stride_h + column[None, :], mask=inside, other=0.0)
-    turned = _turned(q, rotation_ptr, ROPE).to(q.dtype)
+    turned = _turned(q, rotation, ROPE).to(q.dtype)
     tl.store(q_out_ptr + head[:, None] * q_out_stride_h + column[None, :], turned, mask=inside)
 
 
 @triton.jit
 def _store_latent(
     latent_ptr,
-    weight_ptr,
-    rotation_ptr,
+    weight,
+    rotation,
     rows_ptr,
     rows_fp32_ptr,
     rows_bf16_ptr,
@@ -119,9 +118,9 @@ def _store_latent(
     c = tl.load(latent_ptr + column)
     wide = c.to(tl.float32)
     mean = tl.sum(wide * wide, axis=0) / LATENT
-    normed = (wide * tl.rsqrt(mean + eps) * tl.load(weight_ptr + column).to(tl.float32)).to(c.dtype)
+    normed = (wide * tl.rsqrt(mean + eps) * weight).to(c.dtype)
     k_rope = tl.load(latent_ptr + LATENT + rope_column)[None, :]
-    turned = tl.reshape(_turned(k_rope, rotation_ptr, ROPE), [ROPE]).to(c.dtype)
+    turned = tl.reshape(_turned(k_rope, rotation, ROPE), [ROPE]).to(c.dtype)
     if KEEP:
         tl.store(kept_ptr + column, normed)
         tl.store(kept_ptr + LATENT + rope_column, turned)
@@ -168,17 +167,21 @@ def _kernel(
     """Program (t, 0) has the latent row of token t, program (t, 1 + i) the i-th HEADS of its query."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    rotation = rotation_ptr + token * ROPE
+    # Weights, and what a step makes before its first layer by launches that let no other start early. Not from the first
+    # cache, which may hold what was there before.
+    rotation = tl.load(rotation_ptr + token * ROPE + tl.arange(0, ROPE), cache_modifier=".cg")
+    weight = tl.load(weight_ptr + tl.arange(0, LATENT)).to(tl.float32)
+    row = tl.load(slots_ptr + token, cache_modifier=".cg") * row_stride
+    if PDL:
+        gdc_wait()
     if part == 0:
-        row = tl.load(slots_ptr + token) * row_stride
         kept = kept_ptr + token * (LATENT + ROPE) if KEEP else kept_ptr
         latent = latent_ptr + token * latent_stride_t
         _store_latent(
             latent,
-            weight_ptr,
+            weight,
             rotation,
             rows_ptr,
             rows_fp32_ptr,

@@ -6,8 +6,8 @@
 
 The kernels that are fast at the published widths are `serving.kernels.gluon.mla_decode`, `mla_decode_wide` and
 `mla_decode_fp8`; they read the same plan and write the same parts. The pages of all sequences are counted through one
-after the other: worker w attends flat pages `[bounds[w], bounds[w + 1])`. A kernel with K blocks of columns runs G =
-W // K groups of workers a block; what a group attends of one sequence is a part, and part (group, sequence) has row
+after the other: worker w attends flat pages `[bounds[w], bounds[w + 1])`. A kernel with K blocks of columns runs G groups
+of workers a block, W // K if the cut was made for a whole device, W if it was made for K blocks; what a group attends of one sequence is a part, and part (group, sequence) has row
 `group + sequence` of the partial results, which no other part has: from one part to the next at least one of the two
 grows.
 
@@ -53,7 +53,13 @@ def cut_pages(context_lens_B: Tensor, num_workers: int) -> Cut:
     shapes = (num_workers + 1,), (num_workers,), (num_workers,), (batch + 1,), (batch, 2)
     cut = Cut(*(context_lens_B.new_empty(shape) for shape in shapes))
     _plan_kernel[(max(num_workers, batch) + 1,)](
-        context_lens_B, *cut, batch, num_workers, _MIN_PART_PAGES, BLOCK=triton.next_power_of_2(batch), num_warps=4
+        context_lens_B,
+        *cut,
+        batch,
+        num_workers,
+        _MIN_PART_PAGES,
+        BLOCK=triton.next_power_of_2(batch),
+        num_warps=1 if batch <= 64 else 4,
     )
     return cut
 
@@ -72,12 +78,11 @@ def _plan_kernel(
     # The shortest longest part with which every part has a worker of its own.
     low = min_part
     high = tl.maximum(tl.max(pages), min_part)
-    for _ in range(22):
+    while low < high:
         middle = (low + high) // 2
         fits = tl.sum((pages + middle - 1) // middle) <= num_workers
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, middle + 1)
-        low = tl.minimum(low, high)
     parts = (pages + high - 1) // high
     num_parts = tl.sum(parts)
     # Up to a tenth above the even share is made up by parts that need no merging; memory, not SMs, is the bound.
@@ -298,6 +303,7 @@ def decode_paged(
     first: int,
     latent: int,
     scale: float,
+    num_groups: int | None = None,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over cached rows: out [B, T, H, C] in q's dtype, lse [B, T, H] fp32 (natural log).
@@ -314,7 +320,7 @@ def decode_paged(
         config = config_for(num_columns, rows_BPTW.dtype, latent, width - latent)
     num_blocks = triton.cdiv(num_columns, config.columns)
     num_workers = cut.first_seqs.shape[0]
-    num_groups = max(num_workers // num_blocks, 1)
+    num_groups = num_groups or max(num_workers // num_blocks, 1)
     out = q_BTHW.new_empty(batch, tokens, heads, latent)
     lse = q_BTHW.new_empty(batch, tokens, heads, dtype=torch.float32)
     parts = (num_groups + batch) * num_blocks * config.columns

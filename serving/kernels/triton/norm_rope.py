@@ -95,13 +95,14 @@ def _norm_kernel(
     """A row a program, as [GROUPS, 128]."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = column < width
-    x = tl.load(x_ptr + token * x_stride_t + column, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_wait()
+    x = tl.load(x_ptr + token * x_stride_t + column, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + token * residual_stride_t + column, mask=inside, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from serving.kernels.quant import Fp8Weight, QuantisedRows
+from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows
 from serving.kernels.triton import gemm, quant
 from serving.kernels.triton.device import num_processors
 from serving.kernels.triton.gemm import FewRows, Tiles
@@ -35,6 +35,12 @@ def linear(x: Tensor, w: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         from serving.kernels.gluon.few_rows import few_rows
 
         out = few_rows(x, w, dtype=dtype)
+        assert isinstance(out, Tensor)
+        return out
+    if _takes_ring(x, w) and (num_splits := _ring_splits(x, w)) > 1:
+        from serving.kernels.gluon.few_rows import few_rows
+
+        out = few_rows(x, w, dtype=dtype, num_splits=num_splits)
         assert isinstance(out, Tensor)
         return out
     return F.linear(x, w) if dtype in (None, x.dtype) else torch.mm(x, w.t(), out_dtype=dtype)
@@ -65,13 +71,32 @@ def is_thin(x: Tensor, w: Tensor) -> bool:
 
 def is_few(x: Tensor, w: Tensor) -> bool:
     """Whether `gluon.few_rows` is the quickest, of plain weights: with longer rows the library is."""
-    few = x.dim() == 2 and 0 < x.shape[0] <= _FEW_DENSE and x.shape[1] <= MOST_COLUMNS and x.shape[1] % 8 == 0
+    return _takes_ring(x, w) and x.shape[1] <= MOST_COLUMNS
+
+
+def _takes_ring(x: Tensor, w: Tensor) -> bool:
+    """Whether `gluon.few_rows` multiplies these, plain."""
+    few = x.dim() == 2 and 0 < x.shape[0] <= _FEW_DENSE and x.shape[1] % 8 == 0
     return few and has_ring(x) and x.dtype == w.dtype and _is_copied_in_bulk(x)
+
+
+def _ring_splits(x: Tensor, w: Tensor | Fp8Weight) -> int:
+    """Parts of K such that a matrix with columns for few SMs lies in the rings of all."""
+    from serving.kernels.gluon.few_rows import splits_for
+
+    return splits_for(w.shape[0], triton.cdiv(x.shape[1] * x.element_size(), 128), num_processors(x.device))
 
 
 def _is_copied_in_bulk(x_TK: Tensor) -> bool:
     """Whether its rows begin at multiples of 16 bytes, as bulk copies want them; part of a wider matrix may not."""
     return x_TK.stride(0) * x_TK.element_size() % 16 == 0 and x_TK.data_ptr() % 16 == 0
+
+
+def is_few_by_head(x_THC: Tensor, w_HVC: Tensor) -> bool:
+    """Whether `gluon.few_rows_by_head` is the quickest: heads for most processors."""
+    num_rows, num_heads, width = x_THC.shape
+    fits = width % 256 == 0 and w_HVC.shape[1] == BLOCK and x_THC.is_contiguous() and w_HVC.stride(2) == 1
+    return fits and 0 < num_rows <= _FEW_DENSE and num_heads >= 100 and has_ring(x_THC) and x_THC.dtype == w_HVC.dtype
 
 
 def has_ring(x: Tensor) -> bool:
@@ -80,7 +105,7 @@ def has_ring(x: Tensor) -> bool:
 
 
 def _fills_ring(x: Tensor | QuantisedRows, w: Tensor | Fp8Weight) -> bool:
-    """Whether `gluon.few_rows` is the quickest, dense FP8: not without work for most processors, where K should be split."""
+    """Whether `gluon.few_rows` is the quickest, dense FP8: not without work for most processors, where K is split."""
     return isinstance(x, QuantisedRows) and 0 < len(x.values) <= RING_TILE and w.shape[0] >= 64 * 100
 
 
@@ -97,6 +122,16 @@ def product(
         from serving.kernels.gluon.few_rows import few_rows
 
         return few_rows(x, w, silu=silu, tiles=tiles)
+    if (
+        has_ring(values)
+        and not tiles
+        and not silu
+        and 0 < num_rows <= RING_TILE
+        and (splits := _ring_splits(values, w)) > 1
+    ):
+        from serving.kernels.gluon.few_rows import few_rows
+
+        return few_rows(x, w, num_splits=splits)
     if num_rows <= _FEW or values.dtype == torch.float32 or not values.is_cuda:
         return gemm.few_rows(x, w, _few(values, w.shape[-2], silu=silu, tiles=tiles), silu=silu, tiles=tiles)
     from serving.kernels.gluon import gemm as gluon_gemm

@@ -43,6 +43,7 @@ def sample(
     top_p_B: Tensor | None = None,
     min_p_B: Tensor | None = None,
 ) -> Tensor:
+    assert logits_BV.dtype == torch.float32, "fp32 logits"
     num_rows, vocab = logits_BV.shape
     best_BS = _best(logits_BV)
     num_segments = best_BS.shape[1]
@@ -144,7 +145,7 @@ def _lowest_kept(
 def _best(logits_BV: Tensor) -> Tensor:
     """int64 [B, S]: key of the best token of each segment."""
     num_rows, vocab = logits_BV.shape
-    assert logits_BV.dtype == torch.float32, "fp32 logits"
+    assert logits_BV.dtype in (torch.float32, torch.bfloat16), "fp32 or bf16 logits"
     assert logits_BV.stride(1) == 1, "rows must be contiguous"
     best_BS = torch.empty(num_rows, triton.cdiv(vocab, _SEGMENT), dtype=torch.int64, device=logits_BV.device)
     _best_kernel[best_BS.shape](
@@ -308,7 +309,7 @@ def _uniform(seed, position):
 def _best_kernel(logits_ptr, best_ptr, logits_stride_b, vocab, num_segments, SEGMENT: tl.constexpr):
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = segment * SEGMENT + tl.arange(0, SEGMENT)
-    logits = tl.load(logits_ptr + row * logits_stride_b + token, mask=token < vocab, other=-float("inf"))
+    logits = tl.load(logits_ptr + row * logits_stride_b + token, mask=token < vocab, other=-float("inf")).to(tl.float32)
     keys = tl.where(token < vocab, _keys(logits, token), -0x8000000000000000)
     tl.store(best_ptr + row * num_segments + segment, tl.max(keys, axis=0))
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from serving.bench.redundancy import main
 from serving.core.errors import ConfigError
@@ -25,3 +26,9 @@ def test_an_optimum_that_cannot_be_computed_is_not_left_out_in_silence(monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="pip install scipy"):
         main(["--steps", "1", "--milp-seconds", "1"])
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="leave the option out"):
+        main(["--steps", "1", "--device", "cuda"])

@@ -13,11 +13,11 @@ from serving.aggregated import Aggregated
 from serving.core.request import FinishReason, SamplingParams, TokenLogprobs
 from serving.demo import evaluate
 from serving.demo.evaluate import MODEL_FOLDER
-from serving.engine import speculative
 from serving.engine.build import Engine, build_engine
 from serving.engine.drafting import Drafting
 from serving.engine.plan import DecodeRow, PrefillChunk, SlotSpec, StepPlan
 from serving.engine.sampler import Sampler
+from serving.kernels import draft_rows
 from serving.text.template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
 from tests.engine_factory import GREEDY, create_sequence
@@ -160,7 +160,7 @@ def test_a_draft_that_is_accepted_unseen_shows_in_the_text(
     def every_draft(tokens_BT: torch.Tensor, drafts_BK: torch.Tensor) -> torch.Tensor:
         return torch.full_like(tokens_BT[:, 0], drafts_BK.shape[1])
 
-    monkeypatch.setattr(speculative, "num_accepted", every_draft)
+    monkeypatch.setattr(draft_rows, "num_accepted", every_draft)
     found = _answers(_loop(engine, _always(3)), max_new_tokens=LENGTHS, sampling=SAMPLED)
     assert [tokens for tokens, *_ in found] != [tokens for tokens, *_ in expected]
 
@@ -276,7 +276,7 @@ def test_penalties_count_accepted_tokens_only() -> None:
                 drafts[:, t] = drawn if t < num_accepted else (drawn + 1) % 50
         tokens, parts = drafted.sample_drafted((0, 1), step.flatten(0, 1).clone(), torch.tensor([position] * 2), drafts)
         logprobs = {row: of for part in parts for row, of in part.by_row().items()}
-        assert speculative.num_accepted(tokens, drafts).tolist() == [num_accepted] * 2
+        assert draft_rows.num_accepted(tokens, drafts).tolist() == [num_accepted] * 2
         got = [(tokens[:, t].tolist(), logprobs[t].logprob) for t in range(num_accepted + 1)]
         assert got == want
         position += num_accepted + 1

@@ -14,8 +14,8 @@ from serving.parallel.virtual import Fault
 from tests.engine_factory import GREEDY, create_engine, create_loop, random_prompts
 from tests.unit.serving.engine.unit_loops import Arrival, run_unit
 
-NUM_NEW = 6
-LENGTHS = [1, 5, 40, 63, 64, 70, 90, 130, 2, 30, 65, 12]
+NUM_NEW = 4
+LENGTHS = [1, 40, 64, 70, 130, 2, 65, 12]
 TP2_DP2 = UnitTable(tp=2, dp=2, ranks_per_node=2, redundant_experts=4)
 TP1_DP4 = UnitTable(tp=1, dp=4, ranks_per_node=4)
 SPLIT = MicroBatches(prefill_tokens=8, rows=2)
@@ -40,10 +40,10 @@ def wanted(folder: Path, prompts: list[list[int]]) -> dict[int, list[int]]:
 
 def _arrivals(prompts: list[list[int]], dp: int) -> list[list[Arrival]]:
     """The last group has nothing; the second begins while the first is at work; after a pause there is more."""
-    numbers = [[*range(0, 12, dp - 1)], [*range(1, 12, dp - 1)], [*range(2, 12, dp - 1)]][: dp - 1]
+    numbers = [range(dp_rank, len(prompts), dp - 1) for dp_rank in range(dp - 1)]
     return [
         [
-            Arrival(round=4 * dp_rank + 30 * (i // 3), number=number, prompt=prompts[number], num_new=NUM_NEW)
+            Arrival(round=4 * dp_rank + 20 * (i // 2), number=number, prompt=prompts[number], num_new=NUM_NEW)
             for i, number in enumerate(of_group)
         ]
         for dp_rank, of_group in enumerate(numbers)

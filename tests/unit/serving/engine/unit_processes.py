@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+
+import torch
 
 from serving.engine.plan import DecodeRow, Launched, SlotSpec, StepPlan, StepResult, StepShape
 from serving.engine.unit import Follower, Leader, Lockstep
@@ -77,8 +80,6 @@ class UnitProcesses:
 
 
 def _live(pipe: Connection, rank: int, name: str) -> None:
-    import torch
-
     torch.set_num_threads(1)
     world = SharedMemoryCollectives(name=name, ranks=range(4), rank=rank, deadline_s=DEADLINE_S)
     tp = world.subgroup(GROUPS.tp_group(rank), "tp")
@@ -99,8 +100,6 @@ def _live(pipe: Connection, rank: int, name: str) -> None:
 
 def _lead(leader: Leader, pipe: Connection) -> None:
     """A step loop whose mailbox is a queue, filled from the pipe by a thread."""
-    import threading
-
     mailbox: queue.SimpleQueue[int | str | None] = queue.SimpleQueue()
 
     def read() -> None:

@@ -18,6 +18,7 @@ from serving.kernels.experts import grouped_mlp_fp8_reference, grouped_mlp_refer
 from serving.kernels.gemm import linear_fp8_reference
 from serving.kernels.quant import (
     Fp8Weight,
+    QuantisedRows,
     quantise_block_fp8,
     quantise_rows_fp8_reference,
     silu_mul_reference,
@@ -243,6 +244,63 @@ def test_dense_fp8_products(num_rows: int, columns: int, width: int) -> None:
     other = ring.few_rows(rows, w)
     assert isinstance(other, Tensor)
     assert error(other, want) > 1e-2
+
+
+# Parts of K of one, two and an odd number of steps, the last one shorter or beyond the end.
+@pytest.mark.parametrize(
+    ("num_rows", "columns", "width", "num_splits"),
+    [(5, 70, 272, 2), (16, 34, 1040, 3), (33, 130, 72, 2), (1, 200, 912, 7)],
+)
+def test_parts_of_k_that_are_units_of_their_own(num_rows: int, columns: int, width: int, num_splits: int) -> None:
+    x, w = randn(num_rows, width).bfloat16(), randn(columns, width, seed=1).bfloat16()
+    want = x.double() @ w.double().T
+    got = ring.few_rows(x, w, dtype=torch.float32, num_splits=num_splits)
+    assert isinstance(got, Tensor)
+    assert error(got, want) < 1e-5
+    w[:, -1] *= 3
+    other = ring.few_rows(x, w, dtype=torch.float32, num_splits=num_splits)
+    assert isinstance(other, Tensor)
+    assert error(other, want) > 1e-3
+    if num_rows <= RING_TILE:
+        rows, weight = quantise_rows_fp8_reference(randn(num_rows, width)), fp8(randn(columns, width, seed=1))
+        exact = linear_fp8_reference(rows, weight)
+        quantised = ring.few_rows(rows, weight, num_splits=num_splits)
+        assert isinstance(quantised, Tensor)
+        # Triton's interpreter cuts a sum off where it becomes bf16.
+        assert error(quantised, exact) < 6e-3
+        weight.scales[:, -1] *= 2
+        assert error(linear_fp8_reference(rows, weight), quantised) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("num_k", "columns", "want"), [(56, 2112, 4), (112, 256, 14), (56, 4096, 1), (128, 7168, 1), (2, 64, 1), (3, 64, 2)]
+)
+def test_parts_of_k_fill_the_processors_and_none_is_empty(num_k: int, columns: int, want: int) -> None:
+    num_splits = ring.splits_for(columns, num_k, 132)
+    assert num_splits == want
+    assert num_splits * -(-columns // 64) <= 132
+    assert (num_splits - 1) * -(-num_k // 2 // num_splits) < -(-num_k // 2)
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 20])
+@pytest.mark.parametrize("quantise", [False, True])
+def test_heads_with_a_matrix_each(num_rows: int, quantise: bool) -> None:
+    num_heads, width, columns = 5, 512, 128
+    x = randn(num_rows, num_heads, width).bfloat16()
+    w = (randn(num_heads, columns + 32, width, seed=1) / width**0.5).bfloat16()[:, 32:]
+    want = torch.einsum("bhc,hvc->bhv", x.double(), w.double()).flatten(1)
+    got = ring.few_rows_by_head(x, w, quantise=quantise)
+    if quantise:
+        assert isinstance(got, QuantisedRows)
+        assert error(got.dequantise(torch.float32), want) < 4e-2
+        exact = quantise_rows_fp8_reference(want.float())
+        torch.testing.assert_close(got.scales, exact.scales, rtol=1e-5, atol=0)
+        got = got.dequantise(torch.float32)
+    else:
+        assert isinstance(got, Tensor)
+        assert got.dtype == torch.bfloat16
+        assert error(got, want) < 6e-3
+    assert error(got.roll(columns, dims=1), want) > 0.5
 
 
 def test_a_kernel_that_does_not_wait_for_the_one_before_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def test_rope_turns_neighbouring_pairs_in_place(dtype: torch.dtype) -> None:
     x = whole[:, :, 4:]
     before = x.clone()
     positions, freqs = torch.tensor([0, 1, 7, 300]), inverse_frequencies(6, 10000.0)
-    rope_(x, rotations(positions, freqs, 1.0))
+    rope_(x, rotations(positions, freqs, torch.ones(1)))
     for t, position in enumerate(positions.tolist()):
         for i, freq in enumerate(freqs.tolist()):
             pair = complex(float(before[t, 1, 2 * i]), float(before[t, 1, 2 * i + 1]))

@@ -28,7 +28,7 @@ def inputs() -> dict[str, Tensor]:
     return {
         "latent_TW": both[:, 10:],
         "weight_C": randn(LATENT, seed=1),
-        "rotations_T": rotations(positions, inverse_frequencies(ROPE, 10000.0), 1.2),
+        "rotations_T": rotations(positions, inverse_frequencies(ROPE, 10000.0), torch.full((1,), 1.2)),
     }
 
 

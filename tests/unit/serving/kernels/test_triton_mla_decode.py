@@ -39,10 +39,12 @@ class Pool:
             self.tensor[pages.long(), 1] = rows.unflatten(0, (-1, 64))
 
 
-def decode(pool: Pool, q: Tensor, *, workers: int, first: int = 0, latent: int = LATENT) -> tuple[Tensor, Tensor]:
+def decode(
+    pool: Pool, q: Tensor, *, workers: int, groups: int | None = None, first: int = 0, latent: int = LATENT
+) -> tuple[Tensor, Tensor]:
     cut = cut_pages(pool.lens, workers)
     rows = pool.tensor[:, 1]
-    return decode_paged(q, rows, pool.table, pool.lens, cut, first=first, latent=latent, scale=SCALE)
+    return decode_paged(q, rows, pool.table, pool.lens, cut, first=first, latent=latent, scale=SCALE, num_groups=groups)
 
 
 def reference(pool: Pool, q: Tensor, *, first: int = 0, latent: int = LATENT) -> tuple[Tensor, Tensor]:
@@ -62,6 +64,16 @@ def test_parts_of_any_cut_merge_to_plain_attention(lens: list[int], workers: int
     want_out, want_lse = reference(pool, q, first=first)
     torch.testing.assert_close(out, want_out)
     torch.testing.assert_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("groups", [None, 3])
+def test_blocks_of_heads_attend_each_part(groups: int | None) -> None:
+    pool, q = Pool([130, 70, 1, 400]), randn(4, 1, 20, LATENT + ROPE, seed=5)
+    out, lse = decode(pool, q, workers=3, groups=groups)
+    want_out, want_lse = reference(pool, q)
+    torch.testing.assert_close(out, want_out)
+    torch.testing.assert_close(lse, want_lse)
+    assert not torch.allclose(out[:, :, :4], want_out[:, :, 16:])
 
 
 def test_draft_tokens_see_what_lies_before_them() -> None:

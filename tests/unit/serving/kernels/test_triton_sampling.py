@@ -36,6 +36,8 @@ def test_argmax_is_the_lowest_id_of_the_largest() -> None:
     logits[2] = -math.inf
     logits[3, 600] = math.nan
     assert device.argmax(logits).tolist() == logits.argmax(-1).tolist()
+    rounded = logits.bfloat16()
+    assert device.argmax(rounded).tolist() == rounded.float().argmax(-1).tolist()
     logits[0] = -torch.arange(VOCAB, dtype=torch.float32)
     assert device.argmax(logits)[:3].tolist() == [0, 30, 0]
 

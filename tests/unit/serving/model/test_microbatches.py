@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,26 @@ def test_prefill_alternates_and_decode_leads_by_half_an_attention(monkeypatch: p
     assert run([layers(clock, index, order, halves=True) for index in (0, 1)], ahead=1) == [0, 1]
     assert " ".join(order) == "a0 b0 a1 M0 b1 a0 M1 b0 a1 M0 b1 M1"
 
+    # One alone keeps its turn.
     order = []
     assert run([layers(clock, 0, order, halves=True)], ahead=1) == [0]
     assert " ".join(order) == "a0 b0 M0 a0 b0 M0"
+
+
+def test_what_does_not_give_way_is_waited_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = Clock(monkeypatch), list[str]()
+
+    def stays(index: int) -> Pass:
+        order.append(f"a{index}")
+        yield replace(clock.send("counts"), gives_way=False)
+        order.append(f"b{index}")
+        yield clock.send("dispatch")
+        order.append(f"M{index}")
+        return torch.tensor(index)
+
+    taken = timed(clock, [lambda: stays(0), lambda: stays(1)], 0)
+    assert " ".join(order) == "a0 b0 a1 b1 M0 M1"
+    assert taken.exposed_s == 2 * ROWS_S + ROWS_S
 
 
 def test_what_a_pass_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +110,8 @@ def test_a_timeline_tells_what_was_hidden(monkeypatch: pytest.MonkeyPatch, tmp_p
     both = timed(clock, [lambda: layers(clock, 0, [], halves=False), lambda: layers(clock, 1, [], halves=False)], 0)
     assert both.exposed_s < alone.exposed_s
     assert 0.5 < both.hidden < 1.0
+    assert both.hidden_beside(alone) == 1.0 - both.exposed_s / alone.exposed_s
+    assert alone.hidden_beside(alone) == 0.0
 
     path = tmp_path / "trace.json"
     both.write(path)

@@ -383,7 +383,7 @@ def _random_shape(draw: random.Random) -> _Shape:
     return _Shape(
         num_gpus=num_gpus,
         num_layers=num_layers,
-        num_experts=draw.randint(max(slots_per_gpu, most // 2), most - (slots_per_gpu < most)),
+        num_experts=draw.randint(max(2, slots_per_gpu, most // 2), most),
         slots_per_gpu=slots_per_gpu,
         staged_layers=draw.randint(1, num_layers),
         budget_bytes=draw.choice([1, 2, 5, 9, 50]) * ROW_BYTES + draw.randrange(ROW_BYTES),
@@ -392,21 +392,35 @@ def _random_shape(draw: random.Random) -> _Shape:
 
 
 def _random_deed(draw: random.Random, shape: _Shape, present: Placement) -> _Deed:
-    target = shape.place(draw.randrange(1 << 30))
-    if draw.random() < 0.3:
-        loads = np.random.default_rng(draw.randrange(1 << 30)).lognormal(0, 1, target.copies.shape)
-        target = incremental_placement(present, loads, max_changes=draw.randint(1, 4))
     return _Deed(
-        target=_changed(present, target, draw.randint(1, shape.staged_layers)),
+        target=_random_target(draw, shape, present),
         kind=draw.choice(["none", "none", "abort", "corrupt"]),
         rank=draw.randrange(shape.num_gpus),
         phase=draw.choice(PHASES),
     )
 
 
+def _random_target(draw: random.Random, shape: _Shape, present: Placement) -> Placement:
+    """One that differs: what balancing would do for some load, or any order of the slots."""
+    while True:
+        seed = draw.randrange(1 << 30)
+        match draw.choice(["anew", "incremental", "shuffled", "shuffled"]):
+            case "anew":
+                target = shape.place(seed)
+            case "incremental":
+                loads = np.random.default_rng(seed).lognormal(0, 1, present.copies.shape)
+                target = incremental_placement(present, loads, max_changes=draw.randint(1, 4))
+            case _:
+                slots = np.random.default_rng(seed).permuted(present.slots, axis=1)
+                target = Placement(slots=slots, num_experts=present.num_experts, num_gpus=present.num_gpus)
+        target = _changed(present, target, draw.randint(1, shape.staged_layers))
+        if (target.slots != present.slots).any():
+            return target
+
+
 def _do(rank: _Rank, deed: _Deed) -> bool:
     is_meant = rank.slots.rank == deed.rank
-    version, moves = rank.live.version, bool((deed.target.slots != rank.live.placement.slots).any())
+    version = rank.live.version
     rank.data.is_armed = rank.is_source_broken = is_meant and deed.kind == "corrupt"
     rank.data.arrived = False
 
@@ -419,7 +433,7 @@ def _do(rank: _Rank, deed: _Deed) -> bool:
     assert rank.live.version == version + made
     assert not made or not rank.data.arrived, "corrupt weights are in force"
     if deed.kind == "none" or (deed.kind, deed.phase) == ("abort", Phase.PREPARED):
-        assert made is moves
+        assert made
     if deed.kind == "abort" and deed.phase is not Phase.PREPARED:
         assert not made
     return made
@@ -440,9 +454,7 @@ def _campaign(seed: int, num_deeds: int, death: bool) -> Counter[str]:
             deed = _random_deed(chance, shape, rank.live.placement)
             made = _do(rank, deed)
             if group.rank == 0:
-                outcomes[
-                    f"{deed.kind} {'made' if made else rank.live.last_failure.name if rank.live.phase is Phase.ABORTED else 'nothing'}"
-                ] += 1
+                outcomes[f"{deed.kind} {'made' if made else rank.live.last_failure.name}"] += 1
 
     if death:
         with contextlib.suppress(RanksMissing):
@@ -468,7 +480,7 @@ def assert_alike_and_right(ranks: dict[int, _Rank]) -> None:
 def test_random_transactions_leave_every_rank_with_the_same_version_and_the_right_weights(part: int) -> None:
     outcomes = Counter[str]()
     for number in range(14):
-        outcomes += _campaign(100 * part + number, num_deeds=19, death=number % 4 == 3)
+        outcomes += _campaign(100 * part + number, num_deeds=18, death=number % 4 == 3)
     assert sum(outcomes.values()) - outcomes["death"] >= 200, "five parts are a thousand"
     assert min(outcomes[kind] for kind in ("none made", "abort ASKED", "abort made", "corrupt CHECKSUM", "death")) > 0
 
