@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from serving.kernels.quant import Fp8Weight
 from serving.model import deepseek_v3
-from tests.fp8_model import cosine, load_wide, logits_of
+from serving.model.config import ModelConfig
+from serving.model.deepseek_v3 import DeepseekV3
+from serving.model.experts import Moe
+from serving.model.parallel import Parallel
+from serving.model.weights import load_weights
+from serving.parallel.dispatch import DirectDispatch
+from serving.parallel.groups import Groups
+from serving.parallel.placement import Placement
+from serving.parallel.virtual import VirtualCollectives, VirtualUnit
+from tests.fp8_model import WIDE, cosine, load_wide, logits_of
+from tests.model_factory import make_checkpoint
 
 
 def test_kept_weights_say_what_their_dequantised_copies_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +39,49 @@ def test_kept_weights_say_what_their_dequantised_copies_say(tmp_path: Path, monk
     assert isinstance(out, Fp8Weight)
     out.scales.mul_(2)
     assert cosine(logits_of(kept), want) < 0.99
+
+
+def test_ranks_keep_their_parts_of_fp8_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Four routed experts and the shared one in six slots, one of them a copy.
+    make_checkpoint(tmp_path, 4, storage="fp8", **{**WIDE, "num_attention_heads": 4, "num_key_value_heads": 4})
+    config = ModelConfig.from_folder(tmp_path)
+    monkeypatch.setattr(deepseek_v3, "keeps_fp8", lambda *_: True)
+    single = load_weights(tmp_path, config, torch.bfloat16)
+    want = logits_of(single)
+    placed = Placement(slots=np.array([[3, 1, 1, 0, 4, 2]] * 3), num_experts=5, num_gpus=2)
+
+    def main(world: VirtualCollectives) -> tuple[DeepseekV3, Tensor, Tensor]:
+        parallel = Parallel(
+            tp=world.subgroup((0, 1), "tp"),
+            experts=DirectDispatch(world.subgroup((0, 1), "ep"), 3),
+            placement=placed,
+            ep_rank=world.rank,
+            shared_is_routed=True,
+        )
+        model = load_weights(tmp_path, config, torch.bfloat16, parallel=parallel)
+        right = logits_of(model)
+        if world.rank == 1:
+            _fp8(_moe(model).gate_up).scales[2] *= 3
+        return model, right, logits_of(model)
+
+    ranks = VirtualUnit(Groups(tp=2, dp=1, ep=2, ranks_per_node=2)).run(main)
+    for rank, (model, right, wrong) in enumerate(ranks):
+        out, whole = _fp8(model.blocks[1].attention.out), _fp8(single.blocks[1].attention.out)
+        assert torch.equal(out.quantised.float(), whole.quantised.float()[:, 256 * rank : 256 * (rank + 1)])
+        assert torch.equal(out.scales, whole.scales[:, 2 * rank : 2 * (rank + 1)])
+        # Sums are rounded to bf16 in another order.
+        assert cosine(right, want) >= 0.9995
+        assert cosine(wrong, want) < 0.999
+    copies = [_fp8(_moe(ranks[0][0]).gate_up).quantised[slot].float() for slot in (1, 2)]
+    assert torch.equal(*copies)
+
+
+def _moe(model: DeepseekV3) -> Moe:
+    moe = model.blocks[1].mlp
+    assert isinstance(moe, Moe)
+    return moe
+
+
+def _fp8(weight: object) -> Fp8Weight:
+    assert isinstance(weight, Fp8Weight)
+    return weight
