@@ -39,7 +39,7 @@ from serving.model.parallel import SINGLE
 from serving.model.timeline import Timeline
 from serving.model.units import shape_of
 from serving.parallel.bell import TcpBell
-from serving.parallel.collectives import Collectives, Handle, SingleRank
+from serving.parallel.collectives import Collectives, Handle, Incoming, SingleRank
 from serving.parallel.distributed import TorchCollectives
 from serving.parallel.shared_memory import SharedMemoryCollectives
 
@@ -246,6 +246,30 @@ class Timed:
             return _TimedHandle(issue(), self)
 
 
+class TimedExchanges(Timed):
+    """The same of a group that exchanges rows without counts."""
+
+    def __init__(self, group: SharedMemoryCollectives, seconds: Any, rank: int) -> None:
+        super().__init__(group, seconds, rank)
+        self._exchanges = group
+
+    def exchange(self, tensors: Sequence[torch.Tensor], send_counts: Sequence[int]) -> Incoming:
+        with self.clock():
+            return _TimedIncoming(self._exchanges.exchange(tensors, send_counts), self)
+
+
+class _TimedIncoming:
+    def __init__(self, incoming: Incoming, group: Timed) -> None:
+        self._incoming, self._group = incoming, group
+        self.outs: list[torch.Tensor] = []
+        self.received: list[int] = []
+
+    def wait(self) -> None:
+        with self._group.clock():
+            self._incoming.wait()
+        self.outs, self.received = self._incoming.outs, self._incoming.received
+
+
 @dataclass(frozen=True)
 class _TimedHandle:
     handle: Handle
@@ -332,21 +356,22 @@ def _live(pipe: Connection, sizes: Sizes, load: Load, rank: int, scratch: Path, 
 
 
 def _opener(sizes: Sizes, rank: int, scratch: Path, seconds: Any) -> Callable[[str, Sequence[int]], Collectives]:
-    def of_file(name: str, ranks: Sequence[int]) -> Collectives:
-        return SharedMemoryCollectives(
+    def of_file(name: str, ranks: Sequence[int]) -> Timed:
+        group = SharedMemoryCollectives(
             name=f"{scratch.name}-{name}", ranks=ranks, rank=list(ranks).index(rank), deadline_s=_DEADLINE_S
         )
+        return TimedExchanges(group, seconds, rank)
 
     store = FileStore(str(scratch / "store"), sizes.num_ranks) if sizes.transport == "gloo" else None
 
-    def of_gloo(name: str, ranks: Sequence[int]) -> Collectives:
+    def of_gloo(name: str, ranks: Sequence[int]) -> Timed:
         assert store is not None
-        return TorchCollectives(
+        group = TorchCollectives(
             backend="gloo", store=store, ranks=ranks, rank=list(ranks).index(rank), name=name, deadline_s=_DEADLINE_S
         )
+        return Timed(group, seconds, rank)
 
-    opened = of_file if store is None else of_gloo
-    return lambda name, ranks: Timed(opened(name, ranks), seconds, rank)
+    return of_file if store is None else of_gloo
 
 
 def _traced(model: Any, rank: int) -> tuple[float, Timeline]:

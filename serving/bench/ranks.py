@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from serving.bench.options import count
+from serving.bench.options import count, counts
 from serving.bench.processes import TRANSPORTS, Generation, Load, Sizes, Trace, Unit
 from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES, random_prompts, write_checkpoint
@@ -86,9 +86,10 @@ def main(argv: Sequence[str]) -> int:
         vocab_size = SHAPES[options.shape]["vocab_size"]
         prompts = random_prompts(options.requests, options.prompt_tokens, vocab_size, options.seed)
         units = [
-            Sizes(tp=tp, dp=dp, transport=transport, micro_batches=options.microbatches)
+            Sizes(tp=tp, dp=dp, transport=transport, micro_batches=number)
             for transport in options.collectives
             for tp, dp in options.ranks
+            for number in options.microbatches
         ]
         figures = measure([Sizes(threads=options.threads), *units], load, prompts, options.repeats)
         report["results"] = [asdict(figure) for figure in figures]
@@ -221,7 +222,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--collectives", type=_transports, default=list(TRANSPORTS), metavar="NAME,...", help=", ".join(TRANSPORTS)
     )
-    parser.add_argument("--microbatches", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--microbatches", type=_microbatches, default=[1], metavar="N,...", help="1, 2 or both")
     parser.add_argument("--timeline", type=Path, help="write a Chrome trace of the first unit, with two micro-batches")
     parser.add_argument(
         "--threads", type=count, default=psutil.cpu_count(logical=False) or 1, help="of the single process"
@@ -241,6 +242,13 @@ def _sizes(text: str) -> list[tuple[int, int]]:
     if any(len(numbers) != 2 or not all(number.isdigit() and int(number) for number in numbers) for numbers in found):
         raise argparse.ArgumentTypeError(f"{text} are no sizes; give TPxDP, as 1x4,2x2")
     return [(int(tp), int(dp)) for tp, dp in found]
+
+
+def _microbatches(text: str) -> list[int]:
+    numbers = counts(text)
+    if max(numbers) > 2:
+        raise argparse.ArgumentTypeError(f"{text}: a step is computed in 1 or 2 micro-batches")
+    return numbers
 
 
 def _transports(text: str) -> list[str]:
