@@ -12,7 +12,7 @@ import contextlib
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import FileStore
 from kvcache.layout import num_pages_for
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
+from serving.bench.timed import Timed, TimedExchanges
 from serving.core.config import DecodeTable
 from serving.core.errors import BatonError, ConfigError
 from serving.core.request import SamplingParams
@@ -35,18 +36,18 @@ from serving.engine.unit import Alone, Follower, Leader, Lockstep, MicroBatches
 from serving.engine.unit import Unit as LoopUnit
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
-from serving.model.parallel import SINGLE
+from serving.model.parallel import SINGLE, Parallel
 from serving.model.timeline import Timeline
 from serving.model.units import shape_of
 from serving.parallel.bell import TcpBell
-from serving.parallel.collectives import Collectives, Handle, Incoming, SingleRank
+from serving.parallel.collectives import Collectives, SingleRank
 from serving.parallel.distributed import TorchCollectives
 from serving.parallel.shared_memory import SharedMemoryCollectives
 
 TRANSPORTS = ("shared-memory", "gloo")
 _DEADLINE_S = 60.0
 _START_S = 300.0
-_SPLIT_PREFILL_TOKENS, _SPLIT_ROWS = 64, 8
+_SPLIT = MicroBatches(prefill_tokens=64, rows=8)
 """As the engine splits steps where a configuration has two micro-batches."""
 
 
@@ -198,119 +199,24 @@ def decode_rate(groups: Sequence[Group]) -> float:
     return sum(tokens for _, tokens in ends) / (max(end for end, _ in ends) - since) if ends else 0.0
 
 
-class Timed:
-    """A group whose calls and waits are added up in `seconds[rank of the unit]`."""
-
-    def __init__(self, group: Collectives, seconds: Any, rank: int) -> None:
-        self.rank, self.ranks, self.world_size = group.rank, group.ranks, group.world_size
-        self._group, self._seconds, self._of_unit = group, seconds, rank
-
-    def all_gather(self, out: torch.Tensor, tensor: torch.Tensor, counts: Sequence[int] | None = None) -> Handle:
-        return self._timed(lambda: self._group.all_gather(out, tensor, counts))
-
-    def reduce_scatter(self, out: torch.Tensor, tensor: torch.Tensor, counts: Sequence[int] | None = None) -> Handle:
-        return self._timed(lambda: self._group.reduce_scatter(out, tensor, counts))
-
-    def all_to_all(
-        self,
-        outs: Sequence[torch.Tensor],
-        tensors: Sequence[torch.Tensor],
-        recv_counts: Sequence[int],
-        send_counts: Sequence[int],
-    ) -> Handle:
-        return self._timed(lambda: self._group.all_to_all(outs, tensors, recv_counts, send_counts))
-
-    def broadcast(self, tensor: torch.Tensor, src: int) -> Handle:
-        return self._timed(lambda: self._group.broadcast(tensor, src))
-
-    def barrier(self) -> None:
-        with self.clock():
-            self._group.barrier()
-
-    def subgroup(self, ranks: Sequence[int], name: str, deadline_s: float | None = None) -> Collectives:
-        return Timed(self._group.subgroup(ranks, name, deadline_s), self._seconds, self._of_unit)
-
-    def close(self) -> None:
-        self._group.close()
-
-    @contextlib.contextmanager
-    def clock(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[self._of_unit] += time.perf_counter() - begin
-
-    def _timed(self, issue: Callable[[], Handle]) -> Handle:
-        with self.clock():
-            return _TimedHandle(issue(), self)
-
-
-class TimedExchanges(Timed):
-    """The same of a group that exchanges rows without counts."""
-
-    def __init__(self, group: SharedMemoryCollectives, seconds: Any, rank: int) -> None:
-        super().__init__(group, seconds, rank)
-        self._exchanges = group
-
-    def exchange(self, tensors: Sequence[torch.Tensor], send_counts: Sequence[int]) -> Incoming:
-        with self.clock():
-            return _TimedIncoming(self._exchanges.exchange(tensors, send_counts), self)
-
-
-class _TimedIncoming:
-    def __init__(self, incoming: Incoming, group: Timed) -> None:
-        self._incoming, self._group = incoming, group
-        self.outs: list[torch.Tensor] = []
-        self.received: list[int] = []
-
-    def wait(self) -> None:
-        with self._group.clock():
-            self._incoming.wait()
-        self.outs, self.received = self._incoming.outs, self._incoming.received
-
-
-@dataclass(frozen=True)
-class _TimedHandle:
-    handle: Handle
-    group: Timed
-
-    def wait(self) -> None:
-        with self.group.clock():
-            self.handle.wait()
-
-
 def _rank(pipe: Connection, sizes: Sizes, load: Load, rank: int, scratch: Path, seconds: Any) -> None:
-    """The life of one process."""
+    """The life of one process, at most as long as that of who measures."""
+    said: Trace | BatonError | None
     try:
-        trace = _live(pipe, sizes, load, rank, scratch, seconds)
+        said = _live(pipe, sizes, load, rank, scratch, seconds)
     except BatonError as error:
-        pipe.send(error)
+        said = error
+    except EOFError:
         return
-    pipe.send(trace)
+    with contextlib.suppress(OSError):
+        pipe.send(said)
 
 
 def _live(pipe: Connection, sizes: Sizes, load: Load, rank: int, scratch: Path, seconds: Any) -> Trace | None:
     torch.set_num_threads(sizes.threads)
-    config = ModelConfig.from_folder(load.folder)
-    table = DecodeTable(tp=sizes.tp, dp=sizes.dp, microbatches=sizes.micro_batches)
-    shape = shape_of(table, config)
     parallel, lockstep = SINGLE, None
     if sizes.num_ranks > 1:
-        group_of = _opener(sizes, rank, scratch, seconds)
-        parallel = parallel_of(shape, rank, config, group_of)
-        world = group_of("world", range(sizes.num_ranks))
-        tp_ranks = shape.groups.tp_group(rank)
-        splits = sizes.micro_batches > 1
-        lockstep = Lockstep(
-            world,
-            group_of("control-tp", tp_ranks) if sizes.tp > 1 else SingleRank(ranks=tp_ranks),
-            TcpBell(world, host="127.0.0.1", deadline_s=_START_S),
-            micro_batches=MicroBatches(
-                prefill_tokens=_SPLIT_PREFILL_TOKENS * splits,
-                rows=_SPLIT_ROWS * splits,
-            ),
-        )
+        parallel, lockstep = _place(sizes, load, rank, _opener(sizes, rank, scratch, seconds))
     most_jobs = -(-load.prompts // sizes.dp)
     most_tokens = load.prompt_tokens + load.new_tokens
     engine = build_engine(
@@ -353,6 +259,20 @@ def _live(pipe: Connection, sizes: Sizes, load: Load, rank: int, scratch: Path, 
         in_flight_s=timeline.in_flight_s,
         exposed_s=timeline.exposed_s,
     )
+
+
+def _place(
+    sizes: Sizes, load: Load, rank: int, group_of: Callable[[str, Sequence[int]], Collectives]
+) -> tuple[Parallel, Lockstep]:
+    """A rank's part of the model, and in the rounds."""
+    config = ModelConfig.from_folder(load.folder)
+    shape = shape_of(DecodeTable(tp=sizes.tp, dp=sizes.dp), config)
+    parallel = parallel_of(shape, rank, config, group_of)
+    world, tp_ranks = group_of("world", range(sizes.num_ranks)), shape.groups.tp_group(rank)
+    split = _SPLIT if sizes.micro_batches > 1 else MicroBatches()
+    tp = group_of("control-tp", tp_ranks) if sizes.tp > 1 else SingleRank(ranks=tp_ranks)
+    bell = TcpBell(world, host="127.0.0.1", deadline_s=_START_S)
+    return parallel, Lockstep(world, tp, bell, micro_batches=split)
 
 
 def _opener(sizes: Sizes, rank: int, scratch: Path, seconds: Any) -> Callable[[str, Sequence[int]], Collectives]:
