@@ -23,6 +23,7 @@ _BENCHMARKS = {
     "numerics": "logits of an FP8 model beside those of its weights in bf16, by cosine",
     "engine": "the engine alone, beside peers on the same weights",
     "handoff": "prefill and decode on devices of their own, beside one worker that does both",
+    "ranks": "a unit of processes beside one process: rates, time in collectives, what two micro-batches hide",
     "collectives": "a call between processes of this host: shared memory, gloo",
     "transfer": "pages of one prompt from one pool to another: NIXL, NCCL, the link",
     "served": "what HTTP, router and two workers cost over the engine alone",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,6 +96,21 @@ class Collectives(Protocol):
 
     def close(self) -> None:
         """Gives back what the group holds; its handles must have been waited for."""
+
+
+class Incoming(Handle, Protocol):
+    """An exchange in flight. When it has been waited for, `outs` are the rows from all ranks, `received` of them from each."""
+
+    outs: list[Tensor]
+    received: list[int]
+
+
+@runtime_checkable
+class Exchanges(Protocol):
+    """Collectives that bring rows and their number in one call, where others need a call for the counts before it."""
+
+    def exchange(self, tensors: Sequence[Tensor], send_counts: Sequence[int]) -> Incoming:
+        """As `all_to_all`; outs are new, of the kinds of `tensors`."""
 
 
 class Done:

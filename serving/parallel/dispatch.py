@@ -3,10 +3,11 @@
     send -> Sending.wait -> Arrived -> the local experts -> give_back -> Returning.wait -> sums [T, D]
 
 Both ways are steps, of which each is issued when what the one before it sent has come: `send` and `give_back` issue the first,
-`advance` the next, `wait` all that are left. How many there are depends on the kind of dispatch alone, so all ranks call the same
+`advance` the next, `wait` all that are left. How many there are depends on the kinds of dispatch and group alone, so all ranks call the same
 collectives whatever their tokens. Which experts are where is not known here: slots are numbers, slot // slots_per_rank is a rank.
 
     DirectDispatch        counts, rows | rows back                       each row to the ranks of its experts
+                          rows | rows back                               where rows bring their number along (`Exchanges`)
     HierarchicalDispatch  counts, rail, node | node back, rail back      to their nodes, there to their ranks
     FixedDispatch         rows | rows back                               as many rows to every rank, nothing counted
 
@@ -22,7 +23,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from serving.parallel.collectives import Collectives, Handle
+from serving.parallel.collectives import Collectives, Exchanges, Handle
 from serving.parallel.hops import (
     FixedHop,
     Hop,
@@ -107,7 +108,7 @@ class Dispatch(Protocol):
 
 
 class DirectDispatch:
-    """One all-to-all each way, behind one of counts. `ep`: the group whose rank r holds slots from r * slots_per_rank on."""
+    """One all-to-all each way, behind one of counts where the group needs it. `ep`: the group whose rank r holds slots from r * slots_per_rank on."""
 
     def __init__(self, ep: Collectives, slots_per_rank: int) -> None:
         self._ep = ep
@@ -116,7 +117,17 @@ class DirectDispatch:
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
         hop = Hop(self._ep, members_wanted(slots_TK // self._slots_per_rank, self._ep.world_size))
-        return Sending([hop], self._send(hop, x, routing_of(slots_TK, weights_TK)), 1)
+        routing_TM = routing_of(slots_TK, weights_TK)
+        if isinstance(self._ep, Exchanges):
+            return Sending([hop], self._send_uncounted(self._ep, hop, x, routing_TM), 0)
+        return Sending([hop], self._send(hop, x, routing_TM), 1)
+
+    def _send_uncounted(self, ep: Exchanges, hop: Hop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
+        incoming = hop.go_uncounted(ep, [*payloads_of(x), routing_TM])
+        yield [incoming]
+        hop.received = incoming.received
+        *payloads, routing_RM = incoming.outs
+        return arrived(x, payloads, routing_RM, self._ep.rank * self._slots_per_rank, self._slots_per_rank)
 
     def _send(self, hop: Hop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
         sent_W1 = hop.wanted_TW.sum(0)[:, None]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serving.parallel.collectives import Collectives, Handle, row_bytes
+from serving.parallel.collectives import Collectives, Exchanges, Handle, Incoming, row_bytes
 
 
 class ScaledRows(Protocol):
@@ -90,6 +90,11 @@ class Hop:
         """Each [T, ...] to [R, ...], to be read when the handle has been waited for."""
         copies = [row.index_select(0, self.rows_N) for row in rows]
         return self._exchange(copies, self.received, self.sent)
+
+    def go_uncounted(self, group: Exchanges, rows: Sequence[Tensor]) -> Incoming:
+        """The same where nobody knows yet how many will come; `sent` is set here, `received` by whoever has waited."""
+        self.sent = self.wanted_TW.sum(0).tolist()
+        return group.exchange([row.index_select(0, self.rows_N) for row in rows], self.sent)
 
     def back(self, y_RD: Tensor) -> tuple[Tensor, Handle]:
         """[N, D] for `total`, once the handle has been waited for."""

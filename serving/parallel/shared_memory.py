@@ -9,8 +9,8 @@ the name is removed, so that nothing is left when they end, however they end.
 
 A rank counts, per lane, the slots that it has posted and fetched. Slot n is fetched once all have posted it, and n's memory is
 posted to again once all have fetched n - _DEPTH. Issuing posts and returns; fetching is done in `wait`, in the order of issue.
-A wait polls, first yielding the core, then sleeping an eighth of the time waited so far. Each rank holds a lock on a byte
-of the file, which the kernel releases with the process: a dead rank is known at once.
+A wait yields the core a few times, then sleeps until the counter that it waits for is changed (futex). Each rank holds a lock on a
+byte of the file, which the kernel releases with the process: a dead rank is known at once.
 
 Data is written before its counter and read after it; nothing but the processor's order of stores (x86) stands between them.
 """
@@ -18,6 +18,7 @@ Data is written before its counter and read after it; nothing but the processor'
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -42,10 +43,11 @@ _DEPTH = 4
 _LANES = 2
 _POSTED, _FETCHED, _PRESENT, _MISSING = range(4)
 """Words that a rank has in each lane; the last two in lane 0 alone. _MISSING[i] != 0: rank i was given up."""
-_SPIN_S = 100e-6
-_LONGEST_SLEEP_S = 1e-3
+_SPIN_S = float(os.environ.get("SPIN_US", "20")) * 1e-6
 _PROBE_S = 2e-3
-"""How long a wait lasts before it looks for dead processes."""
+"""How long a wait sleeps before it looks for dead processes."""
+_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
+_EVERYBODY = 2**31 - 1
 
 Bytes = NDArray[np.uint8]
 
@@ -61,12 +63,14 @@ class _Piece:
 
 @dataclass(kw_only=True)
 class _Call:
-    """One collective. `table`: numbers that the others need to find their pieces in `posts`, the bytes that this rank posts."""
+    """One collective. `table`: numbers that the others need to find their pieces in `posts`, the bytes that this rank posts.
+    `begin`: is given everybody's before any piece is asked for."""
 
     number: int
     posts: list[Bytes]
     table: list[int]
     pieces: Callable[[int, list[int]], Iterable[_Piece]]
+    begin: Callable[[list[list[int]]], None]
 
     @property
     def num_bytes(self) -> int:
@@ -122,19 +126,46 @@ class SharedMemoryCollectives:
     ) -> Handle:
         check_payloads(outs, tensors, recv_counts, send_counts, self.world_size)
         into = [(_flat(out), _width(out)) for out in outs]
-        recv_starts = _starts(recv_counts, 1)
+        recv_starts, sent = _starts(recv_counts, 1), sum(send_counts)
+        return self._issue(
+            [_flat(tensor[:sent]) for tensor in tensors],
+            _starts(send_counts, 1),
+            lambda source, starts: self._rows_from(source, starts, into, recv_starts),
+        )
+
+    def exchange(self, tensors: Sequence[Tensor], send_counts: Sequence[int]) -> _Incoming:
+        """`all_to_all` whose receivers learn from what comes how many rows they get."""
+        incoming = _Incoming(self, self._num_issued)
+        into: list[tuple[Bytes, int]] = []
+        recv_starts = [0]
+
+        def begin(tables: list[list[int]]) -> None:
+            received = [starts[self.rank + 1] - starts[self.rank] for starts in tables]
+            recv_starts[:] = _starts(received, 1)
+            outs = [tensor.new_empty(recv_starts[-1], *tensor.shape[1:]) for tensor in tensors]
+            into[:] = [(_flat(out), _width(out)) for out in outs]
+            incoming.outs, incoming.received = outs, received
+
         sent = sum(send_counts)
+        self._issue(
+            [_flat(tensor[:sent]) for tensor in tensors],
+            _starts(send_counts, 1),
+            lambda source, starts: self._rows_from(source, starts, into, recv_starts),
+            begin,
+        )
+        return incoming
 
-        def pieces(source: int, starts: list[int]) -> Iterable[_Piece]:
-            first, last, total = starts[self.rank], starts[self.rank + 1], starts[-1]
-            begin, end = recv_starts[source], recv_starts[source + 1]
-            assert last - first == end - begin, f"rank {source} sends {last - first} rows, {end - begin} are expected"
-            base = 0
-            for flat, width in into:
-                yield _Piece(start=base + first * width, into=flat[begin * width : end * width])
-                base += total * width
-
-        return self._issue([_flat(tensor[:sent]) for tensor in tensors], _starts(send_counts, 1), pieces)
+    def _rows_from(
+        self, source: int, starts: list[int], into: list[tuple[Bytes, int]], recv_starts: list[int]
+    ) -> Iterable[_Piece]:
+        """This rank's rows of each payload; `starts`: where those for each rank begin in what `source` posted."""
+        first, last, total = starts[self.rank], starts[self.rank + 1], starts[-1]
+        begin, end = recv_starts[source], recv_starts[source + 1]
+        assert last - first == end - begin, f"rank {source} sends {last - first} rows, {end - begin} are expected"
+        base = 0
+        for flat, width in into:
+            yield _Piece(start=base + first * width, into=flat[begin * width : end * width])
+            base += total * width
 
     def broadcast(self, tensor: Tensor, src: int) -> Handle:
         flat = _flat(tensor)
@@ -173,6 +204,7 @@ class SharedMemoryCollectives:
         memory = mmap.mmap(self._file, control_bytes + slots_bytes)
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self.rank)
         self._words = memoryview(memory)[:control_bytes].cast("q")
+        self._address = np.frombuffer(memory, np.uint8, 1).ctypes.data
         # [slot, rank, bytes]: the ring of lane 0, then the one slot of lane 1.
         slots = np.frombuffer(memory, np.uint8, slots_bytes, control_bytes)
         self._slots = slots.reshape(_DEPTH + 1, self.world_size, table_bytes + self._part_bytes)
@@ -183,11 +215,15 @@ class SharedMemoryCollectives:
             path.unlink(missing_ok=True)
 
     def _issue(
-        self, posts: list[Bytes], table: list[int], pieces: Callable[[int, list[int]], Iterable[_Piece]]
+        self,
+        posts: list[Bytes],
+        table: list[int],
+        pieces: Callable[[int, list[int]], Iterable[_Piece]],
+        begin: Callable[[list[list[int]]], None] = lambda _: None,
     ) -> Handle:
         if given_up := self._given_up():
             self._fail(given_up)
-        call = _Call(number=self._num_issued, posts=posts, table=table, pieces=pieces)
+        call = _Call(number=self._num_issued, posts=posts, table=table, pieces=pieces, begin=begin)
         if call.number >= _DEPTH:
             self._complete(call.number - _DEPTH)
             self._until(0, _FETCHED, call.number - _DEPTH + 1)
@@ -207,7 +243,9 @@ class SharedMemoryCollectives:
             self._until(0, _POSTED, call.number + 1)
             parts = self._slots[call.number % _DEPTH]
             tables = [part[: 8 * self._table_words].view(np.int64).tolist() for part in parts]
-            pieces = [list(call.pieces(source, table[2 : 2 + table[0]])) for source, table in enumerate(tables)]
+            of_ranks = [table[2 : 2 + table[0]] for table in tables]
+            call.begin(of_ranks)
+            pieces = [list(call.pieces(source, of_rank)) for source, of_rank in enumerate(of_ranks)]
             self._fetch(pieces, parts, 0)
             self._set(0, _FETCHED, call.number + 1)
             for start in range(self._part_bytes, max(table[1] for table in tables), self._part_bytes):
@@ -256,14 +294,16 @@ class SharedMemoryCollectives:
                 os.sched_yield()
                 continue
             given_up = self._given_up()
-            late = [index for index, value in enumerate(words) if value < count]
+            late = [(index, value) for index, value in enumerate(words) if value < count]
             if not given_up and waited_s > _PROBE_S:
-                given_up = [index for index in late if self._is_dead(index)]
+                given_up = [index for index, _ in late if self._is_dead(index)]
             if given_up:
                 self._fail(given_up)
             if waited_s > self._deadline_s and late:
-                self._fail(late)
-            time.sleep(min(waited_s / 8, _LONGEST_SLEEP_S))
+                self._fail([index for index, _ in late])
+            if late:
+                index, value = late[0]
+                _sleep_while(self._address + 8 * (first + index), value, _PROBE_S)
 
     def _given_up(self) -> list[int]:
         first = self._word(0, _MISSING)
@@ -288,7 +328,9 @@ class SharedMemoryCollectives:
         raise RanksMissing(ranks, group=self._name, reason=f"deadline {self._deadline_s:g} s, or its process ended")
 
     def _set(self, lane: int, word: int, value: int) -> None:
-        self._words[self._word(lane, word) + self.rank] = value
+        place = self._word(lane, word) + self.rank
+        self._words[place] = value
+        _wake(self._address + 8 * place)
 
     def _word(self, lane: int, word: int) -> int:
         return (lane * 4 + word) * self.world_size
@@ -301,6 +343,40 @@ class _Handle:
 
     def wait(self) -> None:
         self.group._complete(self.number)
+
+
+class _Incoming:
+    """What an exchange brings. After `wait`: `outs`, of the kinds that were sent, and the rows `received` from each rank."""
+
+    def __init__(self, group: SharedMemoryCollectives, number: int) -> None:
+        self._group = group
+        self._number = number
+        self.outs: list[Tensor] = []
+        self.received: list[int] = []
+
+    def wait(self) -> None:
+        self._group._complete(self._number)
+
+
+class _Time(ctypes.Structure):
+    """The kernel's timespec."""
+
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+_system_call = ctypes.CDLL(None).syscall
+_system_call.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p]
+
+
+def _sleep_while(address: int, value: int, most_s: float) -> None:
+    """While the word there is `value`, whose lower half is what the kernel compares; may return early."""
+    most = _Time(0, int(most_s * 1e9))
+    _system_call(_FUTEX, address, _FUTEX_WAIT, value & 0xFFFFFFFF, ctypes.addressof(most))
+
+
+def _wake(address: int) -> None:
+    """Whoever sleeps on the word there."""
+    _system_call(_FUTEX, address, _FUTEX_WAKE, _EVERYBODY, None)
 
 
 def _flat(tensor: Tensor) -> Bytes:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serving.parallel.collectives import Collectives, RanksMissing
+from serving.parallel.collectives import Collectives, Exchanges, RanksMissing
 from tests.unit.serving.parallel.dispatch_cases import dispatched as dispatched
 
 DTYPES = {
@@ -67,6 +67,18 @@ def all_to_all(group: Collectives, counts: list[list[int]], dtypes: list[str]) -
     outs = [buffer(sum(recv) + 2, kind) for kind in kinds]
     group.all_to_all(outs, tensors, recv, send).wait()
     return [out.float().tolist() for out in outs]
+
+
+def exchange(
+    group: Collectives, counts: list[list[int]], dtypes: list[str]
+) -> tuple[list[int], list[list[list[float]]]]:
+    """The same where nobody is told what comes."""
+    assert isinstance(group, Exchanges)
+    send = counts[group.rank]
+    incoming = group.exchange([rows(group.rank, 0, sum(send), DTYPES[dtype]) for dtype in dtypes], send)
+    incoming.wait()
+    incoming.wait()
+    return incoming.received, [out.float().tolist() for out in incoming.outs]
 
 
 def broadcast(group: Collectives, src: int, dtype: str) -> list[list[float]]:

@@ -117,6 +117,20 @@ def test_all_to_all_carries_rows_to_whom_they_are_for(
             assert payload == expected + [[float(POISON)] * WIDTH] * 2
 
 
+@pytest.mark.parametrize("dtypes", [["fp32"], ["fp8", "fp32", "int64"]])
+def test_an_exchange_says_how_many_rows_came_from_whom(processes: RankProcesses, dtypes: list[str]) -> None:
+    results = processes.run("shared_memory", "exchange", PAIRS, dtypes)
+    other_way = [list(of_target) for of_target in zip(*PAIRS, strict=True)]
+    assert [received for received, _ in results] == other_way != PAIRS
+    for target, (_, payloads) in enumerate(results):
+        for dtype, payload in zip(dtypes, payloads, strict=True):
+            assert payload == [
+                row
+                for source, of_source in enumerate(PAIRS)
+                for row in rows(source, sum(of_source[:target]), of_source[target], DTYPES[dtype]).float().tolist()
+            ]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_broadcast_makes_everybody_hold_what_the_source_held(run: Run, world: int, dtype: str) -> None:
     src = world - 1

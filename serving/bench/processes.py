@@ -1,0 +1,343 @@
+"""The engine as processes that generate the same texts: one alone, or the ranks of a unit, an engine each in lockstep with the others.
+
+    Unit() -> every rank loads, warms up and says so -> generate ... generate -> close: leaders drain, every rank tells what it saw
+
+Between generations the unit is parked and takes no processor time, so several may be measured in turns. Prompts are shared out to the DP
+groups beforehand; there is no router. Times are the machine's monotonic clock, which all processes share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import FileStore
+
+from kvcache.layout import num_pages_for
+from kvcache.manager import KVManager
+from serving.aggregated import Aggregated
+from serving.bench.timed import Timed, TimedExchanges
+from serving.core.config import DecodeTable
+from serving.core.errors import BatonError, ConfigError
+from serving.core.request import SamplingParams
+from serving.core.request import Sequence as Job
+from serving.engine.build import build_engine
+from serving.engine.joining import parallel_of
+from serving.engine.unit import Alone, Follower, Leader, Lockstep, MicroBatches
+from serving.engine.unit import Unit as LoopUnit
+from serving.model.config import ModelConfig
+from serving.model.deepseek_v3 import DeepseekV3
+from serving.model.parallel import SINGLE, Parallel
+from serving.model.timeline import Timeline
+from serving.model.units import shape_of
+from serving.parallel.bell import TcpBell
+from serving.parallel.collectives import Collectives, SingleRank
+from serving.parallel.distributed import TorchCollectives
+from serving.parallel.shared_memory import SharedMemoryCollectives
+
+TRANSPORTS = ("shared-memory", "gloo")
+_DEADLINE_S = 60.0
+_START_S = 300.0
+_SPLIT = MicroBatches(prefill_tokens=64, rows=8)
+"""As the engine splits steps where a configuration has two micro-batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """tp x dp processes of `threads` each; their experts are spread over all of them. `traced`: keep what overlapped."""
+
+    tp: int = 1
+    dp: int = 1
+    transport: str = TRANSPORTS[0]
+    micro_batches: int = 1
+    threads: int = 1
+    traced: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tp * self.dp
+
+    @property
+    def name(self) -> str:
+        if self.num_ranks == 1:
+            return f"one process, {self.threads} threads"
+        split = ", 2 micro-batches" if self.micro_batches > 1 else ""
+        return f"TP{self.tp} x DP{self.dp}, EP{self.num_ranks}, {self.transport}{split}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is asked of an engine at most: prompts of `prompt_tokens`, `new_tokens` each; `max_batched_tokens` of a DP group's step."""
+
+    folder: Path
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    max_batched_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One DP group's texts, in the order of its prompts. `steps`: when each ended, and its tokens. All texts were being decoded
+    from `all_since` to `all_until`."""
+
+    texts: list[list[int]]
+    steps: list[tuple[float, int]]
+    all_since: float
+    all_until: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """`decode_tokens_per_s`: while all texts were being decoded. `in_collectives`: each rank's share of `seconds`."""
+
+    texts: list[list[int]]
+    seconds: float
+    decode_tokens_per_s: float
+    in_collectives: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What one rank's micro-batches had in flight. `events`: of a Chrome trace, from the monotonic clock's `begin_s` on."""
+
+    begin_s: float
+    events: list[dict[str, Any]]
+    in_flight_s: float
+    exposed_s: float
+
+
+class Unit:
+    """`sizes.num_ranks` processes over the folder's weights."""
+
+    def __init__(self, sizes: Sizes, load: Load, scratch: Path) -> None:
+        """`scratch`: a folder of this unit's own. Returns when every rank is ready. Raises BatonError."""
+        if load.prompts < sizes.dp:
+            raise ConfigError(f"{load.prompts} prompts leave some of {sizes.dp} DP groups without one; ask for more")
+        self.sizes = sizes
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["serving.bench.processes"])
+        self._seconds: Any = context.RawArray("d", sizes.num_ranks)
+        self.processes = []
+        self._pipes: list[Connection] = []
+        try:
+            for rank in range(sizes.num_ranks):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_rank, args=(theirs, sizes, load, rank, scratch, self._seconds))
+                process.start()
+                # With the only other end in the child, its death ends the wait for it.
+                theirs.close()
+                self._pipes.append(ours)
+                self.processes.append(process)
+            for rank in range(sizes.num_ranks):
+                self._hear(rank)
+        except BaseException:
+            self._kill()
+            raise
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generation:
+        """Greedy texts, never stopping early, in the order of the prompts."""
+        dp, before, begin = self.sizes.dp, list(self._seconds), time.perf_counter()
+        for group in range(dp):
+            self._pipes[group * self.sizes.tp].send((prompts[group::dp], new_tokens))
+        groups: list[Group] = [self._hear(group * self.sizes.tp) for group in range(dp)]
+        seconds = time.perf_counter() - begin
+        return Generation(
+            texts=[groups[index % dp].texts[index // dp] for index in range(len(prompts))],
+            seconds=seconds,
+            decode_tokens_per_s=decode_rate(groups),
+            in_collectives=[(after - was) / seconds for was, after in zip(before, self._seconds, strict=True)],
+        )
+
+    def close(self) -> list[Trace]:
+        """What each rank saw, where it kept a trace."""
+        try:
+            for group in range(self.sizes.dp):
+                self._pipes[group * self.sizes.tp].send(None)
+            return [self._hear(rank) for rank in range(self.sizes.num_ranks) if self.sizes.traced]
+        finally:
+            for process in self.processes:
+                process.join(5.0)
+            self._kill()
+
+    def __enter__(self) -> Unit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
+
+    def _hear(self, rank: int) -> Any:
+        if not self._pipes[rank].poll(_START_S):
+            raise BatonError(f"{self.sizes.name}: rank {rank} says nothing for {_START_S:g} s")
+        try:
+            said = self._pipes[rank].recv()
+        except EOFError:
+            raise BatonError(f"{self.sizes.name}: rank {rank} has ended; its error stands above") from None
+        if isinstance(said, BatonError):
+            raise said
+        return said
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def decode_rate(groups: Sequence[Group]) -> float:
+    """Tokens a second while every group had all its texts to go on with; 0 if that was never."""
+    since, until = max(group.all_since for group in groups), min(group.all_until for group in groups)
+    ends = [(end, tokens) for group in groups for end, tokens in group.steps if since < end <= until]
+    return sum(tokens for _, tokens in ends) / (max(end for end, _ in ends) - since) if ends else 0.0
+
+
+def _rank(pipe: Connection, sizes: Sizes, load: Load, rank: int, scratch: Path, seconds: Any) -> None:
+    """The life of one process, at most as long as that of who measures."""
+    said: Trace | BatonError | None
+    try:
+        said = _live(pipe, sizes, load, rank, scratch, seconds)
+    except BatonError as error:
+        said = error
+    except EOFError:
+        return
+    with contextlib.suppress(OSError):
+        pipe.send(said)
+
+
+def _live(pipe: Connection, sizes: Sizes, load: Load, rank: int, scratch: Path, seconds: Any) -> Trace | None:
+    torch.set_num_threads(sizes.threads)
+    parallel, lockstep = SINGLE, None
+    if sizes.num_ranks > 1:
+        parallel, lockstep = _place(sizes, load, rank, _opener(sizes, rank, scratch, seconds))
+    most_jobs = -(-load.prompts // sizes.dp)
+    most_tokens = load.prompt_tokens + load.new_tokens
+    engine = build_engine(
+        load.folder,
+        max_num_seqs=most_jobs,
+        max_batched_tokens=load.max_batched_tokens,
+        num_pages=most_jobs * num_pages_for(most_tokens),
+        max_model_len=most_tokens,
+        device="cpu",
+        dtype="float32",
+        parallel=parallel,
+        lockstep=lockstep,
+        num_threads=sizes.threads,
+    )
+    engine.runner.warm_up(max_batched_tokens=engine.max_batched_tokens, decodes=True)
+    traced = _traced(engine.runner.model, rank) if sizes.traced else None
+    if lockstep is not None:
+        lockstep.meet()
+    pipe.send(None)
+    if lockstep is not None and rank % sizes.tp:
+        Follower(engine.runner, lockstep).run()
+    else:
+        unit: LoopUnit = Alone(engine.runner) if lockstep is None else Leader(engine.runner, lockstep)
+        loop = Aggregated(
+            unit.executor,
+            KVManager(engine.pool.num_pages, prefix_cache=False),
+            num_slots=most_jobs,
+            max_batched_tokens=engine.max_batched_tokens,
+            max_model_len=engine.max_model_len,
+        )
+        _lead(pipe, unit, loop)
+    if lockstep is not None:
+        lockstep.bell.close()
+    if traced is None:
+        return None
+    begin, timeline = traced
+    return Trace(
+        begin_s=begin,
+        events=timeline.chrome_trace()["traceEvents"],
+        in_flight_s=timeline.in_flight_s,
+        exposed_s=timeline.exposed_s,
+    )
+
+
+def _place(
+    sizes: Sizes, load: Load, rank: int, group_of: Callable[[str, Sequence[int]], Collectives]
+) -> tuple[Parallel, Lockstep]:
+    """A rank's part of the model, and in the rounds."""
+    config = ModelConfig.from_folder(load.folder)
+    shape = shape_of(DecodeTable(tp=sizes.tp, dp=sizes.dp), config)
+    parallel = parallel_of(shape, rank, config, group_of)
+    world, tp_ranks = group_of("world", range(sizes.num_ranks)), shape.groups.tp_group(rank)
+    split = _SPLIT if sizes.micro_batches > 1 else MicroBatches()
+    tp = group_of("control-tp", tp_ranks) if sizes.tp > 1 else SingleRank(ranks=tp_ranks)
+    bell = TcpBell(world, host="127.0.0.1", deadline_s=_START_S)
+    return parallel, Lockstep(world, tp, bell, micro_batches=split)
+
+
+def _opener(sizes: Sizes, rank: int, scratch: Path, seconds: Any) -> Callable[[str, Sequence[int]], Collectives]:
+    def of_file(name: str, ranks: Sequence[int]) -> Timed:
+        group = SharedMemoryCollectives(
+            name=f"{scratch.name}-{name}", ranks=ranks, rank=list(ranks).index(rank), deadline_s=_DEADLINE_S
+        )
+        return TimedExchanges(group, seconds, rank)
+
+    store = FileStore(str(scratch / "store"), sizes.num_ranks) if sizes.transport == "gloo" else None
+
+    def of_gloo(name: str, ranks: Sequence[int]) -> Timed:
+        assert store is not None
+        group = TorchCollectives(
+            backend="gloo", store=store, ranks=ranks, rank=list(ranks).index(rank), name=name, deadline_s=_DEADLINE_S
+        )
+        return Timed(group, seconds, rank)
+
+    return of_file if store is None else of_gloo
+
+
+def _traced(model: Any, rank: int) -> tuple[float, Timeline]:
+    """Every step of the model from now on is noted."""
+    assert isinstance(model, DeepseekV3)
+    begin, timeline = time.perf_counter(), Timeline(rank=rank)
+    for name in ("prefill_each", "decode_each"):
+        setattr(model, name, partial(getattr(model, name), timeline=timeline))
+    return begin, timeline
+
+
+def _lead(pipe: Connection, unit: LoopUnit, loop: Aggregated) -> None:
+    """Generations until there are no more to come."""
+    for prompts, new_tokens in iter(pipe.recv, None):
+        pipe.send(_generate(unit, loop, prompts, new_tokens))
+    while not unit.turned(stopping=False, drained=True):
+        pass
+
+
+def _generate(unit: LoopUnit, loop: Aggregated, prompts: Sequence[Sequence[int]], new_tokens: int) -> Group:
+    texts: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
+    for job_id, prompt in zip(texts, prompts, strict=True):
+        loop.add(
+            Job(
+                job_id=job_id,
+                token_ids=list(prompt),
+                num_prompt_tokens=len(prompt),
+                sampling=SamplingParams(temperature=0.0),
+                max_new_tokens=new_tokens,
+                deadline_s=math.inf,
+            )
+        )
+    steps: list[tuple[float, int]] = []
+    num_begun, all_since, all_until = 0, math.inf, -math.inf
+    while loop.has_work or unit.awake:
+        unit.turned(stopping=False, drained=False)
+        events = loop.step(0.0).events
+        now = time.perf_counter()
+        for event in events:
+            text = texts[event.sequence.job_id]
+            text.append(event.token_id)
+            num_begun += len(text) == 1
+            if num_begun == len(texts):
+                all_since = min(all_since, now)
+            if len(text) == new_tokens and all_until < 0:
+                all_until = now
+        if events:
+            steps.append((now, len(events)))
+    return Group(texts=list(texts.values()), steps=steps, all_since=all_since, all_until=all_until)
