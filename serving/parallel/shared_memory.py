@@ -9,7 +9,7 @@ the name is removed, so that nothing is left when they end, however they end.
 
 A rank counts, per lane, the slots that it has posted and fetched. Slot n is fetched once all have posted it, and n's memory is
 posted to again once all have fetched n - _DEPTH. Issuing posts and returns; fetching is done in `wait`, in the order of issue.
-A wait yields the core a few times, then sleeps until the counter that it waits for is changed (futex). Each rank holds a lock on a
+A wait sleeps until the counter that it waits for is changed (futex), so that ranks may share cores. Each rank holds a lock on a
 byte of the file, which the kernel releases with the process: a dead rank is known at once.
 
 Data is written before its counter and read after it; nothing but the processor's order of stores (x86) stands between them.
@@ -43,7 +43,6 @@ _DEPTH = 4
 _LANES = 2
 _POSTED, _FETCHED, _PRESENT, _MISSING = range(4)
 """Words that a rank has in each lane; the last two in lane 0 alone. _MISSING[i] != 0: rank i was given up."""
-_SPIN_S = float(os.environ.get("SPIN_US", "20")) * 1e-6
 _PROBE_S = 2e-3
 """How long a wait sleeps before it looks for dead processes."""
 _FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
@@ -290,9 +289,6 @@ class SharedMemoryCollectives:
         begin_s = time.monotonic()
         while min(words) < count:
             waited_s = time.monotonic() - begin_s
-            if waited_s < _SPIN_S:
-                os.sched_yield()
-                continue
             given_up = self._given_up()
             late = [(index, value) for index, value in enumerate(words) if value < count]
             if not given_up and waited_s > _PROBE_S:
