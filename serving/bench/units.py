@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from prefill.scheduler import PrefillScheduler
 from serving.aggregated import Aggregated
 from serving.core.request import SamplingParams
 from serving.core.request import Sequence as Job
+from serving.engine.joining import parallel_of
 from serving.engine.plan import SlotSpec
 from serving.engine.runner import Runner
 from serving.engine.slots import Slots
@@ -37,9 +38,10 @@ from serving.engine.unit import Follower, Leader, Lockstep, MicroBatches
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.parallel import Parallel, num_moe_layers
+from serving.model.units import UnitShape
 from serving.model.weights import load_weights
 from serving.parallel.collectives import SingleRank
-from serving.parallel.dispatch import DirectDispatch, Dispatch, HierarchicalDispatch
+from serving.parallel.dispatch import DirectDispatch, Dispatch
 from serving.parallel.groups import Groups
 from serving.parallel.placement import Ints, Placement
 from serving.parallel.virtual import VirtualBell, VirtualCollectives, VirtualUnit
@@ -55,12 +57,16 @@ class UnitSizes:
     """One unit. `placement`: of the experts of each layer. `by_nodes`: dispatch goes from node to node and then inside. Steps in which some
     DP group has `split_from` tokens are computed in two micro-batches; 0: none are."""
 
-    groups: Groups
+    shape: UnitShape
     placement: Placement
     by_nodes: bool
-    shared_is_routed: bool
     split_from: int
     max_batched_tokens: int = 256
+
+    @property
+    def groups(self) -> Groups:
+        """Which rank is where."""
+        return self.shape.groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,27 +144,17 @@ class Unit:
         self.virtual.run(main)
 
     def _runner(self, world: VirtualCollectives) -> Runner:
-        groups, sizes = self.sizes.groups, self.sizes
-        at = groups.coordinates(world.rank)
-        near: range | None = None
-        dispatch: Dispatch
-        if sizes.by_nodes:
-            rail = world.subgroup(groups.rail_group(world.rank), "rail")
-            node = world.subgroup(groups.node_group(world.rank), "node")
-            dispatch = HierarchicalDispatch(rail, node, sizes.placement.slots_per_gpu)
-            first = at.ep_rank - at.ep_rank % node.world_size
-            near = range(first, first + node.world_size)
-        else:
-            ep = world.subgroup(groups.ep_group(world.rank), "ep")
-            dispatch = DirectDispatch(ep, sizes.placement.slots_per_gpu)
-        parallel = Parallel(
-            tp=world.subgroup(groups.tp_group(world.rank), "tp"),
-            experts=self._wrap(world.rank, dispatch),
+        sizes = self.sizes
+        parallel = parallel_of(
+            sizes.shape,
+            world.rank,
+            self.config,
+            lambda name, ranks: world.subgroup(ranks, name),
+            by_nodes=sizes.by_nodes,
             placement=sizes.placement,
-            ep_rank=at.ep_rank,
-            shared_is_routed=sizes.shared_is_routed,
-            near=near,
         )
+        assert parallel.experts is not None
+        parallel = replace(parallel, experts=self._wrap(world.rank, parallel.experts))
         model = load_weights(self._folder, self.config, DTYPE, parallel=parallel)
         assert model.routing is not None
         self._num_tokens_LE.append(model.routing.num_tokens_LE)

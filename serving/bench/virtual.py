@@ -31,12 +31,12 @@ from serving.bench.units import (
 )
 from serving.core.config import UnitTable, load_config
 from serving.core.errors import ConfigError
+from serving.engine.joining import placement_for
 from serving.model.config import ModelConfig
 from serving.model.units import UnitShape, shape_of
-from serving.parallel.balance import hierarchical_placement, single_placement
 from serving.parallel.dispatch import Dispatch
 from serving.parallel.loads import with_shared_expert
-from serving.parallel.placement import Ints, Placement, balance
+from serving.parallel.placement import Floats, Ints, balance
 from serving.parallel.traffic import Traffic
 
 SHAPE = "paper-scaled"
@@ -86,7 +86,7 @@ def run_units(
     begin_s = time.perf_counter()
     most_tokens = _LONGEST_PROMPT + new_tokens
     prefill, decode = (
-        _unit(folder, model, table, expert_tokens, num_requests, most_tokens, partial(wrap, role))
+        _unit(folder, model, table, expert_tokens, num_requests, most_tokens, role == "prefill", partial(wrap, role))
         for role, table in (("prefill", config.prefill), ("decode", config.decode))
     )
     texts, latents = generate(prefill, decode, prompts, new_tokens)
@@ -159,15 +159,15 @@ def _unit(
     expert_tokens: Ints,
     num_jobs: int,
     most_tokens: int,
+    by_nodes: bool,
     wrap: Callable[[int, Dispatch], Dispatch],
 ) -> Unit:
     shape = shape_of(table, model)
     groups = shape.groups
     sizes = UnitSizes(
-        groups=groups,
-        placement=_placement(shape, model, expert_tokens),
-        by_nodes=groups.num_nodes > 1 and shape.active_slots > 1,
-        shared_is_routed=shape.shared_expert_routed,
+        shape=shape,
+        placement=placement_for(_loads(shape, model, expert_tokens), shape, model),
+        by_nodes=by_nodes,
         split_from=_SPLIT_FROM if table.microbatches > 1 else 0,
     )
     # Jobs are shared out by their tokens or pages: no group gets many more than its part of them.
@@ -175,19 +175,12 @@ def _unit(
     return Unit(folder, sizes, num_pages=most_jobs * num_pages_for(most_tokens), max_num_seqs=most_jobs, wrap=wrap)
 
 
-def _placement(shape: UnitShape, model: ModelConfig, expert_tokens: Ints) -> Placement:
-    groups, loads = shape.groups, expert_tokens.astype(np.float64)
+def _loads(shape: UnitShape, model: ModelConfig, expert_tokens: Ints) -> Floats:
+    """[L, E] of the logical experts."""
+    loads = expert_tokens.astype(np.float64)
     if shape.shared_expert_routed:
-        loads = with_shared_expert(loads, experts_per_token=model.num_experts_per_token)
-    if shape.active_slots == 1:
-        return single_placement(loads, num_gpus=groups.ep)
-    return hierarchical_placement(
-        loads,
-        num_slots=shape.num_slots,
-        num_gpus=groups.ep,
-        num_nodes=max(1, groups.ep // groups.ranks_per_node),
-        num_groups=model.num_groups,
-    )
+        return with_shared_expert(loads, experts_per_token=model.num_experts_per_token)
+    return loads
 
 
 def _of_unit(unit: Unit) -> dict[str, Any]:
@@ -229,8 +222,6 @@ def _traffic(seen: Traffic, num_layers: int) -> dict[str, float]:
 
 def _balance(unit: Unit, num_layers: int) -> list[float]:
     """Mean over largest load of a GPU in each layer with experts, as the tokens of this run fell."""
-    loads = unit.expert_tokens().astype(np.float64)
-    if unit.sizes.shared_is_routed:
-        loads = with_shared_expert(loads, experts_per_token=unit.config.num_experts_per_token)
+    loads = _loads(unit.sizes.shape, unit.config, unit.expert_tokens())
     figures: list[float] = balance(unit.sizes.placement, loads)[:num_layers].round(4).tolist()
     return figures

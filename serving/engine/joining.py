@@ -31,7 +31,7 @@ from serving.parallel.collectives import Collectives, SingleRank
 from serving.parallel.dispatch import DirectDispatch, Dispatch, HierarchicalDispatch
 from serving.parallel.distributed import TorchCollectives
 from serving.parallel.groups import Groups
-from serving.parallel.placement import Placement
+from serving.parallel.placement import Floats, Placement
 from serving.parallel.shared_memory import SharedMemoryCollectives
 
 START_DEADLINE_S = 600.0
@@ -98,9 +98,15 @@ def leads(spec: WorkerSpec) -> bool:
 
 
 def parallel_of(
-    shape: UnitShape, rank: int, config: ModelConfig, group_of: GroupOf, *, by_nodes: bool = False
+    shape: UnitShape,
+    rank: int,
+    config: ModelConfig,
+    group_of: GroupOf,
+    *,
+    by_nodes: bool = False,
+    placement: Placement | None = None,
 ) -> Parallel:
-    """`by_nodes`: one copy of a token to each node, where an EP group has several. Raises ConfigError."""
+    """`by_nodes`: one copy of a token to each node, where an EP group has several. `placement` None: the first. Raises ConfigError."""
     groups = shape.groups
     tp = _group(group_of, "tp", groups.tp_group(rank))
     if groups.ep == 1:
@@ -114,7 +120,7 @@ def parallel_of(
     return Parallel(
         tp=tp,
         experts=dispatch,
-        placement=first_placement(shape, config),
+        placement=placement or first_placement(shape, config),
         ep_rank=groups.coordinates(rank).ep_rank,
         shared_is_routed=shape.shared_expert_routed,
     )
@@ -125,6 +131,11 @@ def first_placement(shape: UnitShape, config: ModelConfig) -> Placement:
     loads = np.ones((num_moe_layers(config), shape.num_experts))
     if shape.shared_expert_routed:
         loads[:, -1] = config.num_routed_experts / config.num_experts_per_token
+    return placement_for(loads, shape, config)
+
+
+def placement_for(loads: Floats, shape: UnitShape, config: ModelConfig) -> Placement:
+    """For loads [L, E] of the logical experts: one a GPU, by nodes, or over all GPUs alike, as the unit's sizes ask for."""
     ep, (num_nodes, num_groups) = shape.groups.ep, nodes_and_groups(shape, config)
     if shape.active_slots == 1:
         return single_placement(loads, num_gpus=ep)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from kvcache.pool import KVPool
 from serving.bench import units
 from serving.bench.units import DTYPE, Unit, UnitSizes, generate, generate_alone
 from serving.model.config import ModelConfig
+from serving.model.units import UnitShape
 from serving.parallel.balance import global_placement
 from serving.parallel.groups import Groups
 from tests.engine_factory import random_prompts
@@ -20,15 +20,23 @@ from tests.model_factory import make_checkpoint
 NEW_TOKENS = 6
 PROMPTS = random_prompts([1, 2, 63, 64, 65, 130, 7, 40], seed=3)
 PLACEMENT = global_placement(np.ones((3, 8)), num_slots=12, num_gpus=4)
-TP2_DP2 = UnitSizes(
-    groups=Groups(tp=2, dp=2, ep=4, ranks_per_node=2),
-    placement=PLACEMENT,
-    by_nodes=True,
-    shared_is_routed=False,
-    split_from=0,
-)
-DP4 = dataclasses.replace(TP2_DP2, groups=Groups(tp=1, dp=4, ep=4, ranks_per_node=2), by_nodes=False)
-TP4 = dataclasses.replace(TP2_DP2, groups=Groups(tp=4, dp=1, ep=4, ranks_per_node=4), by_nodes=False, split_from=2)
+
+
+def sizes(tp: int, dp: int, ranks_per_node: int, *, by_nodes: bool = False, split_from: int = 0) -> UnitSizes:
+    shape = UnitShape(
+        groups=Groups(tp=tp, dp=dp, ep=4, ranks_per_node=ranks_per_node),
+        heads=4 // tp,
+        num_experts=8,
+        active_slots=3,
+        hosted_slots=3,
+        shared_expert_routed=False,
+    )
+    return UnitSizes(shape=shape, placement=PLACEMENT, by_nodes=by_nodes, split_from=split_from)
+
+
+TP2_DP2 = sizes(2, 2, 2, by_nodes=True)
+DP4 = sizes(1, 4, 2)
+TP4 = sizes(4, 1, 4, split_from=2)
 
 
 @pytest.fixture(scope="module")
