@@ -93,7 +93,8 @@ class ScriptedCluster:
         self.script = script
         self.workers = {worker.worker_id: worker for worker in workers}
         self.endpoint = ""
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # Everybody's, and never ended: once in some thousand times libzmq waits for ever for sockets that are closed.
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._codec = Codec(SECRET, "directory", 1)
         self._directory = self._context.socket(zmq.ROUTER)
         self._routers: set[bytes] = set()
@@ -120,7 +121,6 @@ class ScriptedCluster:
         for worker in self.workers.values():
             if worker.socket is not None:
                 worker.socket.close(linger=0)
-        self._context.term()
 
     # -- what a test does to it -----------------------------------------------------------------------------------------
 
