@@ -164,6 +164,11 @@ def _unit(
 ) -> Unit:
     shape = shape_of(table, model)
     groups = shape.groups
+    if groups.ep == 1:
+        raise ConfigError(
+            "--virtual is for units whose ranks hold the experts together, and this configuration has one with ep = 1; "
+            "choose one with ep above 1, paper-32-320 for instance"
+        )
     sizes = UnitSizes(
         shape=shape,
         placement=placement_for(_loads(shape, model, expert_tokens), shape, model),

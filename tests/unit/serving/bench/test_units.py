@@ -10,6 +10,8 @@ import pytest
 from kvcache.pool import KVPool
 from serving.bench import units
 from serving.bench.units import DTYPE, Unit, UnitSizes, generate, generate_alone
+from serving.bench.virtual import run_units
+from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
 from serving.model.units import UnitShape
 from serving.parallel.balance import global_placement
@@ -81,6 +83,11 @@ def test_a_latent_that_changes_on_the_way_shows(
     monkeypatch.setattr(units, "_copy_page", copy)
     texts, _ = generate(unit(folder, TP2_DP2), unit(folder, DP4), PROMPTS, NEW_TOKENS)
     assert [text == wanted for text, wanted in zip(texts, expected, strict=True)].count(False) == 1
+
+
+def test_units_whose_ranks_compute_alone_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ep above 1"):
+        run_units("laptop", tmp_path, num_requests=1, new_tokens=2, seed=0)
 
 
 def test_an_expert_in_the_wrong_slot_shows(folder: Path, expected: list[list[int]]) -> None:
