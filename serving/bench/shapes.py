@@ -197,8 +197,8 @@ SHAPES["lite-fp8"] = SHAPES["lite"] | {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Scales:
-    """`gate_bias`: its standard deviation. `residual`: factor of the matrices whose products are added to the residual stream."""
+class Scales:
+    """Of random weights. `gate_bias`: its standard deviation. `residual`: factor of the matrices whose products are added to the residual stream."""
 
     gate_bias: float
     residual: float
@@ -206,8 +206,10 @@ class _Scales:
 
 # Recorded figures of the small shapes are of these. Scores near the best 8 of 256 lie so close that a bias of 0.1 sends five
 # times as many tokens to one expert as to the next, which no trained bias does.
-_RECORDED = _Scales(gate_bias=0.1, residual=1.0)
+_RECORDED = Scales(gate_bias=0.1, residual=1.0)
 _RECORDED_SHAPES = ("cpu-34m", "tiny")
+SPREADING = 0.01
+"""`gate_bias` of all other shapes."""
 
 _GATE_BIAS = "e_score_correction_bias"
 _RESIDUAL = ("o_proj.weight", "down_proj.weight")
@@ -234,14 +236,14 @@ def write_checkpoint(
     block = ModelConfig.from_dict(fields).weight_block_size
     shards = plan_shards([group for _, _, group in _planned(fields)], max_shard_bytes)
     generator = torch.Generator(device).manual_seed(seed)
-    scales = _scales(shape)
+    scales = _scales_of(shape)
     folder.mkdir(parents=True, exist_ok=True)
     if progress is not None:
         progress.start(checkpoint_bytes(shape))
     num_parameters = 0
     with ShardWriter(folder, shards, pinned=torch.device(device).type == "cuda") as writer:
         for name, target, group in _planned(fields):
-            drawn = _random(name, target.into.shape, generator, scales)
+            drawn = random_weight(name, target.into.shape, generator, scales)
             num_parameters += drawn.numel()
             if see is not None:
                 see(name, drawn)
@@ -288,14 +290,19 @@ def _planned(fields: dict[str, Any]) -> Iterator[tuple[str, Target, list[Entry]]
             yield name, target, [Entry(name=name, dtype=stored, shape=shape)]
 
 
-def _scales(shape: str) -> _Scales:
+def _scales_of(shape: str) -> Scales:
     if shape in _RECORDED_SHAPES:
         return _RECORDED
-    return _Scales(gate_bias=0.01, residual=(2 * SHAPES[shape]["num_hidden_layers"]) ** -0.5)
+    return Scales(gate_bias=SPREADING, residual=residual_scale(SHAPES[shape]["num_hidden_layers"]))
 
 
-def _random(name: str, shape: torch.Size, generator: torch.Generator, scales: _Scales) -> Tensor:
-    """fp32 on the generator's device."""
+def residual_scale(num_layers: int) -> float:
+    """Of what is added to the residual stream, twice a layer."""
+    return float((2 * num_layers) ** -0.5)
+
+
+def random_weight(name: str, shape: torch.Size, generator: torch.Generator, scales: Scales) -> Tensor:
+    """A tensor of a checkpoint by its name, fp32 on the generator's device."""
     noise = torch.randn(shape, generator=generator, device=generator.device)
     if "norm" in name:
         return noise.mul_(0.1).add_(1)

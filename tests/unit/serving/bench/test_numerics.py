@@ -143,7 +143,7 @@ def test_prompts_spread_over_the_experts_in_the_last_layer_as_in_the_first(
     for name in ("scaled", "unscaled"):
         if name == "unscaled":
             monkeypatch.setattr(shapes, "_RECORDED_SHAPES", ("deep",))
-            monkeypatch.setattr(shapes, "_RECORDED", shapes._Scales(gate_bias=0.01, residual=1.0))
+            monkeypatch.setattr(shapes, "_RECORDED", shapes.Scales(gate_bias=0.01, residual=1.0))
         write_checkpoint(tmp_path / name, "deep", 3)
         with packing(False):
             model = load_weights(tmp_path / name, ModelConfig.from_folder(tmp_path / name), torch.float32)
