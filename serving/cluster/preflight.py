@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 
 from serving.cluster.placement import UnitPlan
-from serving.core.config import Config, UnitTable, unit_table
+from serving.core.config import Config, unit_table
 from serving.core.errors import ModelFolderError, StartupError
 
 
@@ -65,20 +65,13 @@ def num_hosts(units: tuple[UnitPlan, ...]) -> int:
     return max(unit.groups.num_nodes for unit in units)
 
 
-_DEFAULTS = UnitTable()
-_NOT_SERVED = ("hosted_slots", "kv_sharding")
-
-
 def check_served(config: Config) -> None:
-    """The one place that knows what the engine's ranks do not do as yet: these keys would otherwise be passed over in silence."""
+    """The one place that knows what the engine's ranks do not do as yet: such a key would otherwise be passed over in silence."""
     for name, table in (("prefill", config.prefill), ("decode", config.decode)):
-        for key in _NOT_SERVED:
-            value, served = getattr(table, key), getattr(_DEFAULTS, key)
-            if value != served:
-                raise StartupError(
-                    f"[{name}] {key} = {str(value).lower()}: in this build a rank's experts stay in their slots for a step, and every TP rank "
-                    f"holds every page; set {key} to {str(served).lower()}"
-                )
+        if table.kv_sharding:
+            raise StartupError(
+                f"[{name}] kv_sharding = true: in this build every TP rank holds every page; set kv_sharding to false"
+            )
 
 
 def router_ports(config: Config) -> list[int]:

@@ -46,6 +46,7 @@ class Balancing:
             num_gpus=shape.groups.ep,
             num_nodes=num_nodes,
             num_groups=num_groups,
+            active=shape.active_slots if shape.chooses else None,
         )
         slots = model.expert_slots
         layer_bytes = slots.num_slots * sum(tensor.nbytes for tensor in slots.read(0, 0))

@@ -1,6 +1,7 @@
 """From a worker's spec to its place in its unit: the groups of ranks, the dispatch of its experts, the lockstep.
 
     rendezvous -> world -> tp | ep | rail, node      of tensors where the model is
+                        -> counts                    of the tokens of each expert, where replicas are chosen for them
                         -> control, control-tp       of the lockstep, in host memory        bell
                        -> control-ep                of experts that change their places
 
@@ -23,7 +24,7 @@ from serving.core.errors import ConfigError
 from serving.core.spec import WorkerSpec
 from serving.engine.unit import Lockstep, MicroBatches
 from serving.model.config import ModelConfig
-from serving.model.parallel import SINGLE, Parallel, num_moe_layers
+from serving.model.parallel import SINGLE, Hosting, Parallel, num_moe_layers
 from serving.model.units import UnitShape, groups_of, shape_of
 from serving.parallel.balance import global_placement, hierarchical_placement, single_placement
 from serving.parallel.bell import TcpBell
@@ -32,6 +33,7 @@ from serving.parallel.dispatch import DirectDispatch, Dispatch, HierarchicalDisp
 from serving.parallel.distributed import TorchCollectives
 from serving.parallel.groups import Groups
 from serving.parallel.placement import Floats, Placement
+from serving.parallel.redundancy import hosted_placement
 from serving.parallel.shared_memory import SharedMemoryCollectives
 
 START_DEADLINE_S = 600.0
@@ -114,15 +116,23 @@ def parallel_of(
     dispatch: Dispatch
     if by_nodes and groups.ep > groups.ranks_per_node:
         rail, node = group_of("rail", groups.rail_group(rank)), group_of("node", groups.node_group(rank))
-        dispatch = HierarchicalDispatch(rail, node, shape.active_slots)
+        dispatch = HierarchicalDispatch(rail, node, shape.hosted_slots)
     else:
-        dispatch = DirectDispatch(group_of("ep", groups.ep_group(rank)), shape.active_slots)
+        dispatch = DirectDispatch(group_of("ep", groups.ep_group(rank)), shape.hosted_slots)
+    hosting = None
+    if shape.chooses:
+        hosting = Hosting(
+            counts=group_of("counts", groups.ep_group(rank)),
+            active=shape.active_slots,
+            ranks_per_node=min(groups.ranks_per_node, groups.ep),
+        )
     return Parallel(
         tp=tp,
         experts=dispatch,
         placement=placement or first_placement(shape, config),
         ep_rank=groups.coordinates(rank).ep_rank,
         shared_is_routed=shape.shared_expert_routed,
+        hosting=hosting,
     )
 
 
@@ -135,8 +145,12 @@ def first_placement(shape: UnitShape, config: ModelConfig) -> Placement:
 
 
 def placement_for(loads: Floats, shape: UnitShape, config: ModelConfig) -> Placement:
-    """For loads [L, E] of the logical experts: one a GPU, by nodes, or over all GPUs alike, as the unit's sizes ask for."""
+    """For loads [L, E] of the logical experts: hosts, one a GPU, by nodes, or over all GPUs alike, as the unit's sizes ask for."""
     ep, (num_nodes, num_groups) = shape.groups.ep, nodes_and_groups(shape, config)
+    if shape.chooses:
+        return hosted_placement(
+            loads, num_slots=shape.num_slots, num_gpus=ep, active=shape.active_slots, num_nodes=num_nodes
+        )
     if shape.active_slots == 1:
         return single_placement(loads, num_gpus=ep)
     if num_nodes == 1 or num_groups == 1:

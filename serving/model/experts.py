@@ -150,7 +150,7 @@ class Moe:
             yield Sent(name="counts", wait=sending.advance, gives_way=False)
         arrived: Arrived[Tensor | QuantisedRows] = yield Sent(name="dispatch", wait=sending.wait)
         y_RD = grouped_mlp(arrived.x_RD, self.gate_up, self.down, arrived.slots_RK, arrived.weights_RK)
-        returning = self.routing.dispatch.give_back(sending, y_RD)
+        returning = self.routing.give_back(sending, y_RD)
         # A hop inside the node comes first: it is waited for, so that the one between nodes travels meanwhile.
         if returning.num_more:
             yield Sent(name="combine in the node", wait=returning.advance, gives_way=False)

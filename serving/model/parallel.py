@@ -11,7 +11,7 @@ same. Alone, all of this is the identity: no copy, no launch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,13 +25,27 @@ from serving.parallel.placement import Placement
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Hosting:
+    """Dynamic redundancy: of the slots in a rank's memory a step uses at most `active`, chosen for each layer's tokens.
+
+    `counts`: the EP group, whose ranks exchange how many tokens each expert has; best one of its own, so that it waits for no rows.
+    `ranks_per_node`: of the EP group. `watch`: called with the layer and the tokens of each slot [W, slots a rank], for who wants to see.
+    """
+
+    counts: Collectives
+    active: int
+    ranks_per_node: int
+    watch: Callable[[int, Tensor], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Parallel:
     """One rank's place in its unit.
 
     `tp`: its end of the TP group. `experts`: its end of the dispatch of the EP group, whose rank `ep_rank` it is; None: it holds
     all experts itself. `placement`: the logical expert in each slot of the EP group, of each layer with experts (the MTP layer is
     the last). `shared_is_routed`: the shared expert is the last logical expert, which every token selects. `near`: EP ranks
-    whose copies of an expert are taken first.
+    whose copies of an expert are taken first. `hosting`: a step uses some of the slots; None: all.
     """
 
     tp: Collectives = field(default_factory=SingleRank)
@@ -40,6 +54,7 @@ class Parallel:
     ep_rank: int = 0
     shared_is_routed: bool = False
     near: range | None = None
+    hosting: Hosting | None = None
 
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError where the model does not divide so."""
@@ -52,6 +67,7 @@ class Parallel:
                 f"the model has {config.num_shared_experts} shared experts, and only one can be routed; let every rank hold them"
             )
         assert (self.experts is None) == (self.placement is None), "a dispatch goes by a placement"
+        assert self.hosting is None or self.near is None, "which copies are near, the assignment knows itself"
         if self.placement is not None:
             wanted = num_moe_layers(config), config.num_routed_experts + self.shared_is_routed
             placed = len(self.placement.slots), self.placement.num_experts

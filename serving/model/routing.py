@@ -1,10 +1,14 @@
 """From the gate's choice to the slots of the EP group: one object a rank, for all layers with experts (the MTP layer is the last).
 
-Which copy of an expert takes a token follows from the placement in force; what it is told of a new one (`place`) holds from the
-next step on. Counts the tokens that this rank's gate gave each expert, for whoever balances them; who reads them zeroes them.
+Which copy of an expert takes a token follows from the placement in force: the copies take turns, or where a rank hosts more of them
+than it uses in a step (`Parallel.hosting`) all ranks' token counts decide, and rows wait for those. What it is told of a new placement
+(`place`) holds from the next step on. Counts the tokens that this rank's gate gave each expert, for whoever balances them; who reads
+them zeroes them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +16,35 @@ from torch import Tensor
 
 from serving.kernels.quant import QuantisedRows
 from serving.model.config import ModelConfig
+from serving.model.hosting import Counting, HostedReplicas
 from serving.model.parallel import Parallel, num_moe_layers
-from serving.parallel.dispatch import Dispatch, Sending
+from serving.parallel.dispatch import Arrived, Dispatch, Returning, Sending
 from serving.parallel.placement import Placement
 from serving.parallel.replicas import Replicas
+
+Rows = Tensor | QuantisedRows
+
+
+class CountedSending:
+    """A `Sending` whose rows go when the counts of all ranks have come: `advance` waits for them and issues the first rows."""
+
+    def __init__(self, counting: Counting, send: Callable[[Tensor], Sending[Rows]]) -> None:
+        self.num_more = 1
+        self._counting = counting
+        self._send = send
+
+    def advance(self) -> None:
+        """Raises RanksMissing."""
+        if self.num_more:
+            self.num_more = 0
+            self._counting.wait()
+            self.rows = self._send(self._counting.counts_WE)
+            self.rows.advance()
+
+    def wait(self) -> Arrived[Rows]:
+        """As `Sending.wait`."""
+        self.advance()
+        return self.rows.wait()
 
 
 class Routing:
@@ -28,7 +57,11 @@ class Routing:
         self._num_experts = config.num_routed_experts
         self._shared_is_routed = parallel.shared_is_routed
         self._ep_rank = parallel.ep_rank
-        self._replicas = Replicas(parallel.placement, device, near=parallel.near)
+        self._replicas: Replicas | HostedReplicas
+        if parallel.hosting is None:
+            self._replicas = Replicas(parallel.placement, device, near=parallel.near)
+        else:
+            self._replicas = HostedReplicas(parallel.placement, parallel.hosting, device)
         self.num_tokens_LE = torch.zeros(
             num_moe_layers(config), config.num_routed_experts, dtype=torch.int64, device=device
         )
@@ -37,14 +70,22 @@ class Routing:
         """Between two steps, on every rank of the EP group; in place, so that captured steps see it."""
         self._replicas.write(placement)
 
-    def send(
-        self, layer: int, x: Tensor | QuantisedRows, experts_TK: Tensor, weights_TK: Tensor
-    ) -> Sending[Tensor | QuantisedRows]:
+    def send(self, layer: int, x: Rows, experts_TK: Tensor, weights_TK: Tensor) -> Sending[Rows] | CountedSending:
         """Rows [T, D] of this rank on their way; experts int64 and weights fp32 as the gate has them."""
         chosen = experts_TK.flatten()
         self.num_tokens_LE[layer].scatter_add_(0, chosen, torch.ones_like(chosen))
         if self._shared_is_routed:
             experts_TK = F.pad(experts_TK, (0, 1), value=self._num_experts)
             weights_TK = F.pad(weights_TK, (0, 1), value=1.0)
-        slots_TK = self._replicas.slots(layer, experts_TK, self._ep_rank)
-        return self.dispatch.send(x, slots_TK, weights_TK)
+        replicas = self._replicas
+        if isinstance(replicas, Replicas):
+            return self.dispatch.send(x, replicas.slots(layer, experts_TK, self._ep_rank), weights_TK)
+
+        def send(counts_WE: Tensor) -> Sending[Rows]:
+            return self.dispatch.send(x, replicas.slots(layer, experts_TK, counts_WE), weights_TK)
+
+        return CountedSending(replicas.count(experts_TK), send)
+
+    def give_back(self, sending: Sending[Rows] | CountedSending, y_RD: Tensor) -> Returning:
+        """What the experts here made of the rows that `sending` brought, as `Dispatch.give_back`."""
+        return self.dispatch.give_back(sending.rows if isinstance(sending, CountedSending) else sending, y_RD)

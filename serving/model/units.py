@@ -1,7 +1,7 @@
 """What the sizes in `[prefill]` or `[decode]` come to: groups of ranks, and for one model the heads and experts of each rank.
 
-    slots of an EP group = routed experts + redundant_experts = ep * active slots
-    hosted slots >= active slots                                a rank's memory, and what it computes in a step
+    routed experts + redundant_experts = ep * active slots      what a step uses
+    slots of an EP group = ep * hosted slots                    what is in memory; hosted slots >= active slots
 
 Where the shared expert is routed it is one logical expert more, whose copies stand among the redundant ones. All of it is known before
 a process is started, so every mistake is a ConfigError of one line that names the key and the values that would fit. No torch, no Ray.
@@ -34,8 +34,13 @@ class UnitShape:
 
     @property
     def num_slots(self) -> int:
-        """Of an EP group that a step may use: the physical experts of a layer."""
-        return self.groups.ep * self.active_slots
+        """Of an EP group: the physical experts of a layer."""
+        return self.groups.ep * self.hosted_slots
+
+    @property
+    def chooses(self) -> bool:
+        """Whether a step uses some of the slots, chosen for its tokens, and not all."""
+        return self.hosted_slots > self.active_slots
 
 
 def groups_of(table: UnitTable) -> Groups:

@@ -39,20 +39,24 @@ class Piece:
     end: int
 
 
-def fewest_moves(present: Placement, target: Placement, *, num_nodes: int = 1) -> Placement:
+def fewest_moves(
+    present: Placement, target: Placement, *, num_nodes: int = 1, num_first: int | None = None
+) -> Placement:
     """`target` with its nodes, the GPUs inside a node and the slots inside a GPU in an order in which much of `present` stays
-    where it is. Every node, GPU and slot keeps its company, so balance and locality are those of `target`.
+    where it is. Every node, GPU and slot keeps its company, so balance and locality are those of `target`. The first `num_first`
+    slots of a GPU stay the first, where that says something of the experts in them.
 
     Those that have most in common are matched first: the most slots that can stay on a GPU do, of GPUs and nodes nearly so.
     """
-    num_gpus = target.num_gpus
+    num_gpus, slots_per_gpu = target.num_gpus, target.slots_per_gpu
     slots = target.slots
-    for num_groups, num_members in (
-        (1, num_nodes),
-        (num_nodes, num_gpus // num_nodes),
-        (num_gpus, target.slots_per_gpu),
-    ):
+    for num_groups, num_members in ((1, num_nodes), (num_nodes, num_gpus // num_nodes)):
         slots = _matched(present.slots, slots, num_groups, num_members)
+    here, there = (of.reshape(-1, slots_per_gpu) for of in (present.slots, slots))
+    first = slots_per_gpu if num_first is None else num_first
+    parts = [slice(0, first), slice(first, slots_per_gpu)] if first < slots_per_gpu else [slice(0, first)]
+    matched = [_matched(here[:, part], there[:, part], 1, part.stop - part.start) for part in parts]
+    slots = np.concatenate(matched, axis=1).reshape(slots.shape)
     return Placement(slots=slots, num_experts=target.num_experts, num_gpus=num_gpus)
 
 

@@ -22,7 +22,10 @@ from serving.parallel.balance import global_placement, hierarchical_placement, i
 from serving.parallel.loads import ExpertLoads, with_shared_expert
 from serving.parallel.moves import fewest_moves
 from serving.parallel.placement import Floats, Ints, Placement, balance
+from serving.parallel.redundancy import hosted_balance, hosted_placement
 from serving.parallel.transaction import LivePlacement, Phase
+
+_HOSTED_LAYERS_A_STEP = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,8 @@ class Trigger:
 class Policy:
     """Load to placement for `num_slots` slots on the `num_gpus` ranks of an EP group, as the shape demands: one slot a GPU,
     hierarchical where a token is limited to some of `num_groups` groups and there are several nodes, global otherwise. With
-    `max_changes`, at most so many slots of a layer change. Raises ConfigError if balancing is impossible."""
+    `max_changes`, at most so many slots of a layer change. `active`: of a GPU's slots a step uses so many and chooses them for its own
+    tokens (`redundancy`), so what is placed are their hosts; None: it uses all. Raises ConfigError if balancing is impossible."""
 
     num_experts: int
     num_slots: int
@@ -67,6 +71,7 @@ class Policy:
     num_nodes: int = 1
     num_groups: int = 1
     max_changes: int | None = None
+    active: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_gpus == 1:
@@ -86,6 +91,7 @@ class Policy:
             )
         if self.max_changes is not None and self.max_changes < 1:
             raise ConfigError(f"with {self.max_changes} changes a layer nothing is balanced; allow at least 1")
+        assert self.active is None or self.max_changes is None, "hosts are chosen as a whole"
 
     def initial(self, num_layers: int) -> Placement:
         """To load the weights by, before any load is known."""
@@ -96,13 +102,30 @@ class Policy:
         if self.max_changes is not None:
             nodes = self.num_nodes if self._is_hierarchical else 1
             return incremental_placement(present, loads, max_changes=self.max_changes, num_nodes=nodes)
-        return fewest_moves(present, self._anew(loads), num_nodes=self.num_nodes if self._is_hierarchical else 1)
+        is_by_node = self._is_hierarchical or self.active is not None
+        nodes = self.num_nodes if is_by_node else 1
+        return fewest_moves(present, self._anew(loads), num_nodes=nodes, num_first=self.active)
+
+    def balance(self, placement: Placement, loads: Floats) -> Floats:
+        """[L]: mean over largest load of a GPU, as its slots share `loads` [L, E]."""
+        if self.active is None:
+            return balance(placement, loads)
+        return hosted_balance(placement, loads, active=self.active, num_nodes=self.num_nodes)
+
+    @property
+    def layers_a_step(self) -> int | None:
+        """Whose balance is computed at once; None: all layers'. Replicas are chosen one layer after the other, in a millisecond each."""
+        return None if self.active is None else _HOSTED_LAYERS_A_STEP
 
     @property
     def _is_hierarchical(self) -> bool:
         return self.num_slots > self.num_gpus and self.num_nodes > 1 and self.num_groups > 1
 
     def _anew(self, loads: Floats) -> Placement:
+        if self.active is not None:
+            return hosted_placement(
+                loads, num_slots=self.num_slots, num_gpus=self.num_gpus, active=self.active, num_nodes=self.num_nodes
+            )
         if self.num_slots == self.num_gpus:
             return single_placement(loads, num_gpus=self.num_gpus)
         if not self._is_hierarchical:
@@ -206,9 +229,10 @@ class Rebalancer:
             for _ in range(self._look_every):
                 yield
             loads, is_wished = yield from self._look()
-            self._balance = self._balance_of(loads)
+            by_layer = yield from self._balance_by_layer(loads)
+            self._balance = float(by_layer.mean())
             if is_wished and loads.any():
-                yield from self._sweep(loads)
+                yield from self._sweep(loads, by_layer)
 
     def _look(self) -> Generator[None, None, tuple[Floats, bool]]:
         """The group's loads [L, E], and whether any rank wishes to rebalance."""
@@ -235,9 +259,9 @@ class Rebalancer:
             loads = with_shared_expert(loads, experts_per_token=self._routed_top_k)
         return loads, bool(totals[-1] > 0)
 
-    def _sweep(self, loads: Floats) -> Generator[None, None, None]:
-        """Every layer's turn. An abort ends it: what was changed is valid and stays."""
-        by_need = balance(self._live.placement, loads).argsort(kind="stable")
+    def _sweep(self, loads: Floats, by_layer: Floats) -> Generator[None, None, None]:
+        """Every layer's turn, the least balanced first. An abort ends it: what was changed is valid and stays."""
+        by_need = by_layer.argsort(kind="stable")
         for start in range(0, len(by_need), self._live.staged_layers):
             layers = by_need[start : start + self._live.staged_layers]
             if (yield from self._live.change(self._target(layers, loads))):
@@ -246,7 +270,8 @@ class Rebalancer:
                 reason = self._live.last_failure.name.lower()
                 self._num_aborts[reason] = self._num_aborts.get(reason, 0) + 1
                 break
-        self._balance = self._achieved = self._balance_of(loads)
+        by_layer = yield from self._balance_by_layer(loads)
+        self._balance = self._achieved = float(by_layer.mean())
         self._swept_s = self._now_s
 
     def _target(self, layers: Ints, loads: Floats) -> Placement:
@@ -254,14 +279,23 @@ class Rebalancer:
         live = self._live.placement
         present = _with_slots(live, live.slots[layers])
         planned = self._policy.place(present, loads[layers])
-        gains = balance(planned, loads[layers]) - balance(present, loads[layers])
+        gains = self._policy.balance(planned, loads[layers]) - self._policy.balance(present, loads[layers])
         worth = gains >= self._trigger.min_gain
         slots = live.slots.copy()
         slots[layers[worth]] = planned.slots[worth]
         return _with_slots(live, slots)
 
-    def _balance_of(self, loads: Floats) -> float:
-        return float(balance(self._live.placement, loads).mean())
+    def _balance_by_layer(self, loads: Floats) -> Generator[None, None, Floats]:
+        """[L], of the placement in force, which does not change meanwhile."""
+        live, num_layers = self._live.placement, len(loads)
+        figures = np.empty(num_layers)
+        at_once = self._policy.layers_a_step or num_layers
+        for start in range(0, num_layers, at_once):
+            if start:
+                yield
+            part = slice(start, start + at_once)
+            figures[part] = self._policy.balance(_with_slots(live, live.slots[part]), loads[part])
+        return figures
 
 
 def _with_slots(placement: Placement, slots: Ints) -> Placement:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.core.errors import ConfigError
+from serving.parallel.placement import Floats, Placement
 from serving.parallel.shares import Shares
 
 Ints = NDArray[np.int64]
@@ -151,6 +152,43 @@ def choose_hosted(load: Ints, *, num_gpus: int, hosted_slots: int, active: int, 
     first = [(expert, active) for expert in order]
     further = [(expert, hosted_slots) for expert in order for _ in range(copies[expert] - 1)]
     return _pack([*first, *further], share, num_gpus=num_gpus, slots=hosted_slots, gpus_per_node=gpus_per_node)
+
+
+def hosted_placement(loads: Floats, *, num_slots: int, num_gpus: int, active: int, num_nodes: int) -> Placement:
+    """`choose_hosted` for the loads [L, E] of every layer. As it does, the first `active` slots of the GPUs hold all experts of a layer, where a
+    search for replicas begins. Raises ConfigError."""
+    hosted = [
+        choose_hosted(
+            load,
+            num_gpus=num_gpus,
+            hosted_slots=num_slots // num_gpus,
+            active=active,
+            gpus_per_node=num_gpus // num_nodes,
+        )
+        for load in _in_tokens(loads)
+    ]
+    slots = np.stack(hosted).reshape(len(loads), num_slots)
+    return Placement(slots=slots, num_experts=loads.shape[1], num_gpus=num_gpus)
+
+
+def hosted_balance(placement: Placement, loads: Floats, *, active: int, num_nodes: int) -> Floats:
+    """[L]: mean over largest load of a GPU where replicas are chosen for just these loads [L, E], as `assign` does."""
+    hosted = placement.slots.reshape(len(loads), placement.num_gpus, -1)
+    gpus_per_node = placement.num_gpus // num_nodes
+    return np.array(
+        [
+            assign(load, of_layer, active=active, gpus_per_node=gpus_per_node).balance
+            for load, of_layer in zip(_in_tokens(loads), hosted, strict=True)
+        ]
+    )
+
+
+def _in_tokens(loads: Floats) -> Ints:
+    """As whole tokens, some million a layer, and one at least of each expert; without any load, all alike."""
+    totals = loads.sum(axis=1, keepdims=True)
+    parts = np.divide(loads, totals, out=np.zeros_like(loads), where=totals > 0)
+    tokens: Ints = 1 + np.rint(parts * (1 << 20)).astype(np.int64)
+    return tokens
 
 
 def static_placement(load: Ints, *, num_gpus: int, slots: int) -> Ints:

@@ -18,6 +18,8 @@ NUM_NEW = 4
 LENGTHS = [1, 40, 64, 70, 130, 2, 65, 12]
 TP2_DP2 = UnitTable(tp=2, dp=2, ranks_per_node=2, redundant_experts=4)
 TP1_DP4 = UnitTable(tp=1, dp=4, ranks_per_node=4)
+HOSTED_TP2_DP2 = UnitTable(tp=2, dp=2, ranks_per_node=2, redundant_experts=4, hosted_slots=5)
+HOSTED_DP4 = UnitTable(tp=1, dp=4, ranks_per_node=4, redundant_experts=4, hosted_slots=6, shared_expert_routed=True)
 SPLIT = MicroBatches(prefill_tokens=8, rows=2)
 
 
@@ -57,6 +59,8 @@ def _arrivals(prompts: list[list[int]], dp: int) -> list[list[Arrival]]:
         (TP2_DP2, SPLIT, True, True, True),
         (TP1_DP4, None, False, True, True),
         (TP1_DP4, SPLIT, False, False, False),
+        (HOSTED_TP2_DP2, SPLIT, True, True, True),
+        (HOSTED_DP4, None, False, False, True),
     ],
 )
 def test_the_text_is_that_of_one_rank(

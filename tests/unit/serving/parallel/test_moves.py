@@ -10,6 +10,7 @@ import pytest
 from serving.parallel.balance import global_placement, hierarchical_placement, single_placement
 from serving.parallel.moves import Move, fewest_moves, find_moves, rounds
 from serving.parallel.placement import Ints, Placement, balance
+from serving.parallel.redundancy import hosted_placement
 
 NODES = 4
 
@@ -62,6 +63,18 @@ def test_after_a_drift_less_moves_and_balance_and_company_stay(seed: int) -> Non
             for slots in (named.slots[layer], target.slots[layer])
         ]
         assert company[::2] == company[1::2]
+
+
+def test_the_first_slots_of_a_gpu_stay_the_first() -> None:
+    before, after = drifting_loads(3)
+    sizes = {"num_slots": 96, "num_gpus": 8, "active": 8, "num_nodes": 2}
+    present, target = hosted_placement(before, **sizes), hosted_placement(after, **sizes)
+    named = fewest_moves(present, target, num_nodes=2, num_first=8)
+    assert num_changed(present, named) < num_changed(present, target)
+    for slots in (named.slots, fewest_moves(present, target, num_nodes=2).slots):
+        first = slots.reshape(3, 8, 12)[:, :, :8]
+        is_whole = all(set(layer.ravel()) == set(range(target.num_experts)) for layer in first)
+        assert is_whole == (slots is named.slots)
 
 
 def test_one_slot_a_gpu_moves_only_copies_that_come_or_go() -> None:

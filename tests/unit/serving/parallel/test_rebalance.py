@@ -182,6 +182,29 @@ def test_a_shared_expert_among_the_logical_ones_has_every_token() -> None:
     assert run(main, policy=policy, routed_top_k=EXPERTS)[0] != results
 
 
+def test_hosts_are_placed_for_what_can_be_chosen_of_them() -> None:
+    hosted = Policy(num_experts=EXPERTS, num_slots=24, num_gpus=RANKS, num_nodes=2, active=4)
+
+    def main(rank: _Rank) -> tuple[Figures, list[float], bytes]:
+        seen: list[float] = []
+        rank.rebalancer.ask()
+        rank.steps(80, at_step=lambda: seen.append(rank.rebalancer.figures().balance))
+        return rank.rebalancer.figures(), seen, rank.live.placement.slots.tobytes()
+
+    results, _ = run(main, policy=hosted)
+    assert results == [results[0]] * RANKS
+    figures, seen, slots = results[0]
+    initial, wanted = hosted.initial(LAYERS), hosted.place(hosted.initial(LAYERS), TOTAL)
+    before, after = (float(hosted.balance(placed, TOTAL).mean()) for placed in (initial, wanted))
+    assert before in seen
+    assert figures.balance == pytest.approx(after)
+    assert after > before
+    # Every copy taking its even part would be another figure.
+    assert after > float(balance(wanted, TOTAL).mean())
+    assert slots == wanted.slots.tobytes()
+    assert set(wanted.slots[0].reshape(RANKS, -1)[:, :4].ravel()) == set(range(EXPERTS))
+
+
 def test_a_layer_that_gains_little_is_left_alone() -> None:
     def main(rank: _Rank) -> list[int]:
         rank.rebalancer.ask()
