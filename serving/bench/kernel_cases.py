@@ -349,7 +349,7 @@ def grouped_fp8(stage: Stage, *, experts: int, tokens: int, n: int, k: int, few:
     x, w = [stage.rows(experts * rows, k) for _ in sets], [stage.weight(experts, n, k) for _ in sets]
     expert = torch.arange(experts, dtype=torch.int32, device=stage.device).repeat_interleave(rows // tile)
     used = torch.tensor([len(expert)], dtype=torch.int32, device=stage.device)
-    tiles = Tiles(expert=expert, num_used=used, max_tiles=len(expert), num_rows=tile)
+    tiles = Tiles(expert=expert, num_used=used, max_tiles=len(expert), num_rows=tile, num_expected=len(expert))
 
     def own(i: int) -> Tensor:
         out = product(x[i], w[i], tiles=tiles)
@@ -385,7 +385,7 @@ def grouped_bf16(stage: Stage, *, experts: int, tokens: int, n: int, k: int) -> 
     tile = grouped_tile(experts * tokens, experts, torch.bfloat16)
     expert = torch.arange(experts, dtype=torch.int32, device=stage.device).repeat_interleave(tokens // tile)
     used = torch.tensor([len(expert)], dtype=torch.int32, device=stage.device)
-    tiles = Tiles(expert=expert, num_used=used, max_tiles=len(expert), num_rows=tile)
+    tiles = Tiles(expert=expert, num_used=used, max_tiles=len(expert), num_rows=tile, num_expected=len(expert))
     sets = range(_sets_for(2 * experts * n * k))
     x = [stage.randn(experts * tokens, k) for _ in sets]
     w = [stage.randn(experts, n, k).mul_(k**-0.5) for _ in sets]

@@ -25,20 +25,36 @@ def grouped_mlp(
     experts_TK: Tensor,
     weights_TK: Tensor,
     shared: tuple[Tensor | Fp8Weight, Tensor | Fp8Weight] | None = None,
+    *,
+    partial: bool = False,
+    fill: bool = True,
+    num_used: int | None = None,
+    max_used: int | None = None,
 ) -> Tensor:
     """Over each token's experts weight * down(silu(gate x) * up x), and the same of `shared`; [T, D] in the dtype of x, bf16 from FP8 weights.
 
     `gate_up_EID` is [E, 2I, D], gate above up, `down_EDI` [E, D, I], both plain or both FP8, or on CPU a list of E packed
-    matrices; `shared`: gate_up [2 S I, D] and down [D, S I] of what every token takes, S a whole number; `experts_TK` int64, all below E, on a CPU -1 for no expert; `weights_TK` fp32 (on a CPU rounded to the dtype of x). `x_TD` may come quantised where the weights are FP8. On a
+    matrices; `shared`: gate_up [2 S I, D] and down [D, S I] of what every token takes, S a whole number; `experts_TK` int64, all below E, a token's distinct; `weights_TK` fp32 (on a CPU rounded to the dtype of x). `x_TD` may come quantised where the weights are FP8. On a
     GPU nothing is read on the host and no shape depends on the choice of experts. The sum over K has one order whatever the
     batch.
+
+    `partial`: experts may be -1, for no expert: no product meets such a pair, its weight may be anything, and so may the row of a
+    token without any. That token's result is zeros (and what `shared` gives), or if not `fill` whatever was in memory.
+    `num_used`: about so many pairs have an expert, which GPU kernels are cut for; `max_used`: never more than so many, for which
+    they take memory, else for min(K, E) of every token.
     """
+    if not partial:
+        assert (num_used, max_used) == (None, None), "all pairs have an expert"
+    assert fill or (partial and shared is None), "every token has a result"
     if weights_TK.is_cuda:
         from serving.kernels.triton import experts
 
         assert not isinstance(gate_up_EID, list)
         assert not isinstance(down_EDI, list)
-        return experts.grouped_mlp(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, shared)
+        return experts.grouped_mlp(
+            x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, shared,
+            partial=experts.Partial(num_used=num_used, max_used=max_used) if partial else None, fill=fill,
+        )  # fmt: skip
     if isinstance(gate_up_EID, Fp8Weight):
         assert isinstance(down_EDI, Fp8Weight)
         routed_TD = grouped_mlp_fp8_reference(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK)

@@ -441,7 +441,8 @@ def few_rows(
         target = empty_product(op, silu=False, num_rows=num_rows, dtype=torch.float32)
     processors = num_processors(op.x_SK.device)
     if block_n is None:
-        block_n = 64 if split else _block_n(op, silu=silu, num_tiles=num_routed + num_shared, processors=processors)
+        expected = (tiles.num_expected if tiles else num_routed) + num_shared
+        block_n = 64 if split else _block_n(op, silu=silu, num_tiles=expected, processors=processors)
     assert not (silu and op.fp8) or block_n == BLOCK, "a unit writes one scale a row"
     if unroll is None:
         unroll = 4 if block_t == 16 and not silu and not split else 2

@@ -162,8 +162,9 @@ def _multiply(
     never = num_k < 0
     part = gl.zeros([64, 128], gl.float32, layout)
     count = 0
-    # The grid is made for the most units there may be.
-    first_index = gl.minimum(gl.program_id(0), num_units - 1)
+    # The grid is made for the most units there may be; of none at all the first is looked up too.
+    num_m = gl.maximum(num_m, 1)
+    first_index = gl.maximum(gl.minimum(gl.program_id(0), num_units - 1), 0)
     m, n, split, first_k, last_k = _unit(first_index, num_m, num_n, num_k, num_splits, GROUP_M)
     rows = m * 128 + half * 64 + gl.arange(0, 64, row_layout)
     if FP8:
@@ -359,7 +360,7 @@ def many_rows(
         STAGES=stages, num_warps=4,
     )  # fmt: skip
     if split:
-        sum_splits(parts, out, num_splits=cut.num_splits, silu=silu)
+        sum_splits(parts, out, num_splits=cut.num_splits, silu=silu, tiles=tiles)
     return out
 
 

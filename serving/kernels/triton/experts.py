@@ -3,6 +3,9 @@
 Pairs of token and expert get slots: each expert's pairs lie together, in the order of the tokens, and each expert begins at
 a multiple of TILE slots, so that a tile of a product meets one expert. Slots that pad a tile hold whatever was there: a row
 of a product depends on its own row only, and nobody reads them back.
+
+Where pairs may lack an expert (PARTIAL, -1) those get no slot. Of many such pairs few may have one, so rows are then fetched
+by slot instead of sent by token, and summed by slot where the rows without an expert need no zeros.
 """
 
 from __future__ import annotations
@@ -28,15 +31,39 @@ _COUNTED_BY_ALL = 1024
 # Numbers of pairs counted at once by a program that looks at all; few, so that few kernels are compiled.
 _COUNTED_AT_ONCE = (128, _COUNTED_BY_ALL)
 _STEP = 64
+# A block's share of a device's programs where work is dealt out by its number on the device.
+_PROGRAMS_A_PROCESSOR = 8
+# Bins of a histogram that the device counts in.
+_FEWEST_BINS = 16
 # Tokens up to which shared experts are computed in the launches of the routed ones: each tile of tokens reads their weights again.
 _MOST_BESIDE = 64
 
 
-@triton.jit(do_not_specialize=["num_pairs", "steps"])
+@triton.jit
+def _chosen(experts_ptr, pair, num_pairs, PARTIAL: tl.constexpr):
+    """The expert of each pair, 0 where there is none; and which pairs have one."""
+    counts = pair < num_pairs
+    expert = tl.load(experts_ptr + pair, mask=counts, other=0).to(tl.int32)
+    if PARTIAL:
+        counts = counts & (expert >= 0)
+        expert = tl.maximum(expert, 0)
+    return expert, counts
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_pairs", "steps"])
 def count_kernel(
-    experts_ptr, counts_ptr, num_pairs, steps, NUM_BINS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr = False
+    experts_ptr,
+    counts_ptr,
+    source_ptr,
+    num_slots,
+    num_pairs,
+    steps,
+    NUM_BINS: tl.constexpr,
+    STEP: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
-    """counts [programs, NUM_BINS]: pairs of each expert among the program's `steps` x STEP pairs."""
+    """counts [programs, NUM_BINS]: pairs of each expert among the program's `steps` x STEP pairs. PARTIAL: no slot has a source yet."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -44,9 +71,13 @@ def count_kernel(
     first = tl.program_id(0) * steps * STEP
     for step in range(steps):
         pair = first + step * STEP + tl.arange(0, STEP)
-        expert = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=0).to(tl.int32)
-        total += tl.histogram(expert, NUM_BINS, mask=pair < num_pairs)
+        expert, counts = _chosen(experts_ptr, pair, num_pairs, PARTIAL)
+        total += tl.histogram(expert, NUM_BINS, mask=counts)
     tl.store(counts_ptr + tl.program_id(0) * NUM_BINS + tl.arange(0, NUM_BINS), total)
+    if PARTIAL:
+        for first_slot in range(tl.program_id(0) * STEP, num_slots, tl.num_programs(0) * STEP):
+            slot = first_slot + tl.arange(0, STEP)
+            tl.store(source_ptr + slot, -1, mask=slot < num_slots)
 
 
 @triton.jit
@@ -55,7 +86,10 @@ def _store_tiles(
 ):  # fmt: skip
     """The program's share of the expert of each tile, and the number of tiles; `tiles` of each expert, which end at `tile_end`."""
     if program == 0:
-        tl.store(num_tiles_ptr, tl.sum(tiles, axis=0))
+        num_tiles = tl.sum(tiles, axis=0)
+        tl.store(num_tiles_ptr, num_tiles)
+        # Of no tile a product reads the expert ahead.
+        tl.store(tile_expert_ptr, 0, mask=num_tiles == 0)
     bins = tl.arange(0, NUM_BINS)
     for tile in range(program, tl.max(tiles, axis=0), num_programs):
         tl.store(tile_expert_ptr + tile_end - tiles + tile, bins, mask=tile < tiles)
@@ -66,6 +100,7 @@ def place_kernel(
     experts_ptr,
     counts_ptr,
     slots_ptr,
+    source_ptr,
     tile_expert_ptr,
     num_tiles_ptr,
     num_pairs,
@@ -74,11 +109,12 @@ def place_kernel(
     STEP: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    PARTIAL: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """The slot of each pair, the tiles and their number. Counts are read ROWS programs at a time.
 
-    NUM_BINS is a power of two from the number of experts.
+    NUM_BINS is a power of two from the number of experts. PARTIAL: -1 for a pair without expert; and the pair in each slot.
     """
     if PDL:
         gdc_wait()
@@ -102,11 +138,16 @@ def place_kernel(
     lane = tl.arange(0, STEP)
     for step in range(steps):
         pair = (program * steps + step) * STEP + lane
-        expert = tl.load(experts_ptr + pair, mask=pair < num_pairs, other=0).to(tl.int32)
-        same = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
+        expert, counts = _chosen(experts_ptr, pair, num_pairs, PARTIAL)
+        bin = tl.where(counts, expert, -1)
+        same = (bin[:, None] == bin[None, :]) & (lane[None, :] < lane[:, None])
         rank = tl.sum(same.to(tl.int32), axis=1)
-        tl.store(slots_ptr + pair, tl.gather(next_slot, expert, 0) + rank, mask=pair < num_pairs)
-        next_slot += tl.histogram(expert, NUM_BINS, mask=pair < num_pairs)
+        slot = tl.gather(next_slot, expert, 0) + rank
+        if PARTIAL:
+            tl.store(source_ptr + slot, pair, mask=counts)
+            slot = tl.where(counts, slot, -1)
+        tl.store(slots_ptr + pair, slot, mask=pair < num_pairs)
+        next_slot += tl.histogram(expert, NUM_BINS, mask=counts)
     _store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, tl.num_programs(0), NUM_BINS)
 
 
@@ -134,16 +175,17 @@ def send_kernel(
     QUANTISE: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    PARTIAL: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """`place_kernel` and `scatter_kernel` in one, for at most PAIRS pairs; a token a program."""
+    """`place_kernel` and `scatter_kernel` in one, for at most PAIRS pairs; a token a program. PARTIAL: -1 for a pair without expert."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0)
     bins = tl.arange(0, NUM_BINS)
     every = tl.arange(0, PAIRS)
-    chosen = tl.load(experts_ptr + every, mask=every < num_pairs, other=0).to(tl.int32)
+    chosen, counts = _chosen(experts_ptr, every, num_pairs, PARTIAL)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = column < width
@@ -153,7 +195,7 @@ def send_kernel(
         x, scale = quantise(x.to(tl.float32))
     elif SCALED:
         scale = tl.load(x_scale_ptr + group * x_scale_stride + token, mask=has_group, other=0.0)
-    total = tl.histogram(chosen, NUM_BINS, mask=every < num_pairs)
+    total = tl.histogram(chosen, NUM_BINS, mask=counts)
     tiles = (total + TILE - 1) // TILE
     tile_end = tl.cumsum(tiles, axis=0)
     first_slot = (tile_end - tiles) * TILE
@@ -162,14 +204,18 @@ def send_kernel(
     pair_K = token * TOP_K + k_K
     expert_K = tl.load(experts_ptr + pair_K, mask=k_K < TOP_K, other=0).to(tl.int32)
     before = (chosen[None, :] == expert_K[:, None]) & (every[None, :] < pair_K[:, None])
+    if PARTIAL:
+        before = before & counts[None, :]
     first_K = tl.sum(tl.where(bins[None, :] == expert_K[:, None], first_slot[None, :], 0), axis=1)
     slot_K = first_K + tl.sum(before.to(tl.int32), axis=1)
+    if PARTIAL:
+        slot_K = tl.where(expert_K >= 0, slot_K, -1)
     tl.store(slots_ptr + pair_K, slot_K, mask=(k_K < TOP_K) & (tl.program_id(1) == 0))
     for k in tl.static_range(TOP_K):
         slot = tl.sum(tl.where(k_K == k, slot_K, 0), axis=0).to(tl.int64)
-        tl.store(out_ptr + slot * out_stride + column, x, mask=mask)
+        tl.store(out_ptr + slot * out_stride + column, x, mask=mask & (slot >= 0))
         if QUANTISE or SCALED:
-            tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
+            tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group & (slot >= 0))
     if tl.program_id(1) == 0:
         _store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, token, tl.num_programs(0), NUM_BINS)
 
@@ -213,6 +259,130 @@ def scatter_kernel(
             tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
 
 
+@triton.jit(do_not_specialize=["num_blocks", "x_stride", "x_scale_stride", "out_scale_stride"])
+def fetch_kernel(
+    x_ptr,
+    x_scale_ptr,
+    source_ptr,
+    num_tiles_ptr,
+    out_ptr,
+    out_scale_ptr,
+    width,
+    num_blocks,
+    x_stride,
+    x_scale_stride,
+    out_stride,
+    out_scale_stride,
+    TOP_K: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """`scatter_kernel` by slot: each that has a source gets its token's row; the rest is not touched."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    # Not from the first cache, which may hold what was there before.
+    num_units = tl.load(num_tiles_ptr, cache_modifier=".cg") * TILE * num_blocks
+    for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
+        slot = (unit // num_blocks).to(tl.int64)
+        pair = tl.load(source_ptr + slot, cache_modifier=".cg")
+        if pair >= 0:
+            token = pair // TOP_K
+            group = unit % num_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+            column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+            mask = column < width
+            has_group = group * 128 < width
+            x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
+            if QUANTISE:
+                x, scale = quantise(x.to(tl.float32))
+            elif SCALED:
+                scale = tl.load(x_scale_ptr + group * x_scale_stride + token, mask=has_group, other=0.0)
+            tl.store(out_ptr + slot * out_stride + column, x, mask=mask)
+            if QUANTISE or SCALED:
+                tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
+
+
+@triton.jit
+def _slots_and_weights(slots_ptr, weights_ptr, token, TOP_K: tl.constexpr, K: tl.constexpr, PARTIAL: tl.constexpr):
+    """A token's. Older than the products, which wait before they let another start. Not from the first cache, which may hold what was there
+    before."""
+    k_K = tl.arange(0, K)
+    at = token * TOP_K + k_K
+    slots_K = tl.load(slots_ptr + at, mask=k_K < TOP_K, other=-1 if PARTIAL else 0, cache_modifier=".cg")
+    weights_K = tl.load(weights_ptr + at, mask=k_K < TOP_K, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if PARTIAL:
+        weights_K = tl.where(slots_K >= 0, weights_K, 0.0)
+    return slots_K, weights_K
+
+
+@triton.jit
+def _add_rows(
+    total,
+    y_ptr,
+    y_stride,
+    slots_K,
+    weights_K,
+    column,
+    mask,
+    TOP_K: tl.constexpr,
+    K: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    """total + the weighted rows of the slots, in the order of K."""
+    k_K = tl.arange(0, K)
+    for k in tl.static_range(TOP_K):
+        slot = tl.sum(tl.where(k_K == k, slots_K, 0), axis=0).to(tl.int64)
+        weight = tl.sum(tl.where(k_K == k, weights_K, 0.0), axis=0)
+        is_used = mask
+        if PARTIAL:
+            is_used = mask & (slot >= 0)
+        total += weight * tl.load(y_ptr + slot * y_stride + column, mask=is_used, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_blocks"])
+def combine_fetched_kernel(
+    y_ptr,
+    source_ptr,
+    num_tiles_ptr,
+    slots_ptr,
+    weights_ptr,
+    out_ptr,
+    width,
+    num_blocks,
+    y_stride,
+    out_stride,
+    TOP_K: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """`combine_kernel` of those tokens alone that have an expert, by slot: a token's first slot writes its sum."""
+    if PDL:
+        gdc_launch_dependents()
+    num_units = tl.load(num_tiles_ptr, cache_modifier=".cg") * TILE * num_blocks
+    if PDL:
+        gdc_wait()
+    for unit in range(tl.program_id(0), num_units, tl.num_programs(0)):
+        slot = unit // num_blocks
+        pair = tl.load(source_ptr + slot, cache_modifier=".cg")
+        if pair >= 0:
+            token = pair // TOP_K
+            slots_K, weights_K = _slots_and_weights(slots_ptr, weights_ptr, token, TOP_K, K, True)
+            k_K = tl.arange(0, K)
+            if tl.sum(((slots_K >= 0) & (k_K < pair % TOP_K)).to(tl.int32), axis=0) == 0:
+                column = unit % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+                mask = column < width
+                total = tl.zeros([BLOCK_D], tl.float32)
+                total = _add_rows(total, y_ptr, y_stride, slots_K, weights_K, column, mask, TOP_K, K, True)
+                out = out_ptr + token.to(tl.int64) * out_stride + column
+                tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["added_rows"])
 def combine_kernel(
     y_ptr,
@@ -229,84 +399,130 @@ def combine_kernel(
     K: tl.constexpr,
     ADDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    FILL: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """Sum of a token's rows by their routing weights, in the order of K whatever the batch, and of its ADDED rows, `added_rows` apart; fp32."""
+    """Sum of a token's rows by their routing weights, in the order of K whatever the batch, and of its ADDED rows, `added_rows` apart; fp32.
+
+    PARTIAL: slots may be -1. Not FILL: a token without slots is not written.
+    """
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = column < width
     if PDL:
         gdc_launch_dependents()
-    # Older than the products, which wait before they let another start. Not from the first cache, which may hold what was there before.
-    k_K = tl.arange(0, K)
-    slots_K = tl.load(slots_ptr + token * TOP_K + k_K, mask=k_K < TOP_K, other=0, cache_modifier=".cg")
-    weights_K = tl.load(weights_ptr + token * TOP_K + k_K, mask=k_K < TOP_K, other=0.0, cache_modifier=".cg").to(
-        tl.float32
-    )
+    slots_K, weights_K = _slots_and_weights(slots_ptr, weights_ptr, token, TOP_K, K, PARTIAL)
     if PDL:
         gdc_wait()
     total = tl.zeros([BLOCK_D], tl.float32)
     for i in tl.static_range(ADDED):
         added = added_ptr + (token + i * added_rows).to(tl.int64) * added_stride + column
         total += tl.load(added, mask=mask, other=0.0).to(tl.float32)
-    for k in tl.static_range(TOP_K):
-        slot = tl.sum(tl.where(k_K == k, slots_K, 0), axis=0).to(tl.int64)
-        weight = tl.sum(tl.where(k_K == k, weights_K, 0.0), axis=0)
-        total += weight * tl.load(y_ptr + slot * y_stride + column, mask=mask, other=0.0).to(tl.float32)
+    total = _add_rows(total, y_ptr, y_stride, slots_K, weights_K, column, mask, TOP_K, K, PARTIAL)
+    if not FILL:
+        mask = mask & (tl.max(slots_K, axis=0) >= 0)
     tl.store(out_ptr + token.to(tl.int64) * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Partial:
+    """Pairs of token and expert may lack the expert (-1).
+
+    `num_used`: about so many have one, for the choice of tiles; `max_used`: no more than so many. None: all that distinct experts allow.
+    """
+
+    num_used: int | None = None
+    max_used: int | None = None
+
+    def bounds(self, experts_TK: Tensor, num_experts: int) -> tuple[int, int]:
+        """Pairs to expect, and the most there may be."""
+        num_tokens, top_k = experts_TK.shape
+        most = num_tokens * min(top_k, num_experts)
+        if self.max_used is not None:
+            most = min(most, self.max_used)
+        return most if self.num_used is None else min(most, self.num_used), most
+
+
+@dataclass(frozen=True, kw_only=True)
 class Slots:
-    """Where the pairs of token and expert went. `slots_TK`: int32, the slot of each pair; there are `num_slots` at most."""
+    """Where the pairs of token and expert went. `slots_TK`: int32, the slot of each pair, -1: none; there are `num_slots` at most.
+
+    `source_S`: int32 [num_slots], the pair in each slot of the tiles in use, -1: none; of many pairs that may lack an expert.
+    """
 
     slots_TK: Tensor
     num_slots: int
     tiles: Tiles
+    partial: Partial | None
+    source_S: Tensor | None
 
 
-def place(experts_TK: Tensor, num_experts: int, tile: int) -> Slots:
+def place(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial | None = None) -> Slots:
     """Slots for pairs of token and expert (int64 [T, K], all below `num_experts`), in tiles of `tile`. Two launches."""
-    slots = _new_slots(experts_TK, num_experts, tile)
+    slots = _new_slots(experts_TK, num_experts, tile, partial, fetched=partial is not None)
     num_pairs, device, tiles = experts_TK.numel(), experts_TK.device, slots.tiles
-    num_bins = triton.next_power_of_2(num_experts)
+    num_bins = max(_FEWEST_BINS, triton.next_power_of_2(num_experts))
     num_steps = triton.cdiv(num_pairs, _STEP)
-    steps = triton.cdiv(num_steps, 2 * num_processors(device))
+    # Of the pairs that may lack an expert there are more a weight to read.
+    most_programs = (2 if partial is None else _PROGRAMS_A_PROCESSOR) * num_processors(device)
+    steps = triton.cdiv(num_steps, most_programs)
     programs = triton.cdiv(num_steps, steps)
     counts = torch.empty(programs, num_bins, dtype=torch.int32, device=device)
-    shape = {"NUM_BINS": num_bins, "STEP": _STEP}
-    count_kernel[(programs,)](experts_TK, counts, num_pairs, steps, **shape, **overlap(device))
+    source = slots.slots_TK if slots.source_S is None else slots.source_S
+    shape = {"NUM_BINS": num_bins, "STEP": _STEP, "PARTIAL": partial is not None}
+    count_kernel[(programs,)](
+        experts_TK, counts, source, slots.num_slots, num_pairs, steps, **shape, **overlap(device)
+    )  # fmt: skip
     place_kernel[(programs,)](
-        experts_TK, counts, slots.slots_TK, tiles.expert, tiles.num_used, num_pairs, steps,
+        experts_TK, counts, slots.slots_TK, source, tiles.expert, tiles.num_used, num_pairs, steps,
         **shape, ROWS=max(8, 8192 // num_bins), TILE=tile, **overlap(device),
     )  # fmt: skip
     return slots
 
 
-def _new_slots(experts_TK: Tensor, num_experts: int, tile: int) -> Slots:
+def _new_slots(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial | None, *, fetched: bool) -> Slots:
     """To be filled by a kernel; for the most tiles there may be."""
     assert experts_TK.is_contiguous()
     num_pairs, device = experts_TK.numel(), experts_TK.device
-    max_tiles = (num_pairs + min(num_experts, num_pairs) * (tile - 1)) // tile
+    expected, most = (num_pairs, num_pairs) if partial is None else partial.bounds(experts_TK, num_experts)
+
+    def num_tiles(num_used: int) -> int:
+        return max(1, (num_used + min(num_experts, num_used) * (tile - 1)) // tile)
+
+    max_tiles = num_tiles(most)
     tiles = Tiles(
         expert=torch.empty(max_tiles, dtype=torch.int32, device=device),
         num_used=torch.empty(1, dtype=torch.int32, device=device),
         max_tiles=max_tiles,
         num_rows=tile,
+        num_expected=num_tiles(expected),
     )
-    slots_TK = torch.empty(experts_TK.shape, dtype=torch.int32, device=device)
-    return Slots(slots_TK=slots_TK, num_slots=max_tiles * tile, tiles=tiles)
+    num_slots = max_tiles * tile
+    return Slots(
+        slots_TK=torch.empty(experts_TK.shape, dtype=torch.int32, device=device),
+        num_slots=num_slots,
+        tiles=tiles,
+        partial=partial,
+        source_S=torch.empty(num_slots, dtype=torch.int32, device=device) if fetched else None,
+    )
 
 
 def send(
-    x_TD: Tensor | QuantisedRows, experts_TK: Tensor, num_experts: int, tile: int, *, quantise: bool
+    x_TD: Tensor | QuantisedRows,
+    experts_TK: Tensor,
+    num_experts: int,
+    tile: int,
+    *,
+    quantise: bool,
+    partial: Partial | None = None,
 ) -> tuple[Slots, Tensor | QuantisedRows]:
-    """`place`, and `scatter` to there; one launch for few pairs."""
+    """`place`, and `scatter` or `fetch` to there; one launch for few pairs."""
     num_pairs, device = experts_TK.numel(), experts_TK.device
     if num_pairs > _COUNTED_BY_ALL:
-        slots = place(experts_TK, num_experts, tile)
-        return slots, scatter(x_TD, slots, quantise=quantise)
-    slots = _new_slots(experts_TK, num_experts, tile)
+        slots = place(experts_TK, num_experts, tile, partial)
+        return slots, (scatter if partial is None else fetch)(x_TD, slots, quantise=quantise)
+    slots = _new_slots(experts_TK, num_experts, tile, partial, fetched=False)
     ends = _Ends.of(x_TD, slots, quantise=quantise)
     tiles, (values, x_scales, target, scales) = slots.tiles, ends.tensors
     num_tokens, width = values.shape
@@ -314,7 +530,8 @@ def send(
         experts_TK, values, x_scales, slots.slots_TK, tiles.expert, tiles.num_used, target, scales,
         num_pairs, width, values.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
         NUM_BINS=triton.next_power_of_2(num_experts), PAIRS=next(n for n in _COUNTED_AT_ONCE if n >= num_pairs),
-        TOP_K=experts_TK.shape[1], K=triton.next_power_of_2(experts_TK.shape[1]), TILE=tile, **ends.form, **overlap(device),
+        TOP_K=experts_TK.shape[1], K=triton.next_power_of_2(experts_TK.shape[1]), TILE=tile, PARTIAL=partial is not None,
+        **ends.form, **overlap(device),
     )  # fmt: skip
     return slots, ends.out
 
@@ -362,20 +579,52 @@ def scatter(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Te
     return ends.out
 
 
+def fetch(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Tensor | QuantisedRows:
+    """`scatter` where pairs may lack an expert: what it takes is by the pairs that have one."""
+    assert slots.source_S is not None
+    ends = _Ends.of(x_TD, slots, quantise=quantise)
+    values, x_scales, target, scales = ends.tensors
+    most_units = slots.num_slots * ends.num_blocks
+    fetch_kernel[(min(most_units, _PROGRAMS_A_PROCESSOR * num_processors(target.device)),)](
+        values, x_scales, slots.source_S, slots.tiles.num_used, target, scales, values.shape[1], ends.num_blocks,
+        values.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
+        TOP_K=slots.slots_TK.shape[1], TILE=slots.tiles.num_rows, **ends.form, **overlap(target.device),
+    )  # fmt: skip
+    return ends.out
+
+
 def combine(
-    y_SD: Tensor, slots: Slots, weights_TK: Tensor, added_TD: Tensor | None = None, *, num_added: int = 1
+    y_SD: Tensor,
+    slots: Slots,
+    weights_TK: Tensor,
+    added_TD: Tensor | None = None,
+    *,
+    num_added: int = 1,
+    fill: bool = True,
 ) -> Tensor:
-    """[T, D] in the dtype of y: the sum over K of weight and row, and of `added_TD`, or of its `num_added` parts."""
+    """[T, D] in the dtype of y: the sum over K of weight and row, and of `added_TD`, or of its `num_added` parts.
+
+    Not `fill`: tokens without slots are not written.
+    """
     assert weights_TK.is_contiguous()
     num_tokens, top_k = weights_TK.shape
     width = y_SD.shape[1]
     out = torch.empty(num_tokens, width, dtype=y_SD.dtype, device=y_SD.device)
     block = min(1024, triton.next_power_of_2(width))
+    num_blocks = triton.cdiv(width, block)
+    form = {"TOP_K": top_k, "K": triton.next_power_of_2(top_k), "BLOCK_D": block, **overlap(out.device)}
+    if slots.source_S is not None and not fill:
+        most_units = slots.num_slots * num_blocks
+        combine_fetched_kernel[(min(most_units, _PROGRAMS_A_PROCESSOR * num_processors(out.device)),)](
+            y_SD, slots.source_S, slots.tiles.num_used, slots.slots_TK, weights_TK, out, width, num_blocks, y_SD.stride(0), out.stride(0),
+            TILE=slots.tiles.num_rows, **form,
+        )  # fmt: skip
+        return out
     added = y_SD if added_TD is None else added_TD
     assert added.stride(1) == 1, "rows must be contiguous"
-    combine_kernel[(num_tokens, triton.cdiv(width, block))](
+    combine_kernel[(num_tokens, num_blocks)](
         y_SD, slots.slots_TK, weights_TK, added, out, width, y_SD.stride(0), added.stride(0), added.shape[0] // num_added, out.stride(0),
-        TOP_K=top_k, K=triton.next_power_of_2(top_k), ADDED=0 if added_TD is None else num_added, BLOCK_D=block, **overlap(out.device),
+        ADDED=0 if added_TD is None else num_added, PARTIAL=slots.partial is not None, FILL=fill, **form,
     )  # fmt: skip
     return out
 
@@ -387,21 +636,29 @@ def grouped_mlp(
     experts_TK: Tensor,
     weights_TK: Tensor,
     shared: tuple[Tensor | Fp8Weight, Tensor | Fp8Weight] | None = None,
+    *,
+    partial: Partial | None = None,
+    fill: bool = True,
 ) -> Tensor:
+    assert fill or (partial is not None and shared is None), "every token has a result"
     fp8 = isinstance(gate_up_EID, Fp8Weight)
     values = x_TD.values if isinstance(x_TD, QuantisedRows) else x_TD
     if not experts_TK.numel():
         dtype = torch.bfloat16 if fp8 else values.dtype
         return torch.empty(0, down_EDI.shape[1], dtype=dtype, device=values.device)
     num_experts = gate_up_EID.shape[0]
-    tile = grouped_tile(experts_TK.numel(), num_experts, torch.float8_e4m3fn if fp8 else values.dtype)
+    tile = _tile(experts_TK, num_experts, torch.float8_e4m3fn if fp8 else values.dtype, partial)
     if tile == RING_TILE and has_ring(values):
-        return _few(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, shared, tile)
+        return _few(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, shared, tile, partial, fill=fill)
     added_TD = None if shared is None else linear(linear_silu_mul(x_TD, shared[0]), shared[1])
-    slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8)
+    slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8, partial=partial)
     library = gate_up_EID.library if isinstance(gate_up_EID, Fp8Weight) else None
     y_SD: Tensor | QuantisedRows
-    if library is not None and tile == library.ROWS_OF_AN_EXPERT:
+    if (
+        library is not None
+        and tile == library.ROWS_OF_AN_EXPERT
+        and slots.tiles.num_expected * 2 > slots.tiles.max_tiles
+    ):
         assert isinstance(x_SD, QuantisedRows)
         assert isinstance(gate_up_EID, Fp8Weight)
         assert isinstance(down_EDI, Fp8Weight)
@@ -411,7 +668,16 @@ def grouped_mlp(
     else:
         y_SD = product(product(x_SD, gate_up_EID, silu=True, tiles=slots.tiles), down_EDI, tiles=slots.tiles)
     assert isinstance(y_SD, Tensor)
-    return combine(y_SD, slots, weights_TK, added_TD)
+    return combine(y_SD, slots, weights_TK, added_TD, fill=fill)
+
+
+def _tile(experts_TK: Tensor, num_experts: int, dtype: torch.dtype, partial: Partial | None) -> int:
+    if partial is None:
+        return grouped_tile(experts_TK.numel(), num_experts, dtype)
+    expected, most = partial.bounds(experts_TK, num_experts)
+    tile = grouped_tile(expected, num_experts, dtype)
+    # The kernel between the ring's and the one of many rows has a program for every tile there may be.
+    return RING_TILE if tile == 32 and most > 2 * expected else tile
 
 
 def _few(
@@ -422,6 +688,9 @@ def _few(
     weights_TK: Tensor,
     shared: tuple[Tensor | Fp8Weight, Tensor | Fp8Weight] | None,
     tile: int,
+    partial: Partial | None,
+    *,
+    fill: bool,
 ) -> Tensor:
     """Where the weights' bytes are the bound: the shared experts in the launches of the routed ones, before them."""
     from serving.kernels.gluon.few_rows import Shared, few_rows
@@ -440,11 +709,11 @@ def _few(
         else:
             gate_up_beside = Shared(x=x_TD, w=shared[0], num_experts=num_shared, num_tokens=num_tokens)
             down_beside = Shared(x=None, w=shared[1], num_experts=num_shared, num_tokens=num_tokens)
-    slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8)
+    slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8, partial=partial)
     hidden_SI = few_rows(x_SD, gate_up_EID, silu=True, tiles=slots.tiles, shared=gate_up_beside)
     # Known: gate_up waits for `send` before it lets this one start. So nothing may be launched between the two.
     y_SD = few_rows(hidden_SI, down_EDI, tiles=slots.tiles, shared=down_beside, known=True)
     assert isinstance(y_SD, Tensor)
     if gate_up_beside is not None:
         added_TD = y_SD[slots.num_slots :]
-    return combine(y_SD, slots, weights_TK, added_TD, num_added=num_shared or 1)
+    return combine(y_SD, slots, weights_TK, added_TD, num_added=num_shared or 1, fill=fill)

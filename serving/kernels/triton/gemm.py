@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows, empty_rows
-from serving.kernels.triton.device import overlap
+from serving.kernels.triton.device import num_processors, overlap
 from serving.kernels.triton.quant import quantise
 
 
@@ -116,11 +116,13 @@ def few_rows_kernel(
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows_apart", "out_scale_stride"])
-def sum_splits_kernel(
+@triton.jit
+def _sum_splits(
     part_ptr,
     out_ptr,
     out_scale_ptr,
+    row_block,
+    column_block,
     num_rows,
     num_columns,
     rows_apart,
@@ -131,14 +133,10 @@ def sum_splits_kernel(
     SILU: tl.constexpr,
     QUANTISE: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    PDL: tl.constexpr = False,
 ):
-    """Sum over splits of BLOCK_T rows and 128 columns; with SILU of gate and up, num_columns apart."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    column = tl.program_id(1) * 128 + tl.arange(0, 128)
+    """Of BLOCK_T rows and 128 columns."""
+    row = row_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = column_block * 128 + tl.arange(0, 128)
     mask = (row < num_rows)[:, None] & (column < num_columns)[None, :]
     total = tl.zeros([BLOCK_T, 128], tl.float32)
     second_total = tl.zeros([BLOCK_T, 128], tl.float32)
@@ -153,19 +151,61 @@ def sum_splits_kernel(
     if QUANTISE:
         values, scale = quantise(total)
         tl.store(out, values, mask=mask)
-        tl.store(out_scale_ptr + tl.program_id(1) * out_scale_stride + row, scale, mask=row < num_rows)
+        tl.store(out_scale_ptr + column_block * out_scale_stride + row, scale, mask=row < num_rows)
     else:
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_rows", "rows_apart", "out_scale_stride"])
+def sum_splits_kernel(
+    part_ptr,
+    out_ptr,
+    out_scale_ptr,
+    num_tiles_ptr,
+    num_rows,
+    num_columns,
+    rows_apart,
+    part_stride,
+    out_stride,
+    out_scale_stride,
+    NUM_SPLITS: tl.constexpr,
+    SILU: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """Sum over splits of BLOCK_T rows and 128 columns; with SILU of gate and up, num_columns apart. With a TILE of rows, of those in use alone."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    column_block = tl.program_id(1)
+    if TILE:
+        num_blocks = tl.load(num_tiles_ptr, cache_modifier=".cg") * (TILE // BLOCK_T)
+        for row_block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+            _sum_splits(
+                part_ptr, out_ptr, out_scale_ptr, row_block, column_block, num_rows, num_columns, rows_apart,
+                part_stride, out_stride, out_scale_stride, NUM_SPLITS, SILU, QUANTISE, BLOCK_T,
+            )  # fmt: skip
+    else:
+        _sum_splits(
+            part_ptr, out_ptr, out_scale_ptr, tl.program_id(0), column_block, num_rows, num_columns, rows_apart,
+            part_stride, out_stride, out_scale_stride, NUM_SPLITS, SILU, QUANTISE, BLOCK_T,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Which expert each tile of `num_rows` rows meets: int32 [max_tiles], of which the first `num_used` (int32 [1]) count."""
+    """Which expert each tile of `num_rows` rows meets: int32 [max_tiles], of which the first `num_used` (int32 [1]) count.
+
+    `num_expected`: about so many will count, by which products are cut. `expert` has a number also where none counts.
+    """
 
     expert: Tensor
     num_used: Tensor
     max_tiles: int
     num_rows: int
+    num_expected: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,14 +317,29 @@ def few_rows(
 
 
 def sum_splits(
-    parts: Tensor, out: Tensor | QuantisedRows, *, num_splits: int, silu: bool, rows_apart: int | None = None
+    parts: Tensor,
+    out: Tensor | QuantisedRows,
+    *,
+    num_splits: int,
+    silu: bool,
+    rows_apart: int | None = None,
+    tiles: Tiles | None = None,
 ) -> None:
-    """Fill `out` [M, N] from fp32 [num_splits * M, N], or with `silu` [num_splits * M, 2N]; parts may lie more rows apart than M."""
+    """Fill `out` [M, N] from fp32 [num_splits * M, N], or with `silu` [num_splits * M, 2N]; parts may lie more rows apart than M.
+
+    `tiles`: of M; where few of them are expected, only the rows in use are filled.
+    """
     target = out.values if isinstance(out, QuantisedRows) else out
     out_scales = out.scales if isinstance(out, QuantisedRows) else target
     num_rows, num_columns = target.shape
     block_t = 4
-    sum_splits_kernel[(triton.cdiv(num_rows, block_t), triton.cdiv(num_columns, BLOCK))](
-        parts, target, out_scales, num_rows, num_columns, rows_apart or num_rows, parts.stride(0), target.stride(0), out_scales.stride(-1),
-        NUM_SPLITS=num_splits, SILU=silu, QUANTISE=isinstance(out, QuantisedRows), BLOCK_T=block_t, **overlap(target.device),
+    num_t, num_n = triton.cdiv(num_rows, block_t), triton.cdiv(num_columns, BLOCK)
+    tile = 0
+    if tiles is not None and tiles.num_expected < tiles.max_tiles:
+        tile = tiles.num_rows
+        num_t = min(num_t, triton.cdiv(8 * num_processors(target.device), num_n))
+    sum_splits_kernel[(num_t, num_n)](
+        parts, target, out_scales, tiles.num_used if tiles else out_scales, num_rows, num_columns, rows_apart or num_rows, parts.stride(0), target.stride(0), out_scales.stride(-1),
+        NUM_SPLITS=num_splits, SILU=silu, QUANTISE=isinstance(out, QuantisedRows), BLOCK_T=block_t, TILE=tile,
+        **overlap(target.device),
     )  # fmt: skip

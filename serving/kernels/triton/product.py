@@ -136,10 +136,15 @@ def product(
         return gemm.few_rows(x, w, _few(values, w.shape[-2], silu=silu, tiles=tiles), silu=silu, tiles=tiles)
     from serving.kernels.gluon import gemm as gluon_gemm
 
-    num_m = tiles.max_tiles if tiles else triton.cdiv(num_rows, _MANY)
+    num_m = tiles.num_expected if tiles else triton.cdiv(num_rows, _MANY)
     num_k = triton.cdiv(values.shape[1] * values.element_size(), 128)
     wide, num_splits = many_cut(
-        num_m, w.shape[-2], num_k, silu=silu, num_rows=values.shape[0], processors=num_processors(values.device)
+        num_m,
+        w.shape[-2],
+        num_k,
+        silu=silu,
+        num_rows=num_m * _MANY if tiles else num_rows,
+        processors=num_processors(values.device),
     )
     weight_bytes = w.shape[-2] * values.shape[1] * values.element_size()
     # An expert's weights that stay in L2 beside the rows are swept for few rows at a time.

@@ -102,7 +102,7 @@ def test_a_pick_of_no_expert_adds_nothing(kind: str, used: float) -> None:
     up, out = stored.get(kind, (gate_up, down))
     got = grouped_mlp(x, up, out, experts.where(taken, -1), weights.where(taken, float("nan")))
     want = grouped_mlp(x, up, out, experts, weights.where(taken, 0.0))
-    torch.testing.assert_close(got, want, rtol=0.0, atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    torch.testing.assert_close(got, want, rtol=0.0, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
     assert (got[:2] == 0).all()
     taken[19] = False
     lost = grouped_mlp(x, up, out, experts.where(taken, -1), weights)
