@@ -10,6 +10,7 @@ collectives whatever their tokens. Which experts are where is not known here: sl
                           rows | rows back                               where rows bring their number along (`Exchanges`)
     HierarchicalDispatch  counts, rail, node | node back, rail back      to their nodes, there to their ranks
     FixedDispatch         rows | rows back                               as many rows to every rank, nothing counted
+    SymmetricDispatch     the same, through peer memory, and only what is wanted moves (`symmetric`)
 
 Legend: T tokens, D width, K picks, W ranks of the EP group, R rows that arrive, M columns of routing.
 """
@@ -75,12 +76,15 @@ class InFlight(Generic[Result]):
 class Arrived(Generic[X]):
     """What this rank's experts are to compute: each row once, however many of its experts are here.
 
-    x_RD: of the kind that was sent. slots_RK: int64, slots of this rank from 0, -1: not here. weights_RK: fp32.
+    x_RD: of the kind that was sent. slots_RK: int64, slots of this rank from 0, -1: not here. weights_RK: fp32. fill: whether a row
+    without a slot here needs a result, of zeros; else nobody reads it. num_used: about so many slots are not -1, if that is known.
     """
 
     x_RD: X
     slots_RK: Tensor
     weights_RK: Tensor
+    fill: bool = True
+    num_used: int | None = None
 
 
 class Sending(InFlight[Arrived[X]]):
