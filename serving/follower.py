@@ -44,8 +44,9 @@ class FollowerWorker:
         assert engine.lockstep is not None, "a follower is one of several ranks"
         self._log = logging.getLogger(f"baton.{spec.worker_id}")
         self._pages: PageFollower | None = None
+        run_ahead = spec.config.engine.run_ahead and engine.pool.tensor.is_cuda
         if spec.role == "both":
-            self._follower = Follower(engine.runner, engine.lockstep)
+            self._follower = Follower(engine.runner, engine.lockstep, run_ahead=run_ahead)
             return
         name = f"{spec.worker_id}.{spec.incarnation}"
         source = source or NixlSource(f"{name}.source", engine.pool)
@@ -61,7 +62,7 @@ class FollowerWorker:
             target=target,
             failed=self.stop,
         )
-        self._follower = Follower(engine.runner, engine.lockstep, self._pages.computed)
+        self._follower = Follower(engine.runner, engine.lockstep, self._pages.computed, run_ahead=run_ahead)
 
     def run(self) -> None:
         """Raises RanksMissing."""

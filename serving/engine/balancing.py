@@ -24,7 +24,8 @@ _SMALLEST_BUDGET_BYTES = 1 << 16
 
 
 class Balancing:
-    """One rank's part. All ranks of `ep` construct it at once. Raises ConfigError where balancing cannot change anything."""
+    """One rank's part. All ranks of `ep` construct it at once. `data`: the same ranks where the weights are; None: `ep`, which is in host
+    memory. Raises ConfigError where balancing cannot change anything."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class Balancing:
         table: BalanceTable,
         *,
         look_every: int = _LOOK_EVERY,
+        data: Collectives | None = None,
     ) -> None:
         placement, routing = model.parallel.placement, model.routing
         assert placement is not None, "a rank of an EP group has a placement"
@@ -53,7 +55,7 @@ class Balancing:
         self._num_tokens_LE = routing.num_tokens_LE
         self._live = LivePlacement(
             control=ep,
-            data=ep,
+            data=data or ep,
             slots=slots,
             placement=placement,
             budget_bytes=min(table.step_bytes, layer_bytes + _SMALLEST_BUDGET_BYTES),

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
 from serving.core.spec import WorkerSpec
 from serving.engine.balancing import Balancing
-from serving.engine.joining import Place, join
+from serving.engine.joining import START_DEADLINE_S, Place, join
 from serving.engine.runner import Model, Runner
 from serving.engine.unit import Lockstep
 from serving.kernels.packed import packing
@@ -118,10 +119,12 @@ def build_engine(
         )
     longest = max_model_len or config.max_position_embeddings
     max_batched_tokens = max_batched_tokens or _BATCHED_TOKENS[torch_device.type]
+    split_rows = lockstep.micro_batches.rows if lockstep is not None else 0
     runner_of = partial(
         _runner,
         model,
         config,
+        split_rows=split_rows,
         num_slots=max_num_seqs,
         vocab_size=min(config.vocab_size, tokenizer_size(folder) or config.vocab_size),
         draft_tokens=num_drafts,
@@ -129,7 +132,7 @@ def build_engine(
 
     def try_steps() -> None:
         runner = runner_of(KVPool(layout, 1, torch_dtype, torch_device), longest)
-        _warm_up(runner, max_batched_tokens if prefills else 0, decodes=decodes, progress=progress)
+        _warm_up(runner, max_batched_tokens if prefills else 0, decodes=decodes, progress=progress, lockstep=lockstep)
 
     if not num_pages:
         fraction = memory_fraction or _MEMORY_FRACTION[torch_device.type]
@@ -137,8 +140,11 @@ def build_engine(
         num_pages = num_pages if lockstep is None else lockstep.least(num_pages)
     longest = min(longest, num_pages * PAGE_TOKENS)
     pool = _pool(layout, num_pages, torch_dtype, torch_device)
+    runner = runner_of(pool, longest)
+    if lockstep is not None and lockstep.watch is not None:
+        lockstep.watch.also_releases(runner.release)
     return Engine(
-        runner=runner_of(pool, longest),
+        runner=runner,
         pool=pool,
         layout=layout,
         model_config=config,
@@ -179,7 +185,7 @@ def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engi
             progress=progress,
         )
         num_tokens = engine.max_batched_tokens if prefills else 0
-        _warm_up(engine.runner, num_tokens, decodes=decodes, progress=progress)
+        _warm_up(engine.runner, num_tokens, decodes=decodes, progress=progress, lockstep=place.lockstep)
     except torch.OutOfMemoryError:
         raise ConfigError(
             "the GPU's memory is full before the first step; lower kv.memory_fraction or prefill.max_batched_tokens"
@@ -195,7 +201,7 @@ def _balancing(engine: Engine, place: Place, table: BalanceTable) -> Balancing:
     assert isinstance(engine.runner.model, DeepseekV3)
     assert place.ep is not None
     assert place.lockstep is not None
-    balancing = Balancing(engine.runner.model, place.shape, place.ep, table)
+    balancing = Balancing(engine.runner.model, place.shape, place.ep, table, data=place.ep_data)
     place.lockstep.attach(balancing, place.ep.ranks)
     return balancing
 
@@ -290,6 +296,7 @@ def _runner(
     num_slots: int,
     vocab_size: int,
     draft_tokens: int,
+    split_rows: int,
 ) -> Runner:
     """For texts of up to `longest` tokens."""
     return Runner(
@@ -300,12 +307,17 @@ def _runner(
         vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         draft_tokens=draft_tokens,
+        split_rows=split_rows,
     )
 
 
-def _warm_up(runner: Runner, max_batched_tokens: int, *, decodes: bool, progress: Progress | None) -> None:
+def _warm_up(
+    runner: Runner, max_batched_tokens: int, *, decodes: bool, progress: Progress | None, lockstep: Lockstep | None
+) -> None:
+    """Of a unit on all ranks at once, since what is compiled and captured has their collectives in it."""
     told = progress.tell if progress is not None else lambda _: None
-    runner.warm_up(max_batched_tokens=max_batched_tokens, decodes=decodes, told=told)
+    with lockstep.on_device(START_DEADLINE_S) if lockstep is not None else nullcontext():
+        runner.warm_up(max_batched_tokens=max_batched_tokens, decodes=decodes, told=told)
 
 
 def _num_drafts(wanted: str, config: ModelConfig) -> int:

@@ -91,6 +91,10 @@ class Chunks:
         self._compile(max_batched_tokens, told, packed=packed)
         self._capture(max_batched_tokens, told)
 
+    def release(self) -> None:
+        if self._graphs is not None:
+            self._graphs.release()
+
     def run(self, chunks: tuple[PrefillChunk, ...], num_micro_batches: int = 1) -> EndedPrompts | None:
         """None: no prompt ends with them. There may be no chunk, where other ranks of the unit have some."""
         if num_micro_batches == 1:

@@ -82,6 +82,11 @@ class StepGraphs:
         self._memory = graph.pool()
         self._graphs[size] = (graph, inputs, outputs)
 
+    def release(self) -> None:
+        """Gives the captured steps back, when the last of them has run."""
+        torch.cuda.synchronize(self._device)
+        self._graphs.clear()
+
     def run(self, size: int, values: Sequence[int]) -> tuple[Tensor, ...]:
         """The body's outputs; overwritten by the next run of the same size, in stream order."""
         if size not in self._graphs:

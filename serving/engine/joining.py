@@ -1,35 +1,38 @@
 """From a worker's spec to its place in its unit: the groups of ranks, the dispatch of its experts, the lockstep.
 
-    rendezvous -> world -> tp | ep | rail, node      of tensors where the model is
+    rendezvous -> world -> control, control-tp       of the lockstep, in host memory        bell, and on GPUs what watches the device
+                        -> tp | ep | rail, node      of tensors where the model is
                         -> counts                    of the tokens of each expert, where replicas are chosen for them
-                        -> control, control-tp       of the lockstep, in host memory        bell
-                       -> control-ep                of experts that change their places
+                        -> control-ep, weights       of experts that change their places, in host memory and where the model is
 
-The ranks of one node exchange through shared memory, those of several over gloo. All ranks of a unit come here at once and ask for the
-same groups in the same order. Ranks that share neither heads nor experts join nothing.
+Tensors of GPUs go over NCCL; each rank has its own, which is the process's current device. In host memory the ranks of one node exchange
+through shared memory, those of several over gloo. All ranks of a unit come here at once and ask for the same groups in the same order.
+Ranks that share neither heads nor experts join nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, Store
 
 from serving.core.config import unit_table
 from serving.core.errors import ConfigError
 from serving.core.spec import WorkerSpec
 from serving.engine.unit import Lockstep, MicroBatches
+from serving.engine.watch import DeviceWatch
 from serving.model.config import ModelConfig
 from serving.model.parallel import SINGLE, Hosting, Parallel, num_moe_layers
 from serving.model.units import UnitShape, groups_of, shape_of
 from serving.parallel.balance import global_placement, hierarchical_placement, single_placement
-from serving.parallel.bell import TcpBell
-from serving.parallel.collectives import Collectives, SingleRank
-from serving.parallel.dispatch import DirectDispatch, Dispatch, HierarchicalDispatch
+from serving.parallel.bell import Bell, TcpBell
+from serving.parallel.collectives import Collectives, Presence, SingleRank
+from serving.parallel.dispatch import DirectDispatch, Dispatch, FixedDispatch, HierarchicalDispatch
 from serving.parallel.distributed import TorchCollectives
 from serving.parallel.groups import Groups
 from serving.parallel.placement import Floats, Placement
@@ -42,9 +45,8 @@ STEP_DEADLINE_S = 60.0
 """More than any step takes; a rank whose process ends is known at once."""
 _LARGE_BYTES, _SMALL_BYTES = 1 << 20, 1 << 14
 """Shared memory that a rank fills at once: where the model exchanges, and elsewhere."""
-_SPLIT_PREFILL_TOKENS = 64
-_SPLIT_ROWS = 8
-"""Below, two micro-batches hide less than they cost."""
+_SPLIT = MicroBatches(prefill_tokens=64, rows=8)
+_SPLIT_ON_GPU = MicroBatches(prefill_tokens=512, rows=32)
 
 GroupOf = Callable[[str, Sequence[int]], Collectives]
 """Name and ranks of a group that this rank is in -> its end of it."""
@@ -52,12 +54,14 @@ GroupOf = Callable[[str, Sequence[int]], Collectives]
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What a rank has joined. No lockstep: it computes alone. `ep`: its EP group, for what concerns experts between steps."""
+    """What a rank has joined. No lockstep: it computes alone. `ep`, `ep_data`: its EP group, for what concerns experts between steps, in host
+    memory and, on a GPU, there; None: in host memory too."""
 
     parallel: Parallel = SINGLE
     lockstep: Lockstep | None = None
     shape: UnitShape
     ep: Collectives | None = None
+    ep_data: Collectives | None = None
 
 
 def join(spec: WorkerSpec, config: ModelConfig, device: torch.device) -> Place:
@@ -67,31 +71,69 @@ def join(spec: WorkerSpec, config: ModelConfig, device: torch.device) -> Place:
     groups = shape.groups
     if groups.tp == groups.ep == 1:
         return Place(shape=shape)
-    if device.type == "cuda":
-        raise ConfigError("units of several ranks compute on CPUs as yet; set model.device to cpu, or tp and dp to 1")
+    on_gpu = device.type == "cuda"
+    if on_gpu and groups.num_nodes > 1:
+        raise ConfigError(
+            "units of several nodes compute on CPUs as yet; set model.device to cpu, or sizes that one node has GPUs for"
+        )
     opened = _opener(spec, groups)
     world = opened("world", range(groups.world_size), START_DEADLINE_S, _SMALL_BYTES)
-    splits = table.microbatches > 1
-    micro_batches = MicroBatches(
-        prefill_tokens=_SPLIT_PREFILL_TOKENS if splits else 0, rows=_SPLIT_ROWS if splits else 0
-    )
-
-    def group_of(name: str, ranks: Sequence[int]) -> Collectives:
-        return opened(name, ranks, STEP_DEADLINE_S, _LARGE_BYTES)
 
     def control_of(name: str, ranks: Sequence[int]) -> Collectives:
         return opened(name, ranks, STEP_DEADLINE_S, _SMALL_BYTES)
 
-    parallel = parallel_of(shape, spec.rank, config, group_of, by_nodes=spec.role == "prefill")
+    control = control_of("control", world.ranks)
+    bell = TcpBell(world, host=spec.host, deadline_s=START_DEADLINE_S)
     lockstep = Lockstep(
-        control_of("control", world.ranks),
+        control,
         _group(control_of, "control-tp", groups.tp_group(spec.rank)),
-        TcpBell(world, host=spec.host, deadline_s=START_DEADLINE_S),
+        bell,
         start=world,
-        micro_batches=micro_batches,
+        micro_batches=micro_batches_for(device) if table.microbatches > 1 else MicroBatches(),
+        watch=watch_over(control, bell) if on_gpu else None,
     )
-    ep = control_of("control-ep", groups.ep_group(spec.rank)) if groups.ep > 1 else None
-    return Place(parallel=parallel, lockstep=lockstep, shape=shape, ep=ep)
+
+    def host_group_of(name: str, ranks: Sequence[int]) -> Collectives:
+        return opened(name, ranks, STEP_DEADLINE_S, _LARGE_BYTES)
+
+    group_of: GroupOf = host_group_of
+    if lockstep.watch is not None:
+        group_of = nccl_opener(FileStore(spec.rendezvous, groups.world_size), spec.rank, lockstep.watch)
+    parallel = parallel_of(shape, spec.rank, config, group_of, by_nodes=spec.role == "prefill")
+    ep_ranks = groups.ep_group(spec.rank)
+    ep = control_of("control-ep", ep_ranks) if groups.ep > 1 else None
+    ep_data = group_of("weights", ep_ranks) if groups.ep > 1 and on_gpu else None
+    return Place(parallel=parallel, lockstep=lockstep, shape=shape, ep=ep, ep_data=ep_data)
+
+
+def micro_batches_for(device: torch.device) -> MicroBatches:
+    """From how many tokens on a step is two micro-batches: below, they hide less than they cost."""
+    return _SPLIT_ON_GPU if device.type == "cuda" else _SPLIT
+
+
+def watch_over(control: Collectives, bell: Bell) -> DeviceWatch:
+    """`control`: of the whole unit, in host memory."""
+    assert isinstance(control, Presence), "the ranks of one node know of each other"
+    return DeviceWatch(control, bell, deadline_s=STEP_DEADLINE_S)
+
+
+def nccl_opener(store: Store, rank: int, watch: DeviceWatch) -> GroupOf:
+    """Groups of GPUs, in which rank `rank` of the unit has the current one."""
+
+    def opened(name: str, ranks: Sequence[int]) -> Collectives:
+        group = TorchCollectives(
+            backend="nccl",
+            store=store,
+            ranks=ranks,
+            rank=list(ranks).index(rank),
+            name=name,
+            deadline_s=START_DEADLINE_S,
+            issued=watch.advance,
+        )
+        watch.also_aborts(group.abort)
+        return group
+
+    return opened
 
 
 def leads(spec: WorkerSpec) -> bool:
@@ -114,11 +156,14 @@ def parallel_of(
     if groups.ep == 1:
         return Parallel(tp=tp)
     dispatch: Dispatch
+    fixed: Callable[[int], Dispatch] | None = None
     if by_nodes and groups.ep > groups.ranks_per_node:
         rail, node = group_of("rail", groups.rail_group(rank)), group_of("node", groups.node_group(rank))
         dispatch = HierarchicalDispatch(rail, node, shape.hosted_slots)
     else:
-        dispatch = DirectDispatch(group_of("ep", groups.ep_group(rank)), shape.hosted_slots)
+        ep = group_of("ep", groups.ep_group(rank))
+        dispatch = DirectDispatch(ep, shape.hosted_slots)
+        fixed = partial(FixedDispatch, ep, shape.hosted_slots)
     hosting = None
     if shape.chooses:
         hosting = Hosting(
@@ -129,6 +174,7 @@ def parallel_of(
     return Parallel(
         tp=tp,
         experts=dispatch,
+        fixed=fixed,
         placement=placement or first_placement(shape, config),
         ep_rank=groups.coordinates(rank).ep_rank,
         shared_is_routed=shape.shared_expert_routed,

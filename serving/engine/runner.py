@@ -10,6 +10,7 @@ captured graph. Prefill chunks are run by `chunks`, rows with drafts by `drafted
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -44,6 +45,8 @@ class Model(PrefillModel, Protocol):
 
     def decode_each(self, batches: Sequence[DecodeBatch], kv_pool: Tensor) -> list[Tensor]: ...
 
+    def fixed_rows(self, num_rows: int) -> AbstractContextManager[None]: ...
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LaunchedStep:
@@ -67,6 +70,7 @@ class Runner:
     `max_pages`: longest page table of a slot. `vocab_size`: the tokenizer's; ids from there on are never drawn.
     Pages beyond a sequence's own are never read; unused entries of the page table name the scratch page.
     `draft_tokens`: the most drafts that a plan may ask for; above 0 the device alone may know a row's position.
+    `split_rows`: captured decode steps of so many rows or more are two micro-batches, on all ranks of a unit; 0: none.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Runner:
         vocab_size: int,
         hidden_size: int,
         draft_tokens: int = 0,
+        split_rows: int = 0,
     ) -> None:
         device = kv_pool.device
         self.model = model
@@ -98,6 +103,7 @@ class Runner:
         self._rows = _RowsBatch((), self._last_token_S[:0], self._page_table_SP[:0])
         self._drafted = self._make_drafted(draft_tokens) if draft_tokens else None
         self._chunks = Chunks(model, kv_pool, self._page_table_SP, self._hidden_SD)
+        self._split_rows = split_rows
         self._decode_graphs: StepGraphs | None = None
         if device.type == "cuda" and self._drafted is None:
             self._decode_graphs = StepGraphs(
@@ -131,6 +137,12 @@ class Runner:
                 told(f"compiling a decode step of {size} rows")
                 slots_B, positions_B, row_ids_B = self._ids(self._idle_rows(size)).view(3, size).unbind()
                 self._decode_rows(slots_B, positions_B, row_ids_B, self._page_table_SP.index_select(0, slots_B))
+
+    def release(self) -> None:
+        """The captured steps are let go, and with them the groups that they name."""
+        if self._decode_graphs is not None:
+            self._decode_graphs.release()
+        self._chunks.release()
 
     def open_slot(self, slot: int, spec: SlotSpec) -> None:
         self._set_pages(slot, spec.page_ids)
@@ -280,7 +292,11 @@ class Runner:
         slots_B, positions_B, row_ids_B = inputs.view(3, size).unbind()
         # The page of the token itself is noted; those before it were by earlier steps.
         rows = step_rows(self._page_table_SP, self._last_token_S, slots_B, positions_B, row_ids_B)
-        logits_BV = self._decode(slots_B, positions_B, row_ids_B, rows)
+        parts = [slice(0, size)]
+        if 0 < self._split_rows <= size:
+            parts = [slice(0, -(-size // 2)), slice(-(-size // 2), size)]
+        with self.model.fixed_rows(parts[0].stop):
+            logits_BV = self._decode(slots_B, positions_B, row_ids_B, rows, parts)
         greedy_B = sampling.argmax(logits_BV[:, : self.sampler.vocab_size])
         self._last_token_S.index_copy_(0, slots_B, greedy_B)
         return logits_BV, greedy_B

@@ -27,5 +27,7 @@ def to_host(tensor: Tensor) -> Tensor:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor, there once the stream has come so far; on a CPU the tensor itself."""
+    if device.type == "cpu" or not tensor.numel():
+        return tensor.to(device)
     # torch keeps the pinned block until the copy has run, so nobody has to hold it here.
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -9,14 +9,15 @@ ranks, replay on their own runners. All of them sample from the same whole logit
 A group without work runs the step without tokens, so that every rank calls the same collectives. The groups of the lockstep are
 the host's own: while the device computes a step, the host is in the round of the next one.
 
-A rank that does not come to a round or a step is named by RanksMissing on all others, which ends each of them. Must not know
-schedulers, requests or sockets.
+A rank that does not come to a round or a step is named by RanksMissing on all others, which ends each of them; where steps are on a
+GPU, a `DeviceWatch` sees to that. Must not know schedulers, requests or sockets.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -25,6 +26,7 @@ import msgspec
 import torch
 
 from serving.engine.plan import Executor, Launched, SlotSpec, StepPlan, StepResult, StepShape
+from serving.engine.watch import DeviceWatch
 from serving.parallel.bell import Bell
 from serving.parallel.collectives import Collectives
 
@@ -139,7 +141,7 @@ class BetweenSteps(Protocol):
 class Lockstep:
     """One rank's part in the rounds. `world`: all ranks of the unit; `tp`: those of its DP group, the leader first; both of CPU tensors.
 
-    `start`: all ranks again, for what comes before the first round and may take longer; None: `world`.
+    `start`: all ranks again, for what comes before the first round and may take longer; None: `world`. `watch`: of steps on a GPU.
     """
 
     def __init__(
@@ -150,15 +152,17 @@ class Lockstep:
         *,
         start: Collectives | None = None,
         micro_batches: MicroBatches | None = None,
+        watch: DeviceWatch | None = None,
     ) -> None:
         self.bell = bell
+        self.watch = watch
         self.number = 0
         """Rounds so far. While parked it is the number of the ring that ends it."""
         self.parked = True
         self.ended = False
         self.tp_rank, self.tp = tp.rank, tp.world_size
         self._world, self._tp, self._start = world, tp, start or world
-        self._micro_batches = micro_batches or MicroBatches()
+        self.micro_batches = micro_batches or MicroBatches()
         self._between_steps: BetweenSteps | None = None
         self._ep_ranks: list[int] = []
         self._headers = torch.zeros(world.world_size, len(Header._fields), dtype=torch.int64)
@@ -200,7 +204,7 @@ class Lockstep:
             commands = self._tell(commands)
         exchanged.wait()
         most, least = Header(*self._headers.amax(0).tolist()), Header(*self._headers.amin(0).tolist())
-        agreed = agree(most, least, self._micro_batches)
+        agreed = agree(most, least, self.micro_batches)
         self.number += 1
         self.parked, self.ended = agreed.step is None, agreed.ended
         if self._between_steps is not None and agreed.step is not None:
@@ -208,8 +212,32 @@ class Lockstep:
                 row[Header._fields.index("placement_version")] for row in self._headers[self._ep_ranks].tolist()
             }
             assert len(versions) == 1, f"placements {versions} are in force at once"
-            self._between_steps.advance()
+            with self.on_device():
+                self._between_steps.advance()
         return agreed.step, commands
+
+    def on_device(self, deadline_s: float | None = None) -> AbstractContextManager[None]:
+        """Around what may wait for the device, and there for other ranks; within the deadline of a step if there is no other."""
+        return nullcontext() if self.watch is None else self.watch.on_device(deadline_s)
+
+    def launch(self, runner: UnitRunner, plan: StepPlan, step: StepShape) -> Launched:
+        """Raises RanksMissing."""
+        with self.on_device():
+            launched = runner.launch(plan, step)
+        if self.watch is not None:
+            self.watch.advance()
+        return launched
+
+    def settle(self, runner: UnitRunner, launched: Launched) -> StepResult:
+        """Raises RanksMissing."""
+        with self.on_device():
+            return runner.settle(launched)
+
+    def close(self) -> None:
+        """This rank comes to no round any more."""
+        if self.watch is not None:
+            self.watch.close()
+        self.bell.close()
 
     def _tell(self, commands: Commands | None) -> Commands | None:
         """One broadcast, and if the length that it begins with says so, one more."""
@@ -271,13 +299,13 @@ class Leader:
 
     def settle(self, launched: Launched) -> StepResult:
         self._num_in_flight -= 1
-        return self._runner.settle(launched)
+        return self._lockstep.settle(self._runner, launched)
 
     def tell(self, wake: Callable[[], None]) -> None:
         self._lockstep.bell.tell(wake)
 
     def close(self) -> None:
-        self._lockstep.bell.close()
+        self._lockstep.close()
 
     def turned(self, *, stopping: bool, drained: bool) -> bool:
         """A turn in which nothing was launched takes part in the unit's round all the same, with a step without tokens."""
@@ -306,21 +334,28 @@ class Leader:
         if step is None:
             return None
         if self._num_in_flight + len(self._idle_steps) == _MAX_IN_FLIGHT and self._idle_steps:
-            self._runner.settle(self._idle_steps.popleft())
-        return self._runner.launch(plan, step)
+            self._lockstep.settle(self._runner, self._idle_steps.popleft())
+        return self._lockstep.launch(self._runner, plan, step)
 
 
 class Follower:
     """Another TP rank of a DP group: does what its leader's Executor does, until the unit ends."""
 
     def __init__(
-        self, runner: UnitRunner, lockstep: Lockstep, on_computed: Callable[[int], None] = lambda number: None
+        self,
+        runner: UnitRunner,
+        lockstep: Lockstep,
+        on_computed: Callable[[int], None] = lambda number: None,
+        *,
+        run_ahead: bool = False,
     ) -> None:
-        """`on_computed` hears of each round whose step has been computed here, and with it those before."""
+        """`on_computed` hears of each round whose step has been computed here, and with it those before. `run_ahead`: a step is settled
+        when the next has been launched, as a GPU wants it."""
         self._runner = runner
         self._lockstep = lockstep
         self._on_computed = on_computed
-        self._in_flight: deque[Launched] = deque()
+        self._most_ahead = int(run_ahead)
+        self._in_flight: deque[tuple[int, Launched]] = deque()
         self._stopping = False
 
     def run(self) -> None:
@@ -333,7 +368,6 @@ class Follower:
             step, commands = lockstep.round(Header(leaving=leaving), None)
             assert commands is not None, "a follower has a leader"
             self._replay(commands, step)
-            self._on_computed(lockstep.number)
 
     def stop(self) -> None:
         """From any thread: the unit ends after a round."""
@@ -341,7 +375,7 @@ class Follower:
         self._lockstep.bell.ring(self._lockstep.number)
 
     def close(self) -> None:
-        self._lockstep.bell.close()
+        self._lockstep.close()
 
     def _replay(self, commands: Commands, step: StepShape | None) -> None:
         for command in commands.slots:
@@ -350,10 +384,18 @@ class Follower:
             else:
                 self._runner.close_slot(command.slot)
         if step is None:
+            self._settle_all_but(0)
+            self._on_computed(self._lockstep.number)
             return
-        if len(self._in_flight) == _MAX_IN_FLIGHT:
-            self._runner.settle(self._in_flight.popleft())
-        self._in_flight.append(self._runner.launch(commands.plan, step))
+        self._in_flight.append((self._lockstep.number, self._lockstep.launch(self._runner, commands.plan, step)))
+        # With the last round's step nothing comes that it would wait for.
+        self._settle_all_but(0 if self._lockstep.ended else self._most_ahead)
+
+    def _settle_all_but(self, most: int) -> None:
+        while len(self._in_flight) > most:
+            number, launched = self._in_flight.popleft()
+            self._lockstep.settle(self._runner, launched)
+            self._on_computed(number)
 
 
 class Alone:

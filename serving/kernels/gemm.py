@@ -38,7 +38,7 @@ def linear(x_MK: Tensor | QuantisedRows, weight_NK: Tensor | Fp8Weight) -> Tenso
 
 def linear_fp32(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """x W^T, [M, N], plain, in fp32 from factors of one dtype, bf16 or fp32."""
-    if weight_NK.is_cuda and weight_NK.dtype == torch.bfloat16:
+    if weight_NK.is_cuda and weight_NK.dtype == torch.bfloat16 and len(x_MK):
         from serving.kernels.triton.product import linear as device_linear
 
         return device_linear(x_MK, weight_NK, dtype=torch.float32)
@@ -69,6 +69,8 @@ def _linear_fp8(x_MK: Tensor | QuantisedRows, weight_NK: Fp8Weight) -> Tensor:
     if not weight_NK.quantised.is_cuda:
         return linear_fp8_reference(x_MK, weight_NK)
     rows_MK = x_MK if isinstance(x_MK, QuantisedRows) else quantise_rows_fp8(x_MK)
+    if not len(rows_MK.values):
+        return torch.empty(0, weight_NK.shape[0], dtype=torch.bfloat16, device=weight_NK.quantised.device)
     if weight_NK.library is not None:
         return weight_NK.library.linear(rows_MK, weight_NK)
     from serving.kernels.triton.product import product

@@ -14,6 +14,7 @@ two micro-batches can take turns (`microbatches`).
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -426,6 +427,12 @@ class DeepseekV3:
         return self.routing is None and has_kernel(
             config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, self.dtype
         )
+
+    def fixed_rows(self, num_rows: int) -> AbstractContextManager[None]:
+        """Inside, `decode` of micro-batches of up to so many rows of a DP group can be captured."""
+        if self.routing is None:
+            return nullcontext()
+        return self.routing.fixed(-(-num_rows // self.parallel.tp.world_size))
 
     @torch.inference_mode()
     def prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Tensor:

@@ -43,13 +43,14 @@ class Parallel:
     """One rank's place in its unit.
 
     `tp`: its end of the TP group. `experts`: its end of the dispatch of the EP group, whose rank `ep_rank` it is; None: it holds
-    all experts itself. `placement`: the logical expert in each slot of the EP group, of each layer with experts (the MTP layer is
+    all experts itself. `fixed`: makes the dispatch of captured steps of up to so many tokens of every rank. `placement`: the logical expert in each slot of the EP group, of each layer with experts (the MTP layer is
     the last). `shared_is_routed`: the shared expert is the last logical expert, which every token selects. `near`: EP ranks
     whose copies of an expert are taken first. `hosting`: a step uses some of the slots; None: all.
     """
 
     tp: Collectives = field(default_factory=SingleRank)
     experts: Dispatch | None = None
+    fixed: Callable[[int], Dispatch] | None = None
     placement: Placement | None = None
     ep_rank: int = 0
     shared_is_routed: bool = False

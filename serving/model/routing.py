@@ -8,7 +8,8 @@ them zeroes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,8 @@ class Routing:
         assert parallel.experts is not None
         assert parallel.placement is not None
         self.dispatch: Dispatch = parallel.experts
+        self._make_fixed = parallel.fixed
+        self._fixed: dict[int, Dispatch] = {}
         self._num_experts = config.num_routed_experts
         self._shared_is_routed = parallel.shared_is_routed
         self._ep_rank = parallel.ep_rank
@@ -65,6 +68,18 @@ class Routing:
         self.num_tokens_LE = torch.zeros(
             num_moe_layers(config), config.num_routed_experts, dtype=torch.int64, device=device
         )
+
+    @contextmanager
+    def fixed(self, capacity: int) -> Iterator[None]:
+        """For what is issued inside every rank sends `capacity` rows to every other, so that no shape depends on the choice of experts."""
+        assert self._make_fixed is not None, "this rank was given no dispatch for captured steps"
+        if capacity not in self._fixed:
+            self._fixed[capacity] = self._make_fixed(capacity)
+        counted, self.dispatch = self.dispatch, self._fixed[capacity]
+        try:
+            yield
+        finally:
+            self.dispatch = counted
 
     def place(self, placement: Placement) -> None:
         """Between two steps, on every rank of the EP group; in place, so that captured steps see it."""

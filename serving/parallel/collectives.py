@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -111,6 +111,21 @@ class Exchanges(Protocol):
 
     def exchange(self, tensors: Sequence[Tensor], send_counts: Sequence[int]) -> Incoming:
         """As `all_to_all`; outs are new, of the kinds of `tensors`."""
+
+
+@runtime_checkable
+class Presence(Protocol):
+    """Collectives that know of their members also between calls, while these wait for something else. From any thread."""
+
+    def advance(self) -> None:
+        """This rank is one step further with what all of them do in one order, beside this group's calls."""
+
+    def check(self) -> None:
+        """Raises RanksMissing if a member's process has ended, or somebody was given up."""
+
+    def give_up(self) -> NoReturn:
+        """What this rank waits for does not come. Raises RanksMissing, here and from everybody's next call: those that are
+        behind, for whom the rest may wait; where all are equally far, all but this one."""
 
 
 class Done:

@@ -4,12 +4,17 @@ The backend objects are made here, each over its own part of the store, so that 
 members alone. Everything that is not summed travels as bytes, since gloo knows neither float8 nor most narrow types.
 
 Who is missing is what the backends do not say. A rank that waits longer than a moment notes in the store how far it has come;
-at the deadline those without a note have not come. On CUDA a wait orders the stream and leaves the deadline to NCCL's watchdog,
-whose error, at the next call, is named in the same way.
+at the deadline those without a note have not come.
+
+On CUDA a wait orders the stream, and the host waits in `attend` alone, within the deadline. Then NCCL is aborted, so that its kernels
+end, with whatever they had; a unit, whose host may wait elsewhere, has a thread that does so (`serving.engine.watch`). NCCL's own watchdog
+would end the process without a name: it is given so much longer that it has nothing to do.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -26,6 +31,10 @@ from serving.parallel.collectives import Handle, RanksMissing, check_payloads, c
 _PATIENCE_S = 0.05
 """A wait that is longer is noted in the store."""
 _BACKENDS = ("gloo", "nccl")
+_NCCL_LONGER_S = 600.0
+_ABORT_S = 2.0
+"""An abort returns when no captured step is left that names the group."""
+_POLL_S = 1e-4
 
 
 class _Backend(Protocol):
@@ -36,15 +45,29 @@ class _Backend(Protocol):
     def alltoall_base(self, output: Tensor, input: Tensor, recv: list[int], send: list[int]) -> Work: ...
     def broadcast(self, tensor: Tensor, root: int) -> Work: ...
     def barrier(self) -> Work: ...
+    def abort(self) -> None: ...
+    def _start_coalescing(self) -> None: ...
+    def _end_coalescing(self) -> Work: ...
 
 
 class TorchCollectives:
     """Joins the group `name` of `ranks` as its member number `rank`; returns or raises within the deadline.
 
-    `store` is one object for the whole unit and of this start alone; its host is best a process that outlives the ranks."""
+    `store` is one object for the whole unit and of this start alone; its host is best a process that outlives the ranks.
+    Of NCCL, which takes the current device: `max_ctas`: SMs that a call may keep busy, 0: as many as NCCL likes. `issued` is called with each call.
+    """
 
     def __init__(
-        self, *, backend: str, store: Store, ranks: Sequence[int], rank: int, name: str, deadline_s: float
+        self,
+        *,
+        backend: str,
+        store: Store,
+        ranks: Sequence[int],
+        rank: int,
+        name: str,
+        deadline_s: float,
+        max_ctas: int = 0,
+        issued: Callable[[], None] = lambda: None,
     ) -> None:
         if backend not in _BACKENDS:
             raise ConfigError(f"there is no backend {backend!r} for collectives; choose one of {', '.join(_BACKENDS)}")
@@ -55,6 +78,8 @@ class TorchCollectives:
         self._store = store
         self._name = name
         self._deadline_s = deadline_s
+        self._max_ctas = max_ctas
+        self._tell_issued = issued
         self._issued = 0
         self._issued_s = time.monotonic()
         self._broken: RanksMissing | None = None
@@ -63,20 +88,36 @@ class TorchCollectives:
         try:
             self._group = self._join()
         except RuntimeError as error:
-            self._fail(self._issued, begin_s, error)
+            raise self._named(self._issued, begin_s) from error
 
     def _join(self) -> _Backend:
         deadline, given_up = timedelta(seconds=self._deadline_s), timedelta(seconds=2 * self._deadline_s)
         store = PrefixStore(self._key("group"), self._store)
         store.set_timeout(deadline)
         if self._backend == "nccl":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = deadline
-            return cast(_Backend, dist.ProcessGroupNCCL(store, self.rank, self.world_size, options))
+            return self._join_nccl(store)
         group = dist.ProcessGroupGloo(store, self.rank, self.world_size, deadline)
         # A call that was given up must end too, but after whoever waits for it has named the missing.
         group._set_default_timeout(given_up)
         return cast(_Backend, group)
+
+    def _join_nccl(self, store: Store) -> _Backend:
+        """Connected: the first call would do it otherwise, and wait for ever for a rank that never joins."""
+        begin_s = time.monotonic()
+        while any(self._noted("came", index) < 0 for index in range(self.world_size)):
+            if time.monotonic() - begin_s > self._deadline_s:
+                raise RuntimeError("not all have joined")
+            time.sleep(_PATIENCE_S)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=self._deadline_s + _NCCL_LONGER_S)
+        # What is in flight goes before what is computed meanwhile.
+        options.is_high_priority_stream = True
+        if self._max_ctas:
+            options.config.max_ctas = self._max_ctas
+        group = cast(_Backend, dist.ProcessGroupNCCL(store, self.rank, self.world_size, options))
+        here = torch.zeros(1, 1, dtype=torch.uint8, device="cuda")
+        group._allgather_base(here.new_empty(self.world_size, 1), here).wait()
+        return group
 
     def all_gather(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
         sizes = list(counts) if counts else even(len(out), self.world_size)
@@ -115,8 +156,10 @@ class TorchCollectives:
         received, sent = sum(recv_counts), sum(send_counts)
         pairs = [(row_bytes(o[:received]), row_bytes(t[:sent])) for o, t in zip(outs, tensors, strict=True)]
         recv, send = list(recv_counts), list(send_counts)
-        if len(pairs) == 1 or tensors[0].is_cuda:
-            return self._issue(lambda: [self._group.alltoall_base(out, tensor, recv, send) for out, tensor in pairs])
+        if len(pairs) == 1:
+            return self._issue(lambda: [self._group.alltoall_base(*pairs[0], recv, send)])
+        if tensors[0].is_cuda:
+            return self._issue(lambda: [self._together(pairs, recv, send)])
         # Between processes a call costs more than the copies that make one of several.
         rows = torch.cat([tensor for _, tensor in pairs], dim=1)
         into = rows.new_empty(received, rows.shape[1])
@@ -127,11 +170,43 @@ class TorchCollectives:
 
         return self._issue(lambda: [self._group.alltoall_base(into, rows, recv, send)], part)
 
+    def _together(self, pairs: list[tuple[Tensor, Tensor]], recv: list[int], send: list[int]) -> Work:
+        """One kernel for all payloads."""
+        self._group._start_coalescing()
+        for out, tensor in pairs:
+            self._group.alltoall_base(out, tensor, recv, send)
+        return self._group._end_coalescing()
+
     def broadcast(self, tensor: Tensor, src: int) -> Handle:
         return self._issue(lambda: [self._group.broadcast(row_bytes(tensor), src)])
 
     def barrier(self) -> None:
-        self._issue(lambda: [self._group.barrier()]).wait()
+        if self._backend == "gloo":
+            self._issue(lambda: [self._group.barrier()]).wait()
+            return
+        here = torch.zeros(1, 1, dtype=torch.uint8, device="cuda")
+        self.all_gather(here.new_empty(self.world_size, 1), here).wait()
+        self.attend()
+
+    def attend(self) -> None:
+        """On CUDA: returns when all that the current stream has been given is done. Raises RanksMissing."""
+        done = torch.cuda.Event()
+        done.record()
+        begin_s = time.monotonic()
+        noted = False
+        try:
+            while not done.query():
+                waited_s = time.monotonic() - begin_s
+                if waited_s > _PATIENCE_S:
+                    if not noted:
+                        self._note("came")
+                        noted = True
+                    if waited_s > self._deadline_s or self._read("broken") is not None:
+                        raise RuntimeError("the device waits for others")
+                    time.sleep(_PATIENCE_S / 5)
+                time.sleep(_POLL_S)
+        except RuntimeError as error:
+            self._fail(self._issued, begin_s, error)
 
     def subgroup(self, ranks: Sequence[int], name: str, deadline_s: float | None = None) -> TorchCollectives:
         return TorchCollectives(
@@ -141,11 +216,26 @@ class TorchCollectives:
             rank=tuple(ranks).index(self.ranks[self.rank]),
             name=name,
             deadline_s=deadline_s or self._deadline_s,
+            max_ctas=self._max_ctas,
+            issued=self._tell_issued,
         )
 
     def close(self) -> None:
         """The backend's threads and sockets end with its last reference."""
+        if self._backend == "nccl":
+            if self._broken is None:
+                with contextlib.suppress(RanksMissing):
+                    self.attend()
+            self.abort()
         del self._group
+
+    def abort(self) -> None:
+        """NCCL's kernels that wait for other ranks end, with garbage. From any thread."""
+        group = self._group
+        # The thread keeps what it aborts alive for as long as it takes.
+        aborting = threading.Thread(target=group.abort, name=f"abort-{self._name}", daemon=True)
+        aborting.start()
+        aborting.join(_ABORT_S)
 
     def _issue(self, call: Callable[[], list[Work]], then: Callable[[], None] | None = None) -> Handle:
         if self._broken:
@@ -153,6 +243,7 @@ class TorchCollectives:
         begin_s = time.monotonic()
         idle_s, self._issued_s = begin_s - self._issued_s, begin_s
         self._issued += 1
+        self._tell_issued()
         try:
             # Gloo lets a late rank have what the others sent before they gave it up.
             if idle_s > self._deadline_s / 2 and self._read("broken") is not None:
@@ -186,6 +277,12 @@ class TorchCollectives:
             work.wait(timedelta(seconds=max(left_s, 0.001)))
 
     def _fail(self, number: int, begin_s: float, error: RuntimeError) -> NoReturn:
+        self._broken = self._named(number, begin_s)
+        if self._backend == "nccl":
+            self.abort()
+        raise self._broken from error
+
+    def _named(self, number: int, begin_s: float) -> RanksMissing:
         """A connection that broke says nothing of whose process is gone: the others have until the deadline to be heard."""
         try:
             self._note("came")
@@ -196,8 +293,7 @@ class TorchCollectives:
             # The store is gone, and with it the rank that hosts it.
             missing = [0]
         ranks = [self.ranks[index] for index in missing]
-        self._broken = RanksMissing(ranks, group=self._name, reason=f"deadline {self._deadline_s:g} s")
-        raise self._broken from error
+        return RanksMissing(ranks, group=self._name, reason=f"deadline {self._deadline_s:g} s")
 
     def _missing(self, number: int, expiry_s: float) -> list[int]:
         while True:

@@ -43,6 +43,8 @@ _DEPTH = 4
 _LANES = 2
 _POSTED, _FETCHED, _PRESENT, _MISSING = range(4)
 """Words that a rank has in each lane; the last two in lane 0 alone. _MISSING[i] != 0: rank i was given up."""
+_PROGRESS = _PRESENT
+"""In lane 1: how far the rank is with what it does between its calls."""
 _PROBE_S = 2e-3
 """How long a wait sleeps before it looks for dead processes."""
 _FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
@@ -175,6 +177,18 @@ class SharedMemoryCollectives:
     def barrier(self) -> None:
         self._issue([], [], lambda source, _: []).wait()
 
+    def advance(self) -> None:
+        self._words[self._word(1, _PROGRESS) + self.rank] += 1
+
+    def check(self) -> None:
+        dead = self._given_up() or [index for index in range(self.world_size) if self._is_dead(index)]
+        if dead:
+            self._fail(dead)
+
+    def give_up(self) -> NoReturn:
+        others = [index for index in range(self.world_size) if index != self.rank]
+        self._fail(self._given_up() or self._least_far(range(self.world_size)) or others)
+
     def subgroup(self, ranks: Sequence[int], name: str, deadline_s: float | None = None) -> SharedMemoryCollectives:
         return SharedMemoryCollectives(
             name=f"{self._name}-{name}",
@@ -296,10 +310,18 @@ class SharedMemoryCollectives:
             if given_up:
                 self._fail(given_up)
             if waited_s > self._deadline_s and late:
-                self._fail([index for index, _ in late])
+                behind = [index for index, _ in late]
+                self._fail(self._least_far(behind) or behind)
             if late:
                 index, value = late[0]
                 _sleep_while(self._address + 8 * (first + index), value, _PROBE_S)
+
+    def _least_far(self, indices: Iterable[int]) -> list[int]:
+        """Those that are behind the others of `indices`, which wait for them; none, if all are equally far."""
+        first = self._word(1, _PROGRESS)
+        progress = {index: self._words[first + index] for index in indices}
+        least = min(progress.values())
+        return [index for index, far in progress.items() if far == least] if max(progress.values()) > least else []
 
     def _given_up(self) -> list[int]:
         first = self._word(0, _MISSING)
