@@ -5,6 +5,8 @@ are being decoded, prefill tok/s from generating one token, and the time in coll
 
 --timeline generates once more with one micro-batch and with two, notes what was in flight while something was computed, and writes
 the trace of the latter for Perfetto or chrome://tracing.
+
+With --device cuda ranks have a GPU each and stand beside one GPU that holds all experts: `serving.bench.gpu_unit`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
+from serving.bench.gpu_ranks import Setup
+from serving.bench.gpu_unit import measure as measure_gpus
+from serving.bench.gpu_unit import table as gpu_table
+from serving.bench.gpu_unit import ways_of
 from serving.bench.options import count, counts
 from serving.bench.processes import TRANSPORTS, Generation, Load, Sizes, Trace, Unit
 from serving.bench.report import provenance, write_report
@@ -31,6 +38,9 @@ from serving.core.errors import ConfigError
 
 _PAUSE_S = 0.3
 _TRACED_TOKENS = 6
+_NUM_GPUS = 2
+_CPU_DEFAULTS = {"shape": "cpu-34m", "requests": 64, "prompt_tokens": 64, "microbatches": [1]}
+_GPU_DEFAULTS = {"shape": "slice", "requests": 32, "prompt_tokens": 2048, "microbatches": [1, 2]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +79,8 @@ class Hidden:
 def main(argv: Sequence[str]) -> int:
     """`argv` without the command's name. JSON on standard output or in --out, a table on standard error. 1: a text is not the single's."""
     options = _parse(argv)
+    if options.device == "cuda":
+        return _run_on_gpus(options, argv)
     settings = {name: getattr(options, name) for name in ("requests", "prompt_tokens", "new_tokens", "repeats", "seed")}
     report = provenance(["baton", "bench", "ranks", *argv]) | {"settings": settings}
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
@@ -100,6 +112,38 @@ def main(argv: Sequence[str]) -> int:
             print(hidden_table(units[0], hidden), file=sys.stderr)
     write_report(report, options.out)
     return 0 if all(figure.same_texts == len(prompts) for figure in figures) else 1
+
+
+def _run_on_gpus(options: argparse.Namespace, argv: Sequence[str]) -> int:
+    if torch.cuda.device_count() < _NUM_GPUS:
+        raise ConfigError(
+            f"--device cuda measures {_NUM_GPUS} GPUs of this host, and torch finds {torch.cuda.device_count()}; leave the option out for CPUs"
+        )
+    free_sms = sorted({number for number in options.free_sms if number})
+    setup = Setup(
+        shape=options.shape,
+        num_ranks=_NUM_GPUS,
+        prompts=options.requests,
+        prompt_tokens=options.prompt_tokens,
+        rows=options.rows,
+        context=options.context,
+        steps=options.new_tokens - 1,
+        free_sms=tuple(free_sms),
+        seed=options.seed,
+    )
+    report = provenance(["baton", "bench", "ranks", *argv])
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
+        report |= measure_gpus(
+            setup,
+            ways_of(options.step_tokens, options.microbatches, options.free_sms),
+            repeats=options.repeats,
+            scratch=Path(scratch),
+            trace=options.timeline,
+            told=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    print(gpu_table(report), file=sys.stderr)
+    write_report(report, options.out)
+    return 0
 
 
 def measure(sizes: Sequence[Sizes], load: Load, prompts: Sequence[Sequence[int]], repeats: int) -> list[Figure]:
@@ -215,26 +259,56 @@ def _own_folder(load: Load, name: object) -> Path:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="baton bench ranks", description="A unit of processes beside one process.")
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="cpu-34m", help="a built-in model, random weights")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--shape", choices=sorted(SHAPES), help="a built-in model, random weights; if not given cpu-34m, on GPUs slice"
+    )
     parser.add_argument(
         "--ranks", type=_sizes, default=[(1, 4), (2, 2)], metavar="TPxDP,...", help="units; EP is all their ranks"
     )
     parser.add_argument(
         "--collectives", type=_transports, default=list(TRANSPORTS), metavar="NAME,...", help=", ".join(TRANSPORTS)
     )
-    parser.add_argument("--microbatches", type=_microbatches, default=[1], metavar="N,...", help="1, 2 or both")
+    parser.add_argument(
+        "--microbatches", type=_microbatches, metavar="N,...", help="1, 2 or both, as on GPUs if not given"
+    )
     parser.add_argument("--timeline", type=Path, help="write a Chrome trace of the first unit, with two micro-batches")
     parser.add_argument(
         "--threads", type=count, default=psutil.cpu_count(logical=False) or 1, help="of the single process"
     )
-    parser.add_argument("--requests", type=count, default=64, help="sequences at once")
-    parser.add_argument("--prompt-tokens", type=count, default=64)
+    parser.add_argument("--requests", type=count, help="sequences at once; if not given 64, on GPUs 32")
+    parser.add_argument("--prompt-tokens", type=count, help="if not given 64, on GPUs 2048")
     parser.add_argument("--new-tokens", type=count, default=65)
     parser.add_argument("--max-batched-tokens", type=count, default=256, help="prefill tokens of a DP group's step")
     parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--out", type=Path, help="write the JSON here instead of standard output")
-    return parser.parse_args(argv)
+    gpus = parser.add_argument_group("with --device cuda")
+    gpus.add_argument(
+        "--step-tokens", type=counts, default=[8192, 16384], help="of a rank's prefill step, comma-separated"
+    )
+    gpus.add_argument(
+        "--free-sms",
+        type=_numbers,
+        default=[0, 8, 16],
+        metavar="N,...",
+        help="SMs that two micro-batches leave to NCCL",
+    )
+    gpus.add_argument("--rows", type=count, default=64, help="sequences that decode")
+    gpus.add_argument("--context", type=count, default=4096, help="tokens before them")
+    options = parser.parse_args(argv)
+    defaults = _GPU_DEFAULTS if options.device == "cuda" else _CPU_DEFAULTS
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = text.split(",")
+    if not all(number.isdigit() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text} are no numbers of SMs; give N,..., 0 for none")
+    return [int(number) for number in numbers]
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:

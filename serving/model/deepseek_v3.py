@@ -444,7 +444,8 @@ class DeepseekV3:
         self, batches: Sequence[PrefillBatch], kv_pool: Tensor, *, timeline: Timeline | None = None
     ) -> list[Tensor]:
         """`prefill` of one micro-batch, or of two that take turns; a later one may go on where an earlier one ends."""
-        return run([self._prefill(batch, kv_pool) for batch in batches], timeline=timeline)
+        passes = [self._prefill(batch, kv_pool) for batch in batches]
+        return run(passes, free_sms=self.parallel.free_sms, timeline=timeline)
 
     @torch.inference_mode()
     def decode(self, batch: DecodeBatch, kv_pool: Tensor) -> Tensor:
@@ -456,7 +457,8 @@ class DeepseekV3:
         self, batches: Sequence[DecodeBatch], kv_pool: Tensor, *, timeline: Timeline | None = None
     ) -> list[Tensor]:
         """`decode` of one micro-batch, or of two that take turns."""
-        return run([self._decode(batch, kv_pool) for batch in batches], ahead=1, timeline=timeline)
+        passes = [self._decode(batch, kv_pool) for batch in batches]
+        return run(passes, ahead=1, free_sms=self.parallel.free_sms, timeline=timeline)
 
     def _prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Pass:
         rope_T = self.rope.at(batch.positions_T)

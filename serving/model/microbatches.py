@@ -7,7 +7,8 @@ attention is half done; when its turn comes again, what it waits for is waited f
     decode   a0 b0 D> a1    M0 C> b1 D> a0  M1 C> b0 ...  the halves a, b of one's attention hide dispatch and combine of the other
 
 So in decode the first pass is one turn ahead. Passes of one step give way equally often, whatever their tokens, so the order
-of collectives is the same on every rank.
+of collectives is the same on every rank. On a GPU collectives run on streams of their own, so the same order of launches overlaps
+them; kernels then leave some SMs to them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from serving.kernels.triton.device import keep_free
 from serving.model.timeline import Timeline
 
 
@@ -34,14 +36,17 @@ Pass = Generator[Sent | None, Any, Tensor]
 """None: it gives way with nothing in flight."""
 
 
-def run(passes: Sequence[Pass], *, ahead: int = 0, timeline: Timeline | None = None) -> list[Tensor]:
-    """What the passes return, in their order. `ahead`: turns by which the first leads the others."""
+def run(passes: Sequence[Pass], *, ahead: int = 0, free_sms: int = 0, timeline: Timeline | None = None) -> list[Tensor]:
+    """What the passes return, in their order. `ahead`: turns by which the first leads the others. `free_sms`: of a GPU, left to what one
+    has in flight while the other computes."""
     running = [_Running(index, steps, timeline) for index, steps in enumerate(passes)]
-    for _ in range(ahead if len(running) > 1 else 0):
-        running[0].turn()
-    while any(one.result is None for one in running):
-        for one in running:
-            one.turn()
+    several = len(running) > 1
+    with keep_free(free_sms if several else 0):
+        for _ in range(ahead if several else 0):
+            running[0].turn()
+        while any(one.result is None for one in running):
+            for one in running:
+                one.turn()
     return [one.result for one in running if one.result is not None]
 
 

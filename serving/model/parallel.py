@@ -46,6 +46,7 @@ class Parallel:
     all experts itself. `fixed`: makes the dispatch of captured steps of up to so many tokens of every rank. `placement`: the logical expert in each slot of the EP group, of each layer with experts (the MTP layer is
     the last). `shared_is_routed`: the shared expert is the last logical expert, which every token selects. `near`: EP ranks
     whose copies of an expert are taken first. `hosting`: a step uses some of the slots; None: all.
+    `free_sms`: of a GPU, left to communication where a step is computed in micro-batches.
     """
 
     tp: Collectives = field(default_factory=SingleRank)
@@ -56,6 +57,7 @@ class Parallel:
     shared_is_routed: bool = False
     near: range | None = None
     hosting: Hosting | None = None
+    free_sms: int = 0
 
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError where the model does not divide so."""

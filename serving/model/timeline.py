@@ -3,7 +3,8 @@
 In flight is from where a pass stops to where its wait returns, exposed is the wait. What arrived long before it was waited
 for counts as in flight until then, so `hidden` is the more the less there is to hide; beside a run of the same steps with
 one micro-batch, where all of it is exposed, `hidden_beside` is what the second one saves. On a GPU times are the device's, of
-the stream that computes.
+the stream that computes: exposed is how long that stream stood still for what another one had not brought, and what ran there is
+not seen (`serving.bench.kernel_spans` does).
 """
 
 from __future__ import annotations

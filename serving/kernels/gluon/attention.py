@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from serving.kernels.triton.attention import head_group
-from serving.kernels.triton.device import num_processors
+from serving.kernels.triton.device import num_programs
 
 BLOCK = 128
 _HALF = 64
@@ -51,7 +51,7 @@ def attend_varlen(
     num_seqs = cu_q.shape[0] - 1
     max_tiles = num_queries // BLOCK + num_seqs
     group = head_group(num_heads, k_SHN.shape[0] // num_seqs)
-    attend_kernel[(min(num_processors(q_THQ.device), max_tiles * num_heads),)](
+    attend_kernel[(min(num_programs(q_THQ.device), max_tiles * num_heads),)](
         _blocks(q_THQ, _HALF, nope),
         _blocks(q_THQ, _HALF, rope),
         _blocks(k_SHN, BLOCK, nope),

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from serving.kernels.quant import Fp8Weight, QuantisedRows
-from serving.kernels.triton.device import num_processors
+from serving.kernels.triton.device import num_programs
 from serving.kernels.triton.gemm import Tiles, empty_product, operands, sum_splits
 
 # Rows and columns of a tile, and columns of a sum.
@@ -351,7 +351,7 @@ def many_rows(
     stages = (4 if split or fused_silu else 3) if cut.wide else 6
     num_n = triton.cdiv(num_columns, TILE_N if cut.wide and not fused_silu else HALF_N)
     max_units = (tiles.max_tiles if tiles else triton.cdiv(op.num_rows, TILE_M)) * num_n * cut.num_splits
-    product_kernel[(min(num_processors(parts.device), max_units),)](
+    product_kernel[(min(num_programs(parts.device), max_units),)](
         _descriptor(op.x_SK, [TILE_M, op.block_k]), _descriptor(op.w_EK, [HALF_N, op.block_k]), _descriptor(target, [64, HALF_N]),
         op.x_scales, op.w_scales, parts, out_scales, tiles.expert if tiles else out_scales, tiles.num_used if tiles else out_scales,
         op.num_rows, num_columns, op.num_k, cut.num_splits, op.expert_rows, op.num_columns if fused_silu else HALF_N,

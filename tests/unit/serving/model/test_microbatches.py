@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from serving.kernels.triton import device
+from serving.kernels.triton.device import keep_free, num_programs
 from serving.model import timeline
 from serving.model.microbatches import Pass, Sent, run
 from serving.model.timeline import Timeline
@@ -92,6 +94,30 @@ def test_what_a_pass_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ZeroDivisionError):
         run([layers(Clock(monkeypatch), 0, [], halves=False), fails()])
+
+
+def test_two_passes_leave_processors_to_communication(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "num_processors", lambda _device: 132)
+    gpu = torch.device("cpu")
+    seen: list[int] = []
+
+    def computes() -> Pass:
+        seen.append(num_programs(gpu))
+        yield None
+        return torch.tensor(num_programs(gpu))
+
+    assert [int(result) for result in run([computes(), computes()], free_sms=20)] == [112, 112]
+    assert seen == [112, 112]
+    # One alone has nobody to hide behind, and none is kept free afterwards.
+    assert [int(result) for result in run([computes()], free_sms=20)] == [132]
+    assert num_programs(gpu) == 132
+    with keep_free(100):
+        with keep_free(200):
+            assert num_programs(gpu) == 1
+        assert num_programs(gpu) == 32
+    with pytest.raises(ZeroDivisionError), keep_free(100):
+        _ = 1 / 0
+    assert num_programs(gpu) == 132
 
 
 def timed(clock: Clock, passes: list[Callable[[], Pass]], ahead: int) -> Timeline:

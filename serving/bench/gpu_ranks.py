@@ -1,0 +1,406 @@
+"""`baton bench ranks --device cuda`: ranks of one host, a process and a GPU each, TP1 and all experts spread over them, beside one GPU that
+holds every expert. The same prompts, in turns.
+
+    rank processes -> weights drawn where they lie -> prefill of all ways, in turns -> profiled -> decode of all ways, in turns
+
+Model and runner as served, two steps in flight; no scheduler and no lockstep, for every rank has as many tokens in every step. Seconds
+are the slowest rank's, from when all are ready until its last step has been read back. A way that is `local` copies rows on the rank where
+others send them (`serving.bench.local_copies`): what a step takes when nothing travels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import FileStore
+
+from kvcache.layout import PageLayout, num_pages_for
+from kvcache.pool import KVPool
+from serving.bench.filled import fill_random
+from serving.bench.kernel_spans import KernelSpan, kernel_spans
+from serving.bench.local_copies import Switched
+from serving.bench.shapes import SHAPES, random_prompts
+from serving.core.config import DecodeTable
+from serving.core.errors import BatonError
+from serving.core.request import SamplingParams
+from serving.engine.joining import parallel_of
+from serving.engine.plan import DecodeRow, PrefillChunk, SlotSpec, StepPlan, StepResult, StepShape
+from serving.engine.runner import Runner
+from serving.model.config import ModelConfig
+from serving.model.deepseek_v3 import DeepseekV3
+from serving.model.parallel import SINGLE, Parallel
+from serving.model.units import shape_of
+from serving.parallel.collectives import Collectives
+from serving.parallel.distributed import TorchCollectives
+
+_DEADLINE_S = 120.0
+_START_S = 600.0
+_GREEDY = SamplingParams(temperature=0.0)
+_NUM_IN_FLIGHT = 2
+_UNCOUNTED_STEPS = 4
+"""Of a decode: the first captures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """`prompts` of `prompt_tokens` are prefilled; `rows` behind `context` tokens decode `steps` tokens each. Of all ranks together.
+
+    `free_sms`: what ways may ask for beside 0.
+    """
+
+    shape: str
+    num_ranks: int = 2
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    prompts: int = 32
+    prompt_tokens: int = 2048
+    rows: int = 64
+    context: int = 4096
+    steps: int = 64
+    free_sms: tuple[int, ...] = ()
+    seed: int = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_dict(SHAPES[self.shape])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How one GPU, or the unit, computes. `step_tokens`: of a rank's prefill step. `free_sms`: left to communication, which then takes no
+    more of them; 0: it takes what it finds."""
+
+    unit: bool = True
+    step_tokens: int
+    micro_batches: int = 1
+    free_sms: int = 0
+    local: bool = False
+
+    @property
+    def name(self) -> str:
+        if not self.unit:
+            return f"one GPU, {self.step_tokens} tokens a step"
+        parts = [f"unit, {self.step_tokens} tokens a rank's step"]
+        if self.micro_batches > 1:
+            parts.append(f"{self.micro_batches} micro-batches, {self.free_sms} SMs kept free")
+        return ", ".join([*parts, *(["rows copied instead of sent"] if self.local else [])])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill:
+    way: Way
+    profiled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fill:
+    """Contexts of the rows that are to decode."""
+
+    way: Way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode:
+    unit: bool
+
+
+Work = Prefill | Fill | Decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """Of one rank. `seconds`: of a decode, of one step. `first_tokens`: of each of its texts. `sent_bytes`: to other ranks."""
+
+    seconds: float
+    first_tokens: list[int]
+    sent_bytes: int = 0
+    spans: list[KernelSpan] | None = None
+
+
+class GpuRanks:
+    """The processes. Rank 0 is the one GPU as well."""
+
+    def __init__(self, setup: Setup, scratch: Path) -> None:
+        """`scratch`: a folder of their own. Returns when every rank is ready. Raises BatonError."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["serving.bench.gpu_ranks"])
+        self._pipes: list[Connection] = []
+        self._processes = []
+        try:
+            for rank in range(setup.num_ranks):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_live, args=(theirs, setup, rank, str(scratch)), daemon=True)
+                process.start()
+                # With the only other end in the child, its death ends the wait for it.
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
+            for rank in range(setup.num_ranks):
+                self._hear(rank)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, work: Work) -> list[Done]:
+        """Of every rank that takes part. Raises BatonError."""
+        unit = work.unit if isinstance(work, Decode) else work.way.unit
+        ranks = range(len(self._pipes) if unit else 1)
+        for rank in ranks:
+            self._pipes[rank].send(work)
+        return [self._hear(rank) for rank in ranks]
+
+    def close(self) -> None:
+        """Ends them, whatever they do."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def __enter__(self) -> GpuRanks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _hear(self, rank: int) -> Any:
+        if not self._pipes[rank].poll(_START_S):
+            raise BatonError(f"rank {rank} says nothing for {_START_S:g} s")
+        try:
+            said = self._pipes[rank].recv()
+        except EOFError:
+            raise BatonError(f"rank {rank} has ended; its error stands above") from None
+        if isinstance(said, BatonError):
+            raise said
+        return said
+
+
+def slowest(done: Iterable[Done]) -> float:
+    return max(each.seconds for each in done)
+
+
+def median_s(runs: Sequence[Sequence[Done]]) -> float:
+    return statistics.median(slowest(run) for run in runs)
+
+
+def _live(pipe: Connection, setup: Setup, rank: int, scratch: str) -> None:
+    """The life of one rank, at most as long as that of who measures."""
+    with contextlib.suppress(OSError, EOFError):
+        try:
+            process = _Rank(setup, rank, Path(scratch))
+            pipe.send(None)
+            while True:
+                pipe.send(process.run(pipe.recv()))
+        except BatonError as error:
+            pipe.send(error)
+
+
+class _Rank:
+    """One process: its part of the unit, and on rank 0 the whole model too."""
+
+    def __init__(self, setup: Setup, rank: int, scratch: Path) -> None:
+        self._setup = setup
+        self._device = torch.device(setup.device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(rank)
+        else:
+            torch.set_num_threads(1)
+        self._store = FileStore(str(scratch / "store"), setup.num_ranks)
+        self._rank = rank
+        self._control = self._group("gloo", "control", range(setup.num_ranks))
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        self._groups: dict[int, Collectives] = {
+            sms: self._group(backend, f"ep-{sms}", range(setup.num_ranks), sms) for sms in (0, *setup.free_sms)
+        }
+        self._ep = Switched(self._groups[0])
+        shape = shape_of(DecodeTable(dp=setup.num_ranks), setup.config)
+        parallel = parallel_of(shape, rank, setup.config, lambda name, ranks: self._ep)
+        self._unit = _Texts(setup, parallel, setup.num_ranks, rank, self._device)
+        self._alone = _Texts(setup, SINGLE, 1, 0, self._device) if rank == 0 else None
+        self._wait()
+        self._control.barrier()
+
+    def run(self, work: Work) -> Done:
+        texts = self._texts(work.unit if isinstance(work, Decode) else work.way.unit)
+        if isinstance(work, Decode):
+            return self._decode(texts, meets=work.unit)
+        if isinstance(work, Fill):
+            return self._fill(texts, work.way)
+        if work.way.unit:
+            self._go(work.way)
+        if not work.profiled:
+            return self._prefill(texts, work.way)
+        with torch.profiler.profile(activities=self._activities()) as profile:
+            done = self._prefill(texts, work.way)
+        return replace(done, spans=kernel_spans(profile))
+
+    def _go(self, way: Way) -> None:
+        """From now on in this way."""
+        self._ep.group, self._ep.local = self._groups[way.free_sms], way.local
+        self._unit.keep_free(way.free_sms)
+
+    def _prefill(self, texts: _Texts, way: Way) -> Done:
+        prompts = texts.prompts(self._setup.prompts, self._setup.prompt_tokens)
+        texts.open(prompts)
+        before = self._meet(way.unit)
+        begin = time.perf_counter()
+        first_tokens = texts.prefill(prompts, way)
+        seconds = time.perf_counter() - begin
+        return Done(seconds=seconds, first_tokens=first_tokens, sent_bytes=self._ep.sent_bytes - before)
+
+    def _fill(self, texts: _Texts, way: Way) -> Done:
+        if way.unit:
+            self._go(way)
+        prompts = texts.prompts(self._setup.rows, self._setup.context)
+        texts.open(prompts)
+        self._meet(way.unit)
+        return Done(seconds=0.0, first_tokens=texts.prefill(prompts, way))
+
+    def _decode(self, texts: _Texts, *, meets: bool) -> Done:
+        setup = self._setup
+        rows = setup.rows // texts.num_ranks
+        texts.decode(rows, setup.context, _UNCOUNTED_STEPS)
+        before = self._meet(meets)
+        begin = time.perf_counter()
+        results = texts.decode(rows, setup.context + _UNCOUNTED_STEPS, setup.steps)
+        seconds = (time.perf_counter() - begin) / setup.steps
+        first_tokens = [token.token_id for token in results[0].tokens]
+        return Done(seconds=seconds, first_tokens=first_tokens, sent_bytes=self._ep.sent_bytes - before)
+
+    def _texts(self, unit: bool) -> _Texts:
+        if unit:
+            return self._unit
+        assert self._alone is not None
+        return self._alone
+
+    def _meet(self, unit: bool) -> int:
+        """Bytes sent so far. The device has done all that came before, and every rank is here."""
+        self._wait()
+        if unit:
+            self._control.barrier()
+        return self._ep.sent_bytes
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _activities(self) -> list[Any]:
+        activity = torch.profiler.ProfilerActivity
+        return [activity.CUDA if self._device.type == "cuda" else activity.CPU]
+
+    def _group(self, backend: str, name: str, ranks: Sequence[int], max_ctas: int = 0) -> Collectives:
+        options = {"max_ctas": max_ctas} if max_ctas and backend == "nccl" else {}
+        return TorchCollectives(
+            backend=backend,
+            store=self._store,
+            ranks=ranks,
+            rank=self._rank,
+            name=name,
+            deadline_s=_DEADLINE_S,
+            **options,
+        )
+
+
+class _Texts:
+    """A model filled with random weights, a runner over it, and the pages of as many texts as it ever has at once."""
+
+    def __init__(self, setup: Setup, parallel: Parallel, num_ranks: int, rank: int, device: torch.device) -> None:
+        config, dtype = setup.config, getattr(torch, setup.dtype)
+        self.num_ranks, self._rank = num_ranks, rank
+        self._setup = setup
+        self._model = DeepseekV3(config, dtype, device, parallel=parallel)
+        fill_random(self._model, setup.seed)
+        most = max(setup.prompts, setup.rows) // num_ranks
+        longest = max(setup.prompt_tokens, setup.context + _UNCOUNTED_STEPS + setup.steps)
+        pages_each = num_pages_for(longest)
+        layout = PageLayout(
+            num_layers=config.num_layers,
+            num_mtp_layers=config.num_mtp_layers,
+            row_width=config.latent_width,
+            element_bytes=dtype.itemsize,
+        )
+        self._pages = [list(range(slot * pages_each, (slot + 1) * pages_each)) for slot in range(most)]
+        pool = KVPool(layout, most * pages_each, dtype, device)
+        self._runner = Runner(
+            self._model,
+            pool.tensor,
+            num_slots=most,
+            max_pages=pages_each,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+        )
+
+    def keep_free(self, num_sms: int) -> None:
+        self._model.parallel = replace(self._model.parallel, free_sms=num_sms)
+
+    def prompts(self, number: int, num_tokens: int) -> list[list[int]]:
+        """This rank's."""
+        return random_prompts(number, num_tokens, self._setup.config.vocab_size, self._setup.seed)[
+            self._rank :: self.num_ranks
+        ]
+
+    def open(self, prompts: Sequence[list[int]]) -> None:
+        """A slot each, from the first on."""
+        for slot, prompt in enumerate(prompts):
+            spec = SlotSpec(
+                sampling=_GREEDY, token_ids=prompt, num_prompt_tokens=len(prompt), page_ids=self._pages[slot]
+            )
+            self._runner.open_slot(slot, spec)
+
+    def prefill(self, prompts: Sequence[list[int]], way: Way) -> list[int]:
+        """The first token of each."""
+        plans = prefill_plans(prompts, self._pages, way.step_tokens)
+        results = self._run([(plan, plan.num_prefill_tokens, 0) for plan in plans], way.micro_batches)
+        found = {token.slot: token.token_id for result in results for token in result.tokens}
+        return [found[slot] for slot in range(len(prompts))]
+
+    def decode(self, num_rows: int, start: int, steps: int) -> list[StepResult]:
+        """Of the first slots, whose texts have `start` tokens."""
+        plans = [
+            StepPlan(rows=tuple(DecodeRow(slot=slot, position=position) for slot in range(num_rows)))
+            for position in range(start, start + steps)
+        ]
+        return self._run([(plan, 0, num_rows) for plan in plans], 1)
+
+    def _run(self, steps: Sequence[tuple[StepPlan, int, int]], micro_batches: int) -> list[StepResult]:
+        results: list[StepResult] = []
+        in_flight: deque[Any] = deque()
+        for plan, prefill_tokens, rows in steps:
+            if len(in_flight) == _NUM_IN_FLIGHT:
+                results.append(self._runner.settle(in_flight.popleft()))
+            shape = StepShape(prefill_tokens=prefill_tokens, rows=rows, num_micro_batches=micro_batches)
+            in_flight.append(self._runner.launch(plan, shape))
+        return results + [self._runner.settle(launched) for launched in in_flight]
+
+
+def prefill_plans(prompts: Sequence[list[int]], pages: Sequence[list[int]], step_tokens: int) -> list[StepPlan]:
+    """All tokens of the prompts, prompt i in slot i, in steps of so many; the last may have fewer."""
+    parts: list[list[PrefillChunk]] = [[] for _ in range(math.ceil(sum(map(len, prompts)) / step_tokens))]
+    before = 0
+    for slot, prompt in enumerate(prompts):
+        start = 0
+        while start < len(prompt):
+            step, used = divmod(before + start, step_tokens)
+            end = min(len(prompt), start + step_tokens - used)
+            parts[step].append(
+                PrefillChunk(
+                    slot=slot,
+                    token_ids=prompt[start:end],
+                    start=start,
+                    store_from=0,
+                    page_ids=pages[slot],
+                    sample=end == len(prompt),
+                )
+            )
+            start = end
+        before += len(prompt)
+    return [StepPlan(chunks=tuple(chunks)) for chunks in parts]
