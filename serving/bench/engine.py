@@ -106,7 +106,7 @@ def _run_virtual(options: argparse.Namespace, argv: Sequence[str]) -> int:
     settings = {"num_requests": options.requests, "new_tokens": options.new_tokens, "seed": options.seed}
     report = provenance(["baton", "bench", "engine", *argv]) | {"settings": settings}
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
-        report |= report_of(run_units(options.virtual, Path(scratch), **settings))
+        report |= report_of(run_units(options.virtual, Path(scratch), overrides=options.set, **settings))
     print(table(report), file=sys.stderr)
     write_report(report, options.out)
     return 0 if report["same_text_as_one_rank"] == options.requests else 1
@@ -205,6 +205,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="every rank of both units of a configuration (a file, or the name of a shipped one), in one process on a small model",
     )
     parser.add_argument("--requests", type=count, default=160, help="of --virtual")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.KEY=VALUE",
+        help="of --virtual: overrides the configuration",
+    )
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="the GPU if any")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32")

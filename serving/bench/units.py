@@ -48,17 +48,19 @@ from serving.parallel.virtual import VirtualBell, VirtualCollectives, VirtualUni
 
 DTYPE = torch.float64
 """Exact enough that a sum's order decides neither an expert nor a token."""
-DISPATCH_GROUPS = ("ep", "rail", "node")
+DISPATCH_GROUPS = ("counts", "ep", "rail", "node")
 _GREEDY = SamplingParams(temperature=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitSizes:
-    """One unit. `placement`: of the experts of each layer. `by_nodes`: dispatch goes from node to node and then inside. Steps in which some
-    DP group has `split_from` tokens are computed in two micro-batches; 0: none are."""
+    """One unit. `placement`: of the experts of each layer. `static`: where those are hosts, what a unit would have that always uses all of its
+    slots, to be held against it. `by_nodes`: dispatch goes from node to node and then inside. Steps in which some DP group has `split_from`
+    tokens are computed in two micro-batches; 0: none are."""
 
     shape: UnitShape
     placement: Placement
+    static: Placement | None = None
     by_nodes: bool
     split_from: int
     max_batched_tokens: int = 256
@@ -113,6 +115,8 @@ class Unit:
         self._wrap = wrap
         self._folder = folder
         self._num_tokens_LE: list[Tensor] = []
+        self.chosen: list[tuple[int, Ints]] = []
+        """Where replicas are chosen for each layer's tokens: of every choice of an EP group, the layer and the tokens of each slot [GPUs, slots]."""
         self._max_num_seqs = max_num_seqs
 
     def owner(self, dp_rank: int, page_id: int) -> int:
@@ -155,6 +159,9 @@ class Unit:
         )
         assert parallel.experts is not None
         parallel = replace(parallel, experts=self._wrap(world.rank, parallel.experts))
+        if parallel.hosting is not None and parallel.ep_rank == 0:
+            # All ranks of the group find the same.
+            parallel = replace(parallel, hosting=replace(parallel.hosting, watch=self._note))
         model = load_weights(self._folder, self.config, DTYPE, parallel=parallel)
         assert model.routing is not None
         self._num_tokens_LE.append(model.routing.num_tokens_LE)
@@ -167,6 +174,9 @@ class Unit:
             vocab_size=self.config.vocab_size,
             hidden_size=self.config.hidden_size,
         )
+
+    def _note(self, layer: int, tokens: Tensor) -> None:
+        self.chosen.append((layer, tokens.numpy()))
 
 
 def generate(

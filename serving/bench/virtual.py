@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import resource
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,12 @@ def run_units(
     num_requests: int,
     new_tokens: int,
     seed: int,
+    overrides: Sequence[str] = (),
     wrap: Callable[[str, int, Dispatch], Dispatch] = lambda _role, _rank, dispatch: dispatch,
 ) -> Run:
-    """`folder` gets the model. `wrap`: as `Unit`'s, by role. Raises ConfigError where the units do not fit together or the model."""
-    config = load_config(_config_path(config_name))
+    """`folder` gets the model. `overrides`: "table.key=value". `wrap`: as `Unit`'s, by role. Raises ConfigError where the units do not fit
+    together or the model."""
+    config = load_config(_config_path(config_name), overrides=overrides)
     write_checkpoint(folder, SHAPE, seed)
     model = ModelConfig.from_folder(folder)
     generator = random.Random(seed)
@@ -126,8 +128,10 @@ def table(report: Mapping[str, Any]) -> str:
         unit = report[role]
         lines.append(
             f"{role}: {unit['ranks']} ranks (TP{unit['tp']} x DP{unit['dp']}, EP{unit['ep']}) on {unit['nodes']} nodes, {unit['slots']} slots, "
-            f"{unit['micro_batches']} micro-batches; balance by layer {', '.join(f'{value:.2f}' for value in unit['balance_by_layer'])}"
+            f"{unit['slots_in_use']} in use, {unit['micro_batches']} micro-batches; balance by layer {_figures(unit['balance_by_layer'])}"
         )
+        if "static_balance_by_layer" in unit:
+            lines[-1] += f"; of a static placement {_figures(unit['static_balance_by_layer'])}"
         lines += [
             f"  {way['group']:<5} over {way['link']:<9}{way['num_messages']:>10.0f} messages a layer:{way['payload_bytes']:>12.0f} bytes of rows, "
             f"{way['routing_bytes']:.0f} of routing, {way['padding_bytes']:.0f} of padding"
@@ -138,6 +142,10 @@ def table(report: Mapping[str, Any]) -> str:
         f"latents: {latents['between_units']} bytes between units, {latents['inside_nodes']} from owners to TP peers"
     )
     return "\n".join(lines)
+
+
+def _figures(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in values)
 
 
 def _config_path(name: str) -> Path:
@@ -169,9 +177,12 @@ def _unit(
             "--virtual is for units whose ranks hold the experts together, and this configuration has one with ep = 1; "
             "choose one with ep above 1, paper-32-320 for instance"
         )
+    loads = _loads(shape, model, expert_tokens)
+    without_choice = replace(shape, hosted_slots=shape.active_slots)
     sizes = UnitSizes(
         shape=shape,
-        placement=placement_for(_loads(shape, model, expert_tokens), shape, model),
+        placement=placement_for(loads, shape, model),
+        static=placement_for(loads, without_choice, model) if shape.chooses else None,
         by_nodes=by_nodes,
         split_from=_SPLIT_FROM if table.microbatches > 1 else 0,
     )
@@ -191,15 +202,18 @@ def _loads(shape: UnitShape, model: ModelConfig, expert_tokens: Ints) -> Floats:
 def _of_unit(unit: Unit) -> dict[str, Any]:
     groups, model = unit.sizes.groups, unit.config
     num_moe = model.num_layers - model.num_dense_layers
-    return {
+    report: dict[str, Any] = {
         "ranks": groups.world_size,
         "tp": groups.tp,
         "dp": groups.dp,
         "ep": groups.ep,
         "nodes": groups.num_nodes,
         "slots": int(unit.sizes.placement.slots.shape[1]),
+        "slots_in_use": groups.ep * unit.sizes.shape.active_slots,
         "micro_batches": 2 if unit.sizes.split_from else 1,
-        "balance_by_layer": _balance(unit, num_moe),
+    }
+    report |= _balances(unit, num_moe)
+    return report | {
         "traffic_a_layer": [
             {"group": group, "operation": operation, "link": str(link)} | _traffic(seen, num_moe)
             for (group, operation, link), seen in sorted(unit.virtual.traffic.items())
@@ -225,8 +239,23 @@ def _traffic(seen: Traffic, num_layers: int) -> dict[str, float]:
     return {name: value / num_layers for name, value in counts.items()}
 
 
-def _balance(unit: Unit, num_layers: int) -> list[float]:
-    """Mean over largest load of a GPU in each layer with experts, as the tokens of this run fell."""
-    loads = _loads(unit.sizes.shape, unit.config, unit.expert_tokens())
-    figures: list[float] = balance(unit.sizes.placement, loads)[:num_layers].round(4).tolist()
-    return figures
+def _balances(unit: Unit, num_layers: int) -> dict[str, list[float]]:
+    """Mean over largest load of a GPU in each layer with experts: as the tokens of the whole run fell; where replicas were chosen, the sums
+    over all choices, and beside them what a static placement would have made of the same tokens."""
+    sizes = unit.sizes
+    if sizes.static is None:
+        loads = _loads(sizes.shape, unit.config, unit.expert_tokens())
+        return {"balance_by_layer": balance(sizes.placement, loads)[:num_layers].round(4).tolist()}
+    mean, chosen, static = np.zeros((3, num_layers))
+    for layer, tokens in unit.chosen:
+        if layer >= num_layers:
+            continue
+        hosts, slots = (of.slots[layer] for of in (sizes.placement, sizes.static))
+        experts = np.bincount(hosts, tokens.ravel(), minlength=sizes.static.num_experts)
+        mean[layer] += tokens.sum() / len(tokens)
+        chosen[layer] += tokens.sum(axis=1).max()
+        static[layer] += (experts / sizes.static.copies[layer])[slots].reshape(len(tokens), -1).sum(axis=1).max()
+    return {
+        name: (mean / of).round(4).tolist()
+        for name, of in (("balance_by_layer", chosen), ("static_balance_by_layer", static))
+    }

@@ -28,9 +28,16 @@ TO_ONE_HEAD = [
 ]
 FROM_ONE_HEAD = [*_sizes("prefill", 1, 4, "microbatches=2"), *_sizes("decode", 2, 2, "redundant_experts=8")]
 
+HOSTED = [
+    *_sizes("prefill", 2, 2, "redundant_experts=4", "hosted_slots=5", "ranks_per_node=2"),
+    *_sizes("decode", 1, 4, "redundant_experts=4", "hosted_slots=4", "microbatches=2"),
+]
+
 
 @pytest.mark.parametrize(
-    ("sizes", "balances"), [(TO_ONE_HEAD, False), (FROM_ONE_HEAD, True)], ids=["tp2-to-tp1", "tp1-to-tp2"]
+    ("sizes", "balances"),
+    [(TO_ONE_HEAD, False), (FROM_ONE_HEAD, True), (HOSTED, True)],
+    ids=["tp2-to-tp1", "tp1-to-tp2", "hosted"],
 )
 @pytest.mark.timeout(120)
 def test_the_text_is_that_of_one_rank(

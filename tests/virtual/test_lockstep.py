@@ -22,6 +22,8 @@ TABLES = [
     UnitTable(tp=2, dp=2, ranks_per_node=4, ep=2),
     UnitTable(tp=1, dp=4, ranks_per_node=2, redundant_experts=8, shared_expert_routed=True),
     UnitTable(tp=4, dp=1, ranks_per_node=4),
+    UnitTable(tp=2, dp=2, ranks_per_node=2, redundant_experts=4, hosted_slots=5),
+    UnitTable(tp=1, dp=4, ranks_per_node=4, redundant_experts=4, hosted_slots=4, shared_expert_routed=True),
 ]
 
 

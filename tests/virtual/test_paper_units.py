@@ -7,30 +7,16 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from torch import Tensor
 
 from serving.bench.units import DTYPE, Unit
 from serving.bench.virtual import Run, run_units
-from serving.parallel.dispatch import Dispatch, Returning, Sending
+from serving.parallel.dispatch import Dispatch
 from serving.parallel.groups import Link
 from serving.parallel.placement import Ints
+from tests.virtual.recorded import Recorded
 
 NUM_REQUESTS, NEW_TOKENS = 160, 16
 pytestmark = pytest.mark.timeout(600)
-
-
-class Recorded:
-    """A dispatch that notes the slots that it was asked for."""
-
-    def __init__(self, dispatch: Dispatch, slots: list[Ints]) -> None:
-        self._dispatch, self._slots = dispatch, slots
-
-    def send(self, x: Tensor, slots_TK: Tensor, weights_TK: Tensor) -> Sending[Tensor]:
-        self._slots.append(slots_TK.numpy().copy())
-        return self._dispatch.send(x, slots_TK, weights_TK)
-
-    def give_back(self, sending: Sending[Tensor], y_RD: Tensor) -> Returning:
-        return self._dispatch.give_back(sending, y_RD)
 
 
 Chosen = dict[tuple[str, int], list[Ints]]

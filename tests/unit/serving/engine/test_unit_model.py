@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from serving.core.config import UnitTable
 from serving.engine.unit import MicroBatches
+from serving.model import hosting
+from serving.model.hosting import slots_by_share
 from serving.parallel.collectives import RanksMissing
 from serving.parallel.virtual import Fault
 from tests.engine_factory import GREEDY, create_engine, create_loop, random_prompts
@@ -91,6 +94,27 @@ def test_a_wrong_expert_of_a_rank_without_work_shows(
     folder: Path, prompts: list[list[int]], wanted: dict[int, list[int]]
 ) -> None:
     outcome = run_unit(folder, TP1_DP4, _arrivals(prompts, 4), spoil_rank=3)
+    assert outcome.texts.keys() == wanted.keys()
+    assert outcome.texts != wanted
+
+
+def test_a_token_in_a_slot_that_does_not_hold_its_expert_shows(
+    folder: Path, prompts: list[list[int]], wanted: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_moved = 0
+
+    def moved(experts_TK: Tensor, share_S: Tensor, by_expert_S: Tensor, num_experts: int) -> Tensor:
+        nonlocal num_moved
+        slots_TK = slots_by_share(experts_TK, share_S, by_expert_S, num_experts)
+        if len(slots_TK):
+            # Of the first expert; of the last one, where that is its own.
+            slots_TK[0, 0] = by_expert_S[0 if experts_TK[0, 0] else -2]
+            num_moved += 1
+        return slots_TK
+
+    monkeypatch.setattr(hosting, "slots_by_share", moved)
+    outcome = run_unit(folder, HOSTED_TP2_DP2, _arrivals(prompts, 2))
+    assert num_moved
     assert outcome.texts.keys() == wanted.keys()
     assert outcome.texts != wanted
 
