@@ -8,7 +8,8 @@ Systems take turns within each repeat, so that a busy machine is busy for all of
 A turn begins with a pause and a prefill that is not counted: threads of the system before may spin for 0.2 s after its
 last step, and t(1) alone would pay for that and for caches that hold another's weights.
 
---virtual runs units of many ranks instead, for what they send and not for time: `serving.bench.virtual`.
+--virtual runs units of many ranks instead, for what they send and not for time: `serving.bench.virtual`. --shape rank-* runs one
+rank of such a unit, for time: `serving.bench.rank`.
 
 On a GPU, or where --prefill or --decode is given, points are measured instead: `serving.bench.points`.
 """
@@ -44,6 +45,7 @@ from serving.bench.points import (
     points_of,
     ratio_table,
 )
+from serving.bench.rank import RANKS, run_rank
 from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES, random_prompts, write_checkpoint
 from serving.bench.systems import Baton, System, Transformers
@@ -77,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
     options = _parse(argv)
     if options.virtual is not None:
         return _run_virtual(options, argv)
+    if options.shape in RANKS:
+        return run_rank(options, argv)
     torch.set_num_threads(options.threads)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-bench-"))
@@ -196,7 +200,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="baton bench engine", description=__doc__.split("\n")[0] if __doc__ else None)
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
-        "--shape", choices=sorted(SHAPES), default="cpu-34m", help="a built-in model with random weights"
+        "--shape",
+        choices=sorted([*SHAPES, *RANKS]),
+        default="cpu-34m",
+        help="a built-in model with random weights; rank-*: one rank of a published unit, on a GPU",
     )
     model.add_argument("--model", type=Path, help="a Hugging Face folder instead")
     model.add_argument(
@@ -234,6 +241,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--decode", type=batches_of_prompts, metavar="BxL,...", help="points: batches behind such prompts"
     )
     parser.add_argument("--idle", action="store_true", help="profile how long the GPU idles at 64 sequences")
+    parser.add_argument("--layers", type=count, default=0, help="of rank-*: fewer than the model has")
+    parser.add_argument("--profile", action="store_true", help="of rank-*: the kernels of a step")
     parser.add_argument("--repeats", type=count, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--peer", action="append", choices=_PEERS, default=[], help="measure this one too")
