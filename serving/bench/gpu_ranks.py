@@ -298,7 +298,6 @@ class _Rank:
         return [activity.CUDA if self._device.type == "cuda" else activity.CPU]
 
     def _group(self, backend: str, name: str, ranks: Sequence[int], max_ctas: int = 0) -> Collectives:
-        options = {"max_ctas": max_ctas} if max_ctas and backend == "nccl" else {}
         return TorchCollectives(
             backend=backend,
             store=self._store,
@@ -306,7 +305,7 @@ class _Rank:
             rank=self._rank,
             name=name,
             deadline_s=_DEADLINE_S,
-            **options,
+            max_ctas=max_ctas if backend == "nccl" else 0,
         )
 
 

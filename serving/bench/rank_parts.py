@@ -317,7 +317,7 @@ class Parts:
         arrived = sending.wait()
         num_rows = len(payloads_of(arrived.x_RD)[0])
         y_RD = torch.zeros(num_rows, self._config.hidden_size, dtype=model.dtype, device=self._device)
-        dispatch.give_back(sending, y_RD).wait()
+        routing.give_back(sending, y_RD).wait()
         travelled = self._travelled() - before
         here_RK = arrived.slots_RK >= 0
         sent = int(members_wanted(watched.slots_TK // placement.slots_per_gpu, placement.num_gpus).sum())
@@ -330,7 +330,7 @@ class Parts:
         def there_and_back(index: int) -> Tensor:
             sending = routing.send(moes[index].layer, rows, *chosen[index])
             sending.wait()
-            return dispatch.give_back(sending, y_RD).wait()
+            return routing.give_back(sending, y_RD).wait()
 
         num_sets = len(moes) if decodes else 1
         yield Part(

@@ -149,7 +149,16 @@ class Moe:
         if sending.num_more:
             yield Sent(name="counts", wait=sending.advance, gives_way=False)
         arrived: Arrived[Tensor | QuantisedRows] = yield Sent(name="dispatch", wait=sending.wait)
-        y_RD = grouped_mlp(arrived.x_RD, self.gate_up, self.down, arrived.slots_RK, arrived.weights_RK, partial=True)
+        y_RD = grouped_mlp(
+            arrived.x_RD,
+            self.gate_up,
+            self.down,
+            arrived.slots_RK,
+            arrived.weights_RK,
+            partial=True,
+            fill=arrived.fill,
+            num_used=arrived.num_used,
+        )
         returning = self.routing.give_back(sending, y_RD)
         # A hop inside the node comes first: it is waited for, so that the one between nodes travels meanwhile.
         if returning.num_more:

@@ -9,7 +9,6 @@ Allocated apart from torch, whose allocator may hand out parts of what it has, o
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -121,7 +120,7 @@ def _gather(group: Collectives, row: Tensor) -> Tensor:
 class _Handle(ctypes.Structure):
     """Passed by value."""
 
-    _fields_: Sequence[tuple[str, Any]] = [("bytes", ctypes.c_char * _HANDLE_BYTES)]
+    _fields_ = (("bytes", ctypes.c_char * _HANDLE_BYTES),)
 
 
 class _Memory:

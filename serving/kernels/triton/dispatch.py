@@ -402,4 +402,5 @@ def add_up(
 
 def _lanes(world_size: int, num_warps: int) -> int:
     """A thread a rank at least, so that no two threads do the same atomic."""
-    return max(32 * num_warps, triton.next_power_of_2(world_size))
+    lanes: int = max(32 * num_warps, triton.next_power_of_2(world_size))
+    return lanes

@@ -688,9 +688,9 @@ def _few(
     weights_TK: Tensor,
     shared: tuple[Tensor | Fp8Weight, Tensor | Fp8Weight] | None,
     tile: int,
-    partial: Partial | None,
+    partial: Partial | None = None,
     *,
-    fill: bool,
+    fill: bool = True,
 ) -> Tensor:
     """Where the weights' bytes are the bound: the shared experts in the launches of the routed ones, before them."""
     from serving.kernels.gluon.few_rows import Shared, few_rows
