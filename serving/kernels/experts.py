@@ -34,7 +34,7 @@ def grouped_mlp(
     """Over each token's experts weight * down(silu(gate x) * up x), and the same of `shared`; [T, D] in the dtype of x, bf16 from FP8 weights.
 
     `gate_up_EID` is [E, 2I, D], gate above up, `down_EDI` [E, D, I], both plain or both FP8, or on CPU a list of E packed
-    matrices; `shared`: gate_up [2 S I, D] and down [D, S I] of what every token takes, S a whole number; `experts_TK` int64, all below E, a token's distinct; `weights_TK` fp32 (on a CPU rounded to the dtype of x). `x_TD` may come quantised where the weights are FP8. On a
+    matrices; `shared`: gate_up [2 S I, D] and down [D, S I] of what every token takes, S a whole number; `experts_TK` int64, all below E, a token's distinct; `weights_TK` fp32 (on a CPU rounded to the dtype of x). `x_TD` may come quantised where the weights are FP8, its scales on a GPU in any strides. On a
     GPU nothing is read on the host and no shape depends on the choice of experts. The sum over K has one order whatever the
     batch.
 

@@ -158,6 +158,7 @@ class Moe:
             partial=True,
             fill=arrived.fill,
             num_used=arrived.num_used,
+            max_used=arrived.max_used,
         )
         returning = self.routing.give_back(sending, y_RD)
         # A hop inside the node comes first: it is waited for, so that the one between nodes travels meanwhile.

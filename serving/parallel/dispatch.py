@@ -18,24 +18,27 @@ Legend: T tokens, D width, K picks, W ranks of the EP group, R rows that arrive,
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from serving.kernels.dispatch_rows import routing_here
 from serving.parallel.collectives import Collectives, Exchanges, Handle
 from serving.parallel.hops import (
     FixedHop,
     Hop,
     X,
+    counts_for,
+    hop_to,
     members_wanted,
     payloads_of,
     routing_of,
     rows_like,
     slots_in,
-    weights_in,
 )
+from serving.parallel.host_counts import HostCounts, stream_beside
 
 Result = TypeVar("Result")
 Steps = Generator[Sequence[Handle], None, Result]
@@ -77,7 +80,8 @@ class Arrived(Generic[X]):
     """What this rank's experts are to compute: each row once, however many of its experts are here.
 
     x_RD: of the kind that was sent. slots_RK: int64, slots of this rank from 0, -1: not here. weights_RK: fp32. fill: whether a row
-    without a slot here needs a result, of zeros; else nobody reads it. num_used: about so many slots are not -1, if that is known.
+    without a slot here needs a result, of zeros; else nobody reads it. num_used: about so many slots are not -1, max_used: never more
+    than so many, where that is known.
     """
 
     x_RD: X
@@ -85,6 +89,7 @@ class Arrived(Generic[X]):
     weights_RK: Tensor
     fill: bool = True
     num_used: int | None = None
+    max_used: int | None = None
 
 
 class Sending(InFlight[Arrived[X]]):
@@ -117,10 +122,10 @@ class DirectDispatch:
     def __init__(self, ep: Collectives, slots_per_rank: int) -> None:
         self._ep = ep
         self._slots_per_rank = slots_per_rank
-        self._ones = [1] * ep.world_size
+        self._counts = CountsExchange()
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
-        hop = Hop(self._ep, members_wanted(slots_TK // self._slots_per_rank, self._ep.world_size))
+        hop = hop_to(self._ep, slots_TK, self._slots_per_rank)
         routing_TM = routing_of(slots_TK, weights_TK)
         if isinstance(self._ep, Exchanges):
             return Sending([hop], self._send_uncounted(self._ep, hop, x, routing_TM), 0)
@@ -134,13 +139,14 @@ class DirectDispatch:
         return arrived(x, payloads, routing_RM, self._ep.rank * self._slots_per_rank, self._slots_per_rank)
 
     def _send(self, hop: Hop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
-        sent_W1 = hop.wanted_TW.sum(0)[:, None]
-        received_W1 = torch.empty_like(sent_W1)
-        yield [self._ep.all_to_all([received_W1], [sent_W1], self._ones, self._ones)]
-        hop.sent, hop.received = torch.cat([sent_W1, received_W1], dim=1).t().tolist()
+        counts, _ = self._counts.go(self._ep, hop.counts_WC)
+        yield [counts]
+        sent, received = counts.numbers
+        hop.sent, hop.received = _first(sent), _first(received)
         (*payloads, routing_RM), handle = hop.go([*payloads_of(x), routing_TM])
         yield [handle]
-        return arrived(x, payloads, routing_RM, self._ep.rank * self._slots_per_rank, self._slots_per_rank)
+        first = self._ep.rank * self._slots_per_rank
+        return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(received))
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
         return Returning(_return(sending.hops, y_RD), 0)
@@ -159,33 +165,31 @@ class HierarchicalDispatch:
         self._node = node
         self._slots_per_rank = slots_per_rank
         self._slots_per_node = slots_per_rank * node.world_size
+        self._counts = CountsExchange()
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
         num_nodes, num_locals = self._rail.world_size, self._node.world_size
-        wanted_TW = members_wanted(slots_TK // self._slots_per_rank, num_nodes * num_locals)
-        wanted_TNL = wanted_TW.unflatten(1, (num_nodes, num_locals))
-        hops = [Hop(self._rail, wanted_TNL.any(2))]
-        return Sending(hops, self._send(hops, wanted_TNL.sum(0), x, routing_of(slots_TK, weights_TK)), 2)
+        hops = [hop_to(self._rail, slots_TK, self._slots_per_node)]
+        counts_NLC = counts_for(slots_TK, self._slots_per_rank, num_nodes * num_locals).unflatten(0, (num_nodes, -1))
+        return Sending(hops, self._send(hops, counts_NLC, x, routing_of(slots_TK, weights_TK)), 2)
 
-    def _send(self, hops: list[Hop], sent_NL: Tensor, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
+    def _send(self, hops: list[Hop], sent_NLC: Tensor, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
         rail, node = self._rail, self._node
         # To each node: the rows, and how many of them each of its ranks gets in the end.
-        sent = torch.cat([hops[0].wanted_TW.sum(0)[:, None], sent_NL], dim=1)
-        received = torch.empty_like(sent)
-        yield [rail.all_to_all([received], [sent], [1] * rail.world_size, [1] * rail.world_size)]
-        hops[0].sent, hops[0].received = torch.stack([sent[:, 0], received[:, 0]]).tolist()
-        forwarded_L1 = received[:, 1:].sum(0)[:, None]
-        expected_L1 = torch.empty_like(forwarded_L1)
-        ones = [1] * node.world_size
+        counts, received = self._counts.go(rail, torch.cat([hops[0].counts_WC[:, :1], sent_NLC.flatten(1)], dim=1))
+        yield [counts]
+        hops[0].sent, hops[0].received = map(_first, counts.numbers)
         (*payloads, routing_AM), handle = hops[0].go([*payloads_of(x), routing_TM])
-        yield [handle, node.all_to_all([expected_L1], [forwarded_L1], ones, ones)]
+        counts, _ = self._counts.go(node, received[:, 1:].sum(0).view(sent_NLC.shape[1:]))
+        yield [handle, counts]
+        forwarded, expected = counts.numbers
         on_node_AK = slots_in(routing_AM, rail.rank * self._slots_per_node, self._slots_per_node)
-        hops.append(Hop(node, members_wanted(on_node_AK // self._slots_per_rank, node.world_size)))
-        hops[1].sent, hops[1].received = torch.cat([forwarded_L1, expected_L1], dim=1).t().tolist()
+        hops.append(hop_to(node, on_node_AK, self._slots_per_rank))
+        hops[1].sent, hops[1].received = _first(forwarded), _first(expected)
         (*payloads, routing_RM), handle = hops[1].go([*payloads, routing_AM])
         yield [handle]
         first = rail.rank * self._slots_per_node + node.rank * self._slots_per_rank
-        return arrived(x, payloads, routing_RM, first, self._slots_per_rank)
+        return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(expected))
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
         return Returning(_return(sending.hops, y_RD), 1)
@@ -212,16 +216,45 @@ class FixedDispatch:
     def _send(self, hop: FixedHop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
         (*payloads, routing_RM), handle = hop.go([*payloads_of(x), routing_TM])
         yield [handle]
-        return arrived(x, payloads, routing_RM, self._ep.rank * self._slots_per_rank, self._slots_per_rank)
+        first, top_k = self._ep.rank * self._slots_per_rank, routing_TM.shape[1] // 2
+        came = arrived(x, payloads, routing_RM, first, self._slots_per_rank)
+        return replace(came, num_used=self._capacity * top_k)
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
         return Returning(_return(sending.hops, y_RD), 0)
 
 
-def arrived(x: X, payloads: Sequence[Tensor], routing_RM: Tensor, first: int, num_slots: int) -> Arrived[X]:
+def arrived(
+    x: X, payloads: Sequence[Tensor], routing_RM: Tensor, first: int, num_slots: int, *, max_used: int | None = None
+) -> Arrived[X]:
     """Of the rows that came, where slots from `first` on are here. x: what was sent."""
-    slots_RK = slots_in(routing_RM, first, num_slots)
-    return Arrived(x_RD=rows_like(x, payloads), slots_RK=slots_RK, weights_RK=weights_in(routing_RM))
+    slots_RK, weights_RK = routing_here(routing_RM, first, num_slots)
+    return Arrived(x_RD=rows_like(x, payloads), slots_RK=slots_RK, weights_RK=weights_RK, max_used=max_used)
+
+
+class CountsExchange:
+    """Numbers from each member of a group for each, of which the host needs both ends."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    def go(self, group: Collectives, sent_WC: Tensor) -> tuple[HostCounts, Tensor]:
+        """Those sent and those received, on their way to the host; and the latter, to be read when they have been waited for there."""
+        received_WC = torch.empty_like(sent_WC)
+        ones = [1] * group.world_size
+        handle = group.all_to_all([received_WC], [sent_WC], ones, ones)
+        self._stream = self._stream or stream_beside(sent_WC.device)
+        return HostCounts(handle, [sent_WC, received_WC], self._stream), received_WC
+
+
+def _first(counts_WC: list[list[int]]) -> list[int]:
+    """Rows for each member."""
+    return [counts_C[0] for counts_C in counts_WC]
+
+
+def _num_picks(counts_WC: list[list[int]]) -> int | None:
+    """Of the rows from all members, where they say so."""
+    return sum(counts_C[1] for counts_C in counts_WC) if len(counts_WC[0]) > 1 else None
 
 
 def _return(hops: Sequence[Hop | FixedHop], y: Tensor) -> Steps[Tensor]:

@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serving.kernels.dispatch_rows import copies_for, routing_here, spread, total
 from serving.parallel.collectives import Collectives, Exchanges, Handle, Incoming, row_bytes
 
 
 class ScaledRows(Protocol):
-    """A dataclass of FP8 rows: values [T, D] and scales [T, B] with strides (1, T rounded up to a multiple of 4)."""
+    """A dataclass of FP8 rows: values [T, D] and scales [T, B] with strides (1, T rounded up to a multiple of 4); on a GPU rows that
+    have arrived have their scales as they came, row by row, which the experts take as well."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
@@ -46,6 +48,8 @@ def rows_like(x: X, payloads: Sequence[Tensor]) -> X:
     if isinstance(x, Tensor):
         return cast(X, payloads[0])
     values, scales_RB = payloads
+    if values.is_cuda:
+        return cast(X, replace(x, values=values, scales=scales_RB))
     num_rows, num_blocks = scales_RB.shape
     scales = scales_RB.new_empty((num_blocks, -(-num_rows // 4) * 4)).t()[:num_rows].copy_(scales_RB)
     return cast(X, replace(x, values=values, scales=scales))
@@ -59,13 +63,7 @@ def routing_of(slots_TK: Tensor, weights_TK: Tensor) -> Tensor:
 
 def slots_in(routing_RM: Tensor, first: int, num_slots: int) -> Tensor:
     """int64 [R, K]: slots counted from `first` on; -1 where they are none of the `num_slots` there."""
-    slots_RK = routing_RM[:, : routing_RM.shape[1] // 2].to(torch.int64).sub_(first + 1)
-    return slots_RK.masked_fill_(slots_RK.div(num_slots, rounding_mode="floor") != 0, -1)
-
-
-def weights_in(routing_RM: Tensor) -> Tensor:
-    """fp32 [R, K]."""
-    return routing_RM[:, routing_RM.shape[1] // 2 :].contiguous().view(torch.float32)
+    return routing_here(routing_RM, first, num_slots)[0]
 
 
 def members_wanted(targets_TK: Tensor, world_size: int) -> Tensor:
@@ -76,7 +74,7 @@ def members_wanted(targets_TK: Tensor, world_size: int) -> Tensor:
 
 class Hop:
     """Row t goes once to each member with wanted_TW[t, member]. Whoever makes it has `sent` and `received`, the rows for and from
-    each member, set before anything goes."""
+    each member, set before anything goes. counts_WC: int64, rows for each member."""
 
     sent: list[int]
     received: list[int]
@@ -84,6 +82,7 @@ class Hop:
     def __init__(self, group: Collectives, wanted_TW: Tensor) -> None:
         self.group = group
         self.wanted_TW = wanted_TW
+        self.counts_WC = wanted_TW.sum(0)[:, None]
         self.rows_N = wanted_TW.t().nonzero()[:, 1].contiguous()
 
     def go(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], Handle]:
@@ -93,7 +92,7 @@ class Hop:
 
     def go_uncounted(self, group: Exchanges, rows: Sequence[Tensor]) -> Incoming:
         """The same where nobody knows yet how many will come; `sent` is set here, `received` by whoever has waited."""
-        self.sent = self.wanted_TW.sum(0).tolist()
+        self.sent = self.counts_WC[:, 0].tolist()
         return group.exchange([row.index_select(0, self.rows_N) for row in rows], self.sent)
 
     def back(self, y_RD: Tensor) -> tuple[Tensor, Handle]:
@@ -111,6 +110,36 @@ class Hop:
         num_rows = sum(received)
         outs = [row.new_empty((num_rows, *row.shape[1:])) for row in rows]
         return outs, self.group.all_to_all(outs, rows, received, sent)
+
+
+class DeviceHop(Hop):
+    """The same on a GPU, from the members that hold a row's slots; counts_WC also has the picks that the rows have at each member."""
+
+    def __init__(self, group: Collectives, slots_TK: Tensor, slots_per_member: int) -> None:
+        self.group = group
+        self._copies = copies_for(slots_TK.contiguous(), slots_per_member, group.world_size)
+        self.counts_WC = self._copies.counts_WC
+
+    def go(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], Handle]:
+        num_copies = sum(self.sent)
+        return self._exchange([spread(row, self._copies, num_copies) for row in rows], self.received, self.sent)
+
+    def total(self, y_ND: Tensor) -> Tensor:
+        return total(y_ND, self._copies)
+
+
+def hop_to(group: Collectives, slots_TK: Tensor, slots_per_member: int) -> Hop:
+    """To the members of the picks' slots, of which -1 is none."""
+    if slots_TK.is_cuda:
+        return DeviceHop(group, slots_TK, slots_per_member)
+    return Hop(group, members_wanted(slots_TK // slots_per_member, group.world_size))
+
+
+def counts_for(slots_TK: Tensor, slots_per_member: int, num_members: int) -> Tensor:
+    """`counts_WC` of a hop to so many members."""
+    if slots_TK.is_cuda:
+        return copies_for(slots_TK.contiguous(), slots_per_member, num_members).counts_WC
+    return members_wanted(slots_TK // slots_per_member, num_members).sum(0)[:, None]
 
 
 class FixedHop:

@@ -151,7 +151,7 @@ def place_kernel(
     _store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, tl.num_programs(0), NUM_BINS)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "x_stride", "x_scale_stride", "out_scale_stride"])
+@triton.jit(do_not_specialize=["num_pairs", "x_stride", "x_scale_row", "x_scale_stride", "out_scale_stride"])
 def send_kernel(
     experts_ptr,
     x_ptr,
@@ -164,6 +164,7 @@ def send_kernel(
     num_pairs,
     width,
     x_stride,
+    x_scale_row,
     x_scale_stride,
     out_stride,
     out_scale_stride,
@@ -194,7 +195,9 @@ def send_kernel(
     if QUANTISE:
         x, scale = quantise(x.to(tl.float32))
     elif SCALED:
-        scale = tl.load(x_scale_ptr + group * x_scale_stride + token, mask=has_group, other=0.0)
+        scale = tl.load(
+            x_scale_ptr + group * x_scale_stride + token.to(tl.int64) * x_scale_row, mask=has_group, other=0.0
+        )
     total = tl.histogram(chosen, NUM_BINS, mask=counts)
     tiles = (total + TILE - 1) // TILE
     tile_end = tl.cumsum(tiles, axis=0)
@@ -220,7 +223,7 @@ def send_kernel(
         _store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, token, tl.num_programs(0), NUM_BINS)
 
 
-@triton.jit(do_not_specialize=["x_stride", "x_scale_stride", "out_scale_stride"])
+@triton.jit(do_not_specialize=["x_stride", "x_scale_row", "x_scale_stride", "out_scale_stride"])
 def scatter_kernel(
     x_ptr,
     x_scale_ptr,
@@ -229,6 +232,7 @@ def scatter_kernel(
     out_scale_ptr,
     width,
     x_stride,
+    x_scale_row,
     x_scale_stride,
     out_stride,
     out_scale_stride,
@@ -251,7 +255,9 @@ def scatter_kernel(
     if QUANTISE:
         x, scale = quantise(x.to(tl.float32))
     elif SCALED:
-        scale = tl.load(x_scale_ptr + group * x_scale_stride + token, mask=has_group, other=0.0)
+        scale = tl.load(
+            x_scale_ptr + group * x_scale_stride + token.to(tl.int64) * x_scale_row, mask=has_group, other=0.0
+        )
     for k in tl.static_range(TOP_K):
         slot = tl.load(slots_ptr + token * TOP_K + k).to(tl.int64)
         tl.store(out_ptr + slot * out_stride + column, x, mask=mask)
@@ -259,7 +265,7 @@ def scatter_kernel(
             tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "x_stride", "x_scale_stride", "out_scale_stride"])
+@triton.jit(do_not_specialize=["num_blocks", "x_stride", "x_scale_row", "x_scale_stride", "out_scale_stride"])
 def fetch_kernel(
     x_ptr,
     x_scale_ptr,
@@ -270,6 +276,7 @@ def fetch_kernel(
     width,
     num_blocks,
     x_stride,
+    x_scale_row,
     x_scale_stride,
     out_stride,
     out_scale_stride,
@@ -299,7 +306,9 @@ def fetch_kernel(
             if QUANTISE:
                 x, scale = quantise(x.to(tl.float32))
             elif SCALED:
-                scale = tl.load(x_scale_ptr + group * x_scale_stride + token, mask=has_group, other=0.0)
+                scale = tl.load(
+                    x_scale_ptr + group * x_scale_stride + token.to(tl.int64) * x_scale_row, mask=has_group, other=0.0
+                )
             tl.store(out_ptr + slot * out_stride + column, x, mask=mask)
             if QUANTISE or SCALED:
                 tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
@@ -528,7 +537,7 @@ def send(
     num_tokens, width = values.shape
     send_kernel[(num_tokens, ends.num_blocks)](
         experts_TK, values, x_scales, slots.slots_TK, tiles.expert, tiles.num_used, target, scales,
-        num_pairs, width, values.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
+        num_pairs, width, values.stride(0), x_scales.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
         NUM_BINS=triton.next_power_of_2(num_experts), PAIRS=next(n for n in _COUNTED_AT_ONCE if n >= num_pairs),
         TOP_K=experts_TK.shape[1], K=triton.next_power_of_2(experts_TK.shape[1]), TILE=tile, PARTIAL=partial is not None,
         **ends.form, **overlap(device),
@@ -573,7 +582,7 @@ def scatter(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Te
     values, x_scales, target, scales = ends.tensors
     num_tokens, width = values.shape
     scatter_kernel[(num_tokens, ends.num_blocks)](
-        values, x_scales, slots.slots_TK, target, scales, width, values.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
+        values, x_scales, slots.slots_TK, target, scales, width, values.stride(0), x_scales.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
         TOP_K=slots.slots_TK.shape[1], **ends.form, **overlap(target.device),
     )  # fmt: skip
     return ends.out
@@ -587,7 +596,7 @@ def fetch(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Tens
     most_units = slots.num_slots * ends.num_blocks
     fetch_kernel[(min(most_units, _PROGRAMS_A_PROCESSOR * num_processors(target.device)),)](
         values, x_scales, slots.source_S, slots.tiles.num_used, target, scales, values.shape[1], ends.num_blocks,
-        values.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
+        values.stride(0), x_scales.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
         TOP_K=slots.slots_TK.shape[1], TILE=slots.tiles.num_rows, **ends.form, **overlap(target.device),
     )  # fmt: skip
     return ends.out
