@@ -4,8 +4,8 @@ Pairs of token and expert get slots: each expert's pairs lie together, in the or
 a multiple of TILE slots, so that a tile of a product meets one expert. Slots that pad a tile hold whatever was there: a row
 of a product depends on its own row only, and nobody reads them back.
 
-Where pairs may lack an expert (PARTIAL, -1) those get no slot. Of many such pairs few may have one, so rows are then fetched
-by slot instead of sent by token, and summed by slot where the rows without an expert need no zeros.
+Where pairs may lack an expert (PARTIAL, -1) those get no slot. Where most tokens are expected to have none, rows are fetched by
+slot (FETCHED) instead of sent by token, and summed by slot if rows without an expert need no zeros.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ _COUNTED_BY_ALL = 1024
 # Numbers of pairs counted at once by a program that looks at all; few, so that few kernels are compiled.
 _COUNTED_AT_ONCE = (128, _COUNTED_BY_ALL)
 _STEP = 64
-# A block's share of a device's programs where work is dealt out by its number on the device.
-_PROGRAMS_A_PROCESSOR = 8
+# Where pairs may lack an expert there are many for each that has one.
+_PARTIAL_STEP, _PARTIAL_WARPS = 128, 8
+# Where work is dealt out by its amount on the device.
+_PROGRAMS_A_PROCESSOR = 16
 # Bins of a histogram that the device counts in.
 _FEWEST_BINS = 16
 # Tokens up to which shared experts are computed in the launches of the routed ones: each tile of tokens reads their weights again.
@@ -61,9 +63,10 @@ def count_kernel(
     NUM_BINS: tl.constexpr,
     STEP: tl.constexpr,
     PARTIAL: tl.constexpr,
+    FETCHED: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """counts [programs, NUM_BINS]: pairs of each expert among the program's `steps` x STEP pairs. PARTIAL: no slot has a source yet."""
+    """counts [programs, NUM_BINS]: pairs of each expert among the program's `steps` x STEP pairs. FETCHED: no slot has a source yet."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -74,7 +77,7 @@ def count_kernel(
         expert, counts = _chosen(experts_ptr, pair, num_pairs, PARTIAL)
         total += tl.histogram(expert, NUM_BINS, mask=counts)
     tl.store(counts_ptr + tl.program_id(0) * NUM_BINS + tl.arange(0, NUM_BINS), total)
-    if PARTIAL:
+    if FETCHED:
         for first_slot in range(tl.program_id(0) * STEP, num_slots, tl.num_programs(0) * STEP):
             slot = first_slot + tl.arange(0, STEP)
             tl.store(source_ptr + slot, -1, mask=slot < num_slots)
@@ -110,11 +113,12 @@ def place_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     PARTIAL: tl.constexpr,
+    FETCHED: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """The slot of each pair, the tiles and their number. Counts are read ROWS programs at a time.
 
-    NUM_BINS is a power of two from the number of experts. PARTIAL: -1 for a pair without expert; and the pair in each slot.
+    NUM_BINS is a power of two from the number of experts. PARTIAL: -1 for a pair without expert. FETCHED: and the pair in each slot.
     """
     if PDL:
         gdc_wait()
@@ -143,8 +147,9 @@ def place_kernel(
         same = (bin[:, None] == bin[None, :]) & (lane[None, :] < lane[:, None])
         rank = tl.sum(same.to(tl.int32), axis=1)
         slot = tl.gather(next_slot, expert, 0) + rank
-        if PARTIAL:
+        if FETCHED:
             tl.store(source_ptr + slot, pair, mask=counts)
+        if PARTIAL:
             slot = tl.where(counts, slot, -1)
         tl.store(slots_ptr + pair, slot, mask=pair < num_pairs)
         next_slot += tl.histogram(expert, NUM_BINS, mask=counts)
@@ -242,7 +247,7 @@ def scatter_kernel(
     BLOCK_G: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """A token's row to its TOP_K slots: as it is, quantised on the way, or already quantised (SCALED)."""
+    """A token's row to its TOP_K slots, of which -1 is none: as it is, quantised on the way, or already quantised (SCALED)."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -260,9 +265,9 @@ def scatter_kernel(
         )
     for k in tl.static_range(TOP_K):
         slot = tl.load(slots_ptr + token * TOP_K + k).to(tl.int64)
-        tl.store(out_ptr + slot * out_stride + column, x, mask=mask)
+        tl.store(out_ptr + slot * out_stride + column, x, mask=mask & (slot >= 0))
         if QUANTISE or SCALED:
-            tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
+            tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group & (slot >= 0))
 
 
 @triton.jit(do_not_specialize=["num_blocks", "x_stride", "x_scale_row", "x_scale_stride", "out_scale_stride"])
@@ -452,12 +457,16 @@ class Partial:
             most = min(most, self.max_used)
         return most if self.num_used is None else min(most, self.num_used), most
 
+    def is_sparse(self, experts_TK: Tensor, num_experts: int) -> bool:
+        """Whether most tokens are expected to have no expert."""
+        return 2 * self.bounds(experts_TK, num_experts)[0] < len(experts_TK)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
     """Where the pairs of token and expert went. `slots_TK`: int32, the slot of each pair, -1: none; there are `num_slots` at most.
 
-    `source_S`: int32 [num_slots], the pair in each slot of the tiles in use, -1: none; of many pairs that may lack an expert.
+    `source_S`: int32 [num_slots], the pair in each slot of the tiles in use, -1: none; where rows are fetched.
     """
 
     slots_TK: Tensor
@@ -469,17 +478,17 @@ class Slots:
 
 def place(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial | None = None) -> Slots:
     """Slots for pairs of token and expert (int64 [T, K], all below `num_experts`), in tiles of `tile`. Two launches."""
-    slots = _new_slots(experts_TK, num_experts, tile, partial, fetched=partial is not None)
+    fetched = partial is not None and partial.is_sparse(experts_TK, num_experts)
+    slots = _new_slots(experts_TK, num_experts, tile, partial, fetched=fetched)
     num_pairs, device, tiles = experts_TK.numel(), experts_TK.device, slots.tiles
     num_bins = max(_FEWEST_BINS, triton.next_power_of_2(num_experts))
-    num_steps = triton.cdiv(num_pairs, _STEP)
-    # Of the pairs that may lack an expert there are more a weight to read.
-    most_programs = (2 if partial is None else _PROGRAMS_A_PROCESSOR) * num_processors(device)
-    steps = triton.cdiv(num_steps, most_programs)
+    step, warps = (_STEP, 4) if partial is None else (_PARTIAL_STEP, _PARTIAL_WARPS)
+    num_steps = triton.cdiv(num_pairs, step)
+    steps = triton.cdiv(num_steps, 2 * num_processors(device))
     programs = triton.cdiv(num_steps, steps)
     counts = torch.empty(programs, num_bins, dtype=torch.int32, device=device)
     source = slots.slots_TK if slots.source_S is None else slots.source_S
-    shape = {"NUM_BINS": num_bins, "STEP": _STEP, "PARTIAL": partial is not None}
+    shape = {"NUM_BINS": num_bins, "STEP": step, "PARTIAL": partial is not None, "FETCHED": fetched, "num_warps": warps}
     count_kernel[(programs,)](
         experts_TK, counts, source, slots.num_slots, num_pairs, steps, **shape, **overlap(device)
     )  # fmt: skip
@@ -530,7 +539,7 @@ def send(
     num_pairs, device = experts_TK.numel(), experts_TK.device
     if num_pairs > _COUNTED_BY_ALL:
         slots = place(experts_TK, num_experts, tile, partial)
-        return slots, (scatter if partial is None else fetch)(x_TD, slots, quantise=quantise)
+        return slots, (scatter if slots.source_S is None else fetch)(x_TD, slots, quantise=quantise)
     slots = _new_slots(experts_TK, num_experts, tile, partial, fetched=False)
     ends = _Ends.of(x_TD, slots, quantise=quantise)
     tiles, (values, x_scales, target, scales) = slots.tiles, ends.tensors
@@ -589,7 +598,7 @@ def scatter(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Te
 
 
 def fetch(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Tensor | QuantisedRows:
-    """`scatter` where pairs may lack an expert: what it takes is by the pairs that have one."""
+    """`scatter` where few pairs have an expert: what it takes is by those."""
     assert slots.source_S is not None
     ends = _Ends.of(x_TD, slots, quantise=quantise)
     values, x_scales, target, scales = ends.tensors

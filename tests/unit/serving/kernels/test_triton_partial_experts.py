@@ -31,12 +31,13 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["by token", "by slot"], autouse=True)
+@pytest.fixture(params=["at once", "by token", "by slot"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Few pairs are placed by one launch and sent by token, many fetched by slot."""
+    """Few pairs are placed and sent by one launch; of many, rows are sent by token or fetched by slot."""
     way: str = request.param
-    if way == "by slot":
+    if way != "at once":
         monkeypatch.setattr(device, "_COUNTED_BY_ALL", 2)
+    monkeypatch.setattr(device.Partial, "is_sparse", lambda *_: way == "by slot")
     return way
 
 
@@ -130,9 +131,10 @@ def test_many_pairs_are_counted_by_many_programs(way: str) -> None:
     slots = device.place(experts, NUM_EXPERTS, 16, device.Partial())
     used = experts >= 0
     assert torch.equal(slots.slots_TK >= 0, used)
-    assert slots.source_S is not None
-    assert torch.equal(slots.source_S[slots.slots_TK[used].long()].long(), used.flatten().nonzero()[:, 0])
-    assert int((slots.source_S >= 0).sum()) == int(used.sum())
+    assert (slots.source_S is not None) == (way == "by slot")
+    if slots.source_S is not None:
+        assert torch.equal(slots.source_S[slots.slots_TK[used].long()].long(), used.flatten().nonzero()[:, 0])
+        assert int((slots.source_S >= 0).sum()) == int(used.sum())
     for expert in range(NUM_EXPERTS):
         own = slots.slots_TK[experts == expert]
         assert torch.equal(own, own[:1] + torch.arange(own.numel(), dtype=torch.int32))
@@ -146,6 +148,14 @@ def test_one_slot_of_many_picks_takes_memory_for_one_row_a_token() -> None:
     assert slots.tiles.num_expected == 2
     assert int(slots.tiles.num_used) == -(-int((experts == 0).sum()) // 16)
     assert device.place(experts, 1, 16, device.Partial(max_used=30)).num_slots <= 48
+
+
+def test_rows_are_fetched_where_most_tokens_have_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    experts = choices(200, 8, 0.1)
+    assert device.Partial(num_used=99).is_sparse(experts, 1)
+    assert not device.Partial(num_used=100).is_sparse(experts, 1)
+    assert not device.Partial().is_sparse(experts, 1)
 
 
 @pytest.mark.parametrize(("num_tokens", "share"), [(4, 0.4), (5, 0.0)])
