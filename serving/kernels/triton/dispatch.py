@@ -28,6 +28,7 @@ _ROUTED_ROWS = 32
 _COLUMNS = 1024
 _MOST_ROWS = 32
 """That a program looks at for those in use."""
+_PROGRAMS_A_PROCESSOR = 4
 
 
 @triton.jit
@@ -127,19 +128,19 @@ def send_kernel(
                     tl.store(scales_there + block * arrived_scale_stride + at, scales, mask=has_block)
     else:
         index = program - num_row_programs
-        rank = index % world_size
+        target = index % world_size
         row_C = index // world_size * ROUTED + tl.arange(0, ROUTED)
         picked = (row_C < num_rows)[:, None] & (k_K < TOP_K)[None, :]
         pick = row_C[:, None] * TOP_K + k_K[None, :]
         slot_CK = tl.load(slots_ptr + pick, mask=picked, other=-1)
         weight_CK = tl.load(weights_ptr + pick, mask=picked, other=0.0)
-        local_CK = slot_CK - rank * SLOTS_PER_RANK
+        local_CK = slot_CK - target * SLOTS_PER_RANK
         here_CK = (slot_CK >= 0) & (local_CK >= 0) & (local_CK < SLOTS_PER_RANK)
         column_CK = tl.cumsum(here_CK.to(tl.int32), axis=1) - 1
-        base = tl.load(bases_ptr + rank)
-        at_C = (tl.load(places_ptr + rank) * capacity + row_C) * COLUMNS
-        slots_there = (base + slots_at).to(tl.pointer_type(tl.int64))
-        weights_there = (base + weights_at).to(tl.pointer_type(tl.float32))
+        target_base = tl.load(bases_ptr + target)
+        at_C = (tl.load(places_ptr + target) * capacity + row_C) * COLUMNS
+        slots_there = (target_base + slots_at).to(tl.pointer_type(tl.int64))
+        weights_there = (target_base + weights_at).to(tl.pointer_type(tl.float32))
         for column in tl.static_range(COLUMNS):
             mine_CK = here_CK & (column_CK == column)
             slot_C = tl.sum(tl.where(mine_CK, local_CK + 1, 0), axis=1) - 1
@@ -324,16 +325,16 @@ def send(
 
 
 def wait(window: Window, flags: int, *, limit_ns: int) -> None:
-    on_device = window.own.is_cuda
+    num_warps = 1 if window.world_size <= 32 else 4
     wait_kernel[(1,)](
         window.own[flags:].view(torch.int64),
         window.state,
         window.given_up,
         window.world_size,
         limit_ns,
-        RANKS=_lanes(window.world_size, 1),
-        CLOCK=on_device,
-        num_warps=1,
+        RANKS=_lanes(window.world_size, num_warps),
+        CLOCK=window.own.is_cuda,
+        num_warps=num_warps,
         **overlap(window.own.device),
     )
 
@@ -342,7 +343,7 @@ def give_back(window: Window, layout: Layout, y_RD: Tensor, *, capacity: int) ->
     num_rows = window.world_size * capacity
     assert len(y_RD) == num_rows, f"{len(y_RD)} results of {num_rows} rows"
     words = payload_words(y_RD)
-    rows = triton.cdiv(num_rows, 4 * num_processors(y_RD.device))
+    rows = triton.cdiv(num_rows, _PROGRAMS_A_PROCESSOR * num_processors(y_RD.device))
     rows = min(_MOST_ROWS, triton.next_power_of_2(rows))
     # Odd, so that rows of one program are not the same row of several ranks.
     num_programs = triton.cdiv(num_rows, rows) | 1
