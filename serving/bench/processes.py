@@ -130,10 +130,10 @@ class Unit:
     """`sizes.num_ranks` processes over the folder's weights."""
 
     def __init__(
-        self, sizes: Sizes, load: Load, scratch: Path, *, altered: Callable[[DeepseekV3, int], None] | None = None
+        self, sizes: Sizes, load: Load, scratch: Path, *, altered: Callable[[Engine, int], None] | None = None
     ) -> None:
-        """`scratch`: a folder of this unit's own. `altered`, a function of a module, changes the model of each rank. Returns when every rank
-        is ready. Raises BatonError."""
+        """`scratch`: a folder of this unit's own. `altered`, a function of a module, changes each rank's engine. Returns when every rank is
+        ready. Raises BatonError."""
         if load.prompts < sizes.dp:
             raise ConfigError(f"{load.prompts} prompts leave some of {sizes.dp} DP groups without one; ask for more")
         self.sizes = sizes
@@ -159,11 +159,15 @@ class Unit:
             self._kill()
             raise
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, logprobs: int | None = None) -> Generation:
-        """Greedy texts, never stopping early, in the order of the prompts. `logprobs`: of so many candidates for each token."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int], logprobs: int | None = None
+    ) -> Generation:
+        """Greedy texts, never stopping early, in the order of the prompts. `new_tokens`: of each, or of every one. `logprobs`: of so many
+        candidates for each token."""
+        lengths = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
         dp, before, begin = self.sizes.dp, list(self._seconds), time.perf_counter()
         for group in range(dp):
-            self._pipes[group * self.sizes.tp].send((prompts[group::dp], new_tokens, logprobs))
+            self._pipes[group * self.sizes.tp].send((prompts[group::dp], lengths[group::dp], logprobs))
         groups: list[Group] = [self._hear(group * self.sizes.tp) for group in range(dp)]
         seconds = time.perf_counter() - begin
         return Generation(
@@ -222,15 +226,14 @@ def _rank(
     rank: int,
     scratch: Path,
     seconds: Any,
-    altered: Callable[[DeepseekV3, int], None] | None,
+    altered: Callable[[Engine, int], None] | None,
 ) -> None:
     """The life of one process, at most as long as that of who measures."""
     said: Trace | BatonError | None
     try:
         engine = _joined(sizes, load, rank, scratch) if sizes.device else _built(sizes, load, rank, scratch, seconds)
         if altered is not None:
-            assert isinstance(engine.runner.model, DeepseekV3)
-            altered(engine.runner.model, rank)
+            altered(engine, rank)
         said = _live(pipe, sizes, rank, engine)
     except BatonError as error:
         said = error
@@ -367,17 +370,18 @@ def _traced(model: Any, rank: int) -> tuple[float, Timeline]:
 
 def _lead(pipe: Connection, unit: LoopUnit, loop: Aggregated) -> None:
     """Generations until there are no more to come."""
-    for prompts, new_tokens, logprobs in iter(pipe.recv, None):
-        pipe.send(_generate(unit, loop, prompts, new_tokens, logprobs))
+    for prompts, lengths, logprobs in iter(pipe.recv, None):
+        pipe.send(_generate(unit, loop, prompts, lengths, logprobs))
     while not unit.turned(stopping=False, drained=True):
         pass
 
 
 def _generate(
-    unit: LoopUnit, loop: Aggregated, prompts: Sequence[Sequence[int]], new_tokens: int, logprobs: int | None
+    unit: LoopUnit, loop: Aggregated, prompts: Sequence[Sequence[int]], lengths: Sequence[int], logprobs: int | None
 ) -> Group:
     texts: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
     found: dict[str, list[TokenLogprobs | None]] = {job_id: [] for job_id in texts}
+    wanted = dict(zip(texts, lengths, strict=True))
     for job_id, prompt in zip(texts, prompts, strict=True):
         loop.add(
             Job(
@@ -385,7 +389,7 @@ def _generate(
                 token_ids=list(prompt),
                 num_prompt_tokens=len(prompt),
                 sampling=SamplingParams(temperature=0.0, logprobs=logprobs),
-                max_new_tokens=new_tokens,
+                max_new_tokens=wanted[job_id],
                 deadline_s=math.inf,
             )
         )
@@ -402,7 +406,7 @@ def _generate(
             num_begun += len(text) == 1
             if num_begun == len(texts):
                 all_since = min(all_since, now)
-            if len(text) == new_tokens and all_until < 0:
+            if len(text) == wanted[event.sequence.job_id] and all_until < 0:
                 all_until = now
         if events:
             steps.append((now, len(events)))

@@ -15,7 +15,7 @@ from serving.bench.processes import Group, Load, Sizes, Trace, Unit, decode_rate
 from serving.bench.ranks import Hidden, main, merged, same_texts
 from serving.bench.shapes import random_prompts, write_checkpoint
 from serving.core.errors import BatonError
-from serving.model.deepseek_v3 import DeepseekV3
+from serving.engine.build import Engine
 
 _NUMBERS = itertools.count()
 _SMALL = ["--shape", "tiny", "--ranks", "1x2", "--requests", "16", "--prompt-tokens", "32", "--new-tokens", "9"]
@@ -65,11 +65,11 @@ def test_engines_that_join_as_the_servers_do_write_what_one_process_writes(tmp_p
     load = Load(folder=tmp_path, prompts=8, prompt_tokens=16, new_tokens=12, max_batched_tokens=64)
     prompts = random_prompts(8, 16, 256, 0)
 
-    def texts(sizes: Sizes, altered: Callable[[DeepseekV3, int], None] | None = None) -> list[list[int]]:
+    def texts(sizes: Sizes, altered: Callable[[Engine, int], None] | None = None) -> list[list[int]]:
         scratch = tmp_path / f"{tmp_path.name}-{os.getpid()}-{next(_NUMBERS)}"
         scratch.mkdir()
         with Unit(sizes, load, scratch, altered=altered) as unit:
-            generation = unit.generate(prompts, 12, logprobs=2)
+            generation = unit.generate(prompts, [12, 3] * 4, logprobs=2)
             unit.close()
         assert all(logprobs is not None for of_text in generation.logprobs for logprobs in of_text)
         return generation.texts
@@ -80,9 +80,9 @@ def test_engines_that_join_as_the_servers_do_write_what_one_process_writes(tmp_p
     assert texts(Sizes(dp=2, device="cpu"), with_another_expert) != expected
 
 
-def with_another_expert(model: DeepseekV3, rank: int) -> None:
+def with_another_expert(engine: Engine, rank: int) -> None:
     if rank == 1:
-        slots = model.expert_slots
+        slots = engine.runner.model.expert_slots  # type: ignore[attr-defined]
         slots.write(0, 0, [tensor * 3 for tensor in slots.read(0, 0)])
 
 
