@@ -85,13 +85,20 @@ class Routing:
         """Between two steps, on every rank of the EP group; in place, so that captured steps see it."""
         self._replicas.write(placement)
 
-    def send(self, layer: int, x: Rows, experts_TK: Tensor, weights_TK: Tensor) -> Sending[Rows] | CountedSending:
-        """Rows [T, D] of this rank on their way; experts int64 and weights fp32 as the gate has them."""
-        chosen = experts_TK.flatten()
-        self.num_tokens_LE[layer].scatter_add_(0, chosen, torch.ones_like(chosen))
+    def send(
+        self, layer: int, x: Rows, experts_TK: Tensor, weights_TK: Tensor, nobody_T: Tensor | None = None
+    ) -> Sending[Rows] | CountedSending:
+        """Rows [T, D] of this rank on their way; experts int64 and weights fp32 as the gate has them. Rows with `nobody_T` (bool) go to no
+        expert and count for none."""
+        counted_TK = torch.ones_like(experts_TK)
+        if nobody_T is not None:
+            counted_TK.masked_fill_(nobody_T[:, None], 0)
+        self.num_tokens_LE[layer].scatter_add_(0, experts_TK.flatten(), counted_TK.flatten())
         if self._shared_is_routed:
             experts_TK = F.pad(experts_TK, (0, 1), value=self._num_experts)
             weights_TK = F.pad(weights_TK, (0, 1), value=1.0)
+        if nobody_T is not None:
+            experts_TK = experts_TK.masked_fill(nobody_T[:, None], -1)
         replicas = self._replicas
         if isinstance(replicas, Replicas):
             return self.dispatch.send(x, replicas.slots(layer, experts_TK, self._ep_rank), weights_TK)

@@ -6,6 +6,7 @@ import functools
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,33 @@ def test_a_fixed_dispatch_equals_one_rank(folders: Callable[..., Path]) -> None:
     groups, folder = Groups(tp=2, dp=2, ep=4, ranks_per_node=4), folders(q_lora_rank=48)
     got = play_unit(folder, groups, torch.float64, placed=placement(4, 3), num_micro_batches=2, capacity=64)
     assert gap(folder, groups, torch.float64, got) < FP64
+
+
+def test_rows_of_nobody_go_to_no_expert_and_count_for_none(folders: Callable[..., Path]) -> None:
+    """As what fills up a captured step, on a rank that has rows of its own and on one that has none."""
+    groups, folder = Groups(tp=2, dp=2, ep=4, ranks_per_node=4), folders(q_lora_rank=48)
+    config, placed = ModelConfig.from_folder(folder), placement(4, 3)
+    asked, rows = {name: list(range(2, 9)) for name in "abc"}, {"a": 3, "b": 4, "c": 5}
+
+    def main(world: VirtualCollectives) -> tuple[dict[str, Tensor], list[int]]:
+        experts = FixedDispatch(world.subgroup(world.ranks, "fixed"), placed.slots_per_gpu, 4)
+        parallel = replace(parallel_of(world, groups, placed, False, 0, []), fixed=lambda capacity: experts)
+        with torch.inference_mode():
+            run = Paged(load_weights(folder, config, torch.float64, parallel=parallel), num_pages=10)
+            run.prefill(asked)
+            assert run.model.routing is not None
+            run.model.routing.num_tokens_LE.zero_()
+            with run.model.fixed_rows(8):
+                logits = run.decode({} if groups.coordinates(world.rank).dp_rank else rows, num_padding=5)
+            return logits, run.model.routing.num_tokens_LE[:2].sum(1).tolist()
+
+    results = VirtualUnit(groups).run(main)
+    single = Paged(load_weights(folder, config, torch.float64), num_pages=10)
+    single.prefill(asked)
+    for name, expected in single.decode(rows).items():
+        assert all(torch.allclose(logits[name], expected, atol=FP64) for logits, _ in results[:2])
+    # The first rank's share of eight rows are four, of which three are somebody's.
+    assert [counts for _, counts in results] == [[3 * config.num_experts_per_token] * 2, [0, 0], [0, 0], [0, 0]]
 
 
 def test_one_wrong_expert_shows_in_other_groups(folders: Callable[..., Path]) -> None:
