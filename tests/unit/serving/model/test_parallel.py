@@ -377,7 +377,7 @@ def test_rows_of_nobody_go_to_no_expert_and_count_for_none(folders: Callable[...
 
     def main(world: VirtualCollectives) -> tuple[dict[str, Tensor], list[int]]:
         experts = FixedDispatch(world.subgroup(world.ranks, "fixed"), placed.slots_per_gpu, 4)
-        parallel = replace(parallel_of(world, groups, placed, False, 0, []), fixed=lambda capacity: experts)
+        parallel = replace(parallel_of(world, groups, placed, False, 0, [], None), fixed=lambda capacity: experts)
         with torch.inference_mode():
             run = Paged(load_weights(folder, config, torch.float64, parallel=parallel), num_pages=10)
             run.prefill(asked)
