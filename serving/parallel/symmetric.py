@@ -104,6 +104,7 @@ class SymmetricDispatch:
         self._capacity = capacity
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
+        slots_TK, weights_TK = slots_TK.contiguous(), weights_TK.contiguous()
         window = self._symmetric.take()
         return _Sent(self._send(window, x, slots_TK, weights_TK), window, slots_TK)
 
