@@ -115,7 +115,7 @@ def join(spec: WorkerSpec, config: ModelConfig, device: torch.device) -> Place:
             parallel = replace(parallel, experts=_over_deepep(spec, config, shape, store))
         elif spec.role != "prefill" and spec.config.decode.dispatch != "nccl":
             peers = control_of("peers", ep_ranks)
-            parallel = _through_peer_memory(parallel, spec.config, config, shape, peers, lockstep.watch)
+            parallel = through_peer_memory(parallel, spec.config, config, shape, device, peers, lockstep.watch)
     ep = control_of("control-ep", ep_ranks) if groups.ep > 1 else None
     ep_data = group_of("weights", ep_ranks) if groups.ep > 1 and on_gpu else None
     return Place(parallel=parallel, lockstep=lockstep, shape=shape, ep=ep, ep_data=ep_data)
@@ -133,10 +133,17 @@ def _over_deepep(spec: WorkerSpec, config: ModelConfig, shape: UnitShape, store:
     )
 
 
-def _through_peer_memory(
-    parallel: Parallel, config: Config, model: ModelConfig, shape: UnitShape, peers: Collectives, watch: DeviceWatch
+def through_peer_memory(
+    parallel: Parallel,
+    config: Config,
+    model: ModelConfig,
+    shape: UnitShape,
+    device: torch.device,
+    peers: Collectives,
+    watch: DeviceWatch,
 ) -> Parallel:
-    """`parallel` as it is where that was not asked for and cannot be. `peers`: the EP group, in host memory."""
+    """`parallel` whose captured steps dispatch so; as it is where that cannot be and was not asked for by name. `peers`: the EP group, in host
+    memory. Raises PeersUnreachable, RanksMissing."""
     exchanged = Exchanged(
         slots_per_rank=shape.hosted_slots,
         capacity=-(-config.decode.max_num_seqs // shape.groups.tp),
@@ -146,7 +153,6 @@ def _through_peer_memory(
         deadline_s=START_DEADLINE_S,
         itemsize=_element_bytes(config),
     )
-    device = torch.device("cuda", torch.cuda.current_device())
     try:
         symmetric = open_symmetric(peers, device, exchanged, num_windows=config.decode.microbatches)
     except PeersUnreachable as error:
