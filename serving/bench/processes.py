@@ -56,7 +56,7 @@ _SPLIT = MicroBatches(prefill_tokens=64, rows=8)
 class Sizes:
     """tp x dp processes of `threads` each; their experts are spread over all of them. `traced`: keep what overlapped.
 
-    `device`, `dtype`, `hosted_slots`: the engines are built and joined as the server's are, on "cpu" or on a GPU for each, "cuda". None: over
+    `device`, `dtype`, `hosted_slots`, `split_from`: the engines are built and joined as the server's are, on "cpu" or on a GPU for each, "cuda". None: over
     `transport`, in fp32, and what collectives take is measured.
     """
 
@@ -69,6 +69,7 @@ class Sizes:
     device: str | None = None
     dtype: str = "float32"
     hosted_slots: int = 0
+    split_from: MicroBatches | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -274,7 +275,7 @@ def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
         rank=rank,
         rendezvous=str(scratch / f"{scratch.name}-rendezvous"),
     )
-    return build_engine_for(spec)
+    return build_engine_for(spec, micro_batches=sizes.split_from)
 
 
 def _built(sizes: Sizes, load: Load, rank: int, scratch: Path, seconds: Any) -> Engine:

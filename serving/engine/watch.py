@@ -101,8 +101,9 @@ class DeviceWatch:
         except RanksMissing as missing:
             self._missing = missing
             _log.error("%s", missing)
+            # All at once: one may return only when what another holds up has ended.
             for abort in self._aborts:
-                abort()
+                threading.Thread(target=abort, daemon=True).start()
             self._end_process_if_stuck()
 
     def _end_process_if_stuck(self) -> None:
