@@ -77,7 +77,8 @@ class DeviceWatch:
     def close(self) -> None:
         """No step will be launched any more."""
         with contextlib.suppress(RanksMissing), self.on_device():
-            for end in (*self._releases, *self._aborts):
+            # Captured steps, which are made last, name what was there before.
+            for end in (*reversed(self._releases), *self._aborts):
                 end()
         self._closing = True
         self._is_inside.set()
