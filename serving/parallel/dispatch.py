@@ -121,14 +121,15 @@ class DirectDispatch:
 
     def __init__(self, ep: Collectives, slots_per_rank: int) -> None:
         self._ep = ep
+        self._exchanges = ep if isinstance(ep, Exchanges) else None
         self._slots_per_rank = slots_per_rank
         self._counts = CountsExchange()
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
         hop = hop_to(self._ep, slots_TK, self._slots_per_rank)
         routing_TM = routing_of(slots_TK, weights_TK)
-        if isinstance(self._ep, Exchanges):
-            return Sending([hop], self._send_uncounted(self._ep, hop, x, routing_TM), 0)
+        if self._exchanges is not None:
+            return Sending([hop], self._send_uncounted(self._exchanges, hop, x, routing_TM), 0)
         return Sending([hop], self._send(hop, x, routing_TM), 1)
 
     def _send_uncounted(self, ep: Exchanges, hop: Hop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
