@@ -121,6 +121,19 @@ def test_ranks_without_work_change_nothing(start: Callable[..., Unit], prompts: 
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_experts_that_change_places_change_no_text(
+    start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes
+) -> None:
+    expected = start(ONE).generate(prompts, NEW_TOKENS).texts
+    unit = start(replace(sizes, balances=True))
+    generated = [unit.generate(prompts, NEW_TOKENS) for _ in range(8)]
+    assert [each.texts for each in generated] == [expected] * 8
+    versions = [each.placement_version for each in generated]
+    assert versions == sorted(versions)
+    assert versions[-1] > versions[0] + 1
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_ranks_that_see_their_own_gpu_alone_write_the_same_and_end_well(
     start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes
 ) -> None:
