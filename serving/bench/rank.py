@@ -44,8 +44,8 @@ from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.experts import Moe
 from serving.model.parallel import Parallel
 from serving.model.units import UnitShape, shape_of
-from serving.parallel.dispatch import FixedDispatch
 from serving.parallel.rehearsal import Rehearsal
+from serving.parallel.symmetric import Exchanged, rehearse_symmetric
 
 _CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 _GREEDY = SamplingParams(temperature=0.0)
@@ -54,6 +54,7 @@ PUBLISHED: dict[str, Any] = SHAPES["slice"] | {"num_hidden_layers": 61, "first_k
 # Rounds in which gates are balanced, tokens of each prompt in one, and by how much a bias moves where an expert gets nothing.
 _NUM_ROUNDS, _ROUND_TOKENS, _GAIN = 10, 1024, 0.03
 _NUM_DECODE_STEPS = 32
+_DEADLINE_S = 10.0
 _NUM_UNCOUNTED = 4
 _PROFILED_KERNELS = 40
 
@@ -160,7 +161,7 @@ def build_rank(
     shape = shape_of(unit_table(load_config(_CONFIGS / f"{case.config}.toml"), step.role), config)
     arrived_bytes: Counter[tuple[str, str]] = Counter()
     world = Rehearsal(range(shape.groups.world_size), 0, arrived_bytes=arrived_bytes)
-    parallel = _parallel(shape, config, world, step)
+    parallel = _parallel(shape, config, world, step, device)
     model = DeepseekV3(config, dtype, device, parallel=parallel)
     fill_random(model, seed)
     pages_each = num_pages_for(step.context + _NUM_DECODE_STEPS)
@@ -187,16 +188,21 @@ def build_rank(
     return rank
 
 
-def _parallel(shape: UnitShape, config: ModelConfig, world: Rehearsal, step: Step) -> Parallel:
+def _parallel(shape: UnitShape, config: ModelConfig, world: Rehearsal, step: Step, device: torch.device) -> Parallel:
     def group_of(name: str, ranks: Sequence[int]) -> Rehearsal:
         return world.subgroup(ranks, name)
 
     parallel = parallel_of(shape, 0, config, group_of, by_nodes=step.role == "prefill")
-    if step.role == "prefill":
+    if step.role == "prefill" or device.type == "cpu":
         return parallel
-    capacity = -(-step.num_seqs // shape.groups.tp)
-    ep = world.subgroup(shape.groups.ep_group(0), "ep")
-    return replace(parallel, experts=FixedDispatch(ep, shape.active_slots, capacity))
+    exchanged = Exchanged(
+        slots_per_rank=shape.hosted_slots,
+        capacity=-(-step.num_seqs // shape.groups.tp),
+        width=config.hidden_size,
+        top_k=config.num_experts_per_token + shape.shared_expert_routed,
+        deadline_s=_DEADLINE_S,
+    )
+    return replace(parallel, fixed=rehearse_symmetric(shape.groups.ep_group(0), device, exchanged).dispatch)
 
 
 def balance_gates(rank: Rank) -> float:

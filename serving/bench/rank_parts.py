@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -23,7 +24,6 @@ from kvcache.layout import PAGE_TOKENS
 from serving.bench.kernel_cases import Bound
 from serving.kernels import mla
 from serving.kernels.attention import attend_varlen
-from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear, linear_by_head, per_head
 from serving.kernels.norm_rope import rms_norm, rms_norm_quantise
 from serving.kernels.quant import Fp8Weight, QuantisedRows, quantise_rows_fp8
@@ -119,7 +119,8 @@ class Parts:
             return
         num_layers = len(self._model.blocks) - len(dense)
         yield self._gate(num_layers)
-        yield from self._experts(num_layers)
+        with self._as_captured():
+            yield from self._experts(num_layers)
         shared = [moe.shared for moe in self._moes if moe.shared is not None]
         if shared:
             yield self._mlp("shared expert", shared, num_layers)
@@ -322,10 +323,11 @@ class Parts:
         here_RK = arrived.slots_RK >= 0
         sent = int(members_wanted(watched.slots_TK // placement.slots_per_gpu, placement.num_gpus).sum())
         self.load = Load(sent=sent, rows=int(here_RK.any(1).sum()), pairs=int(here_RK.sum()))
-        row = sum(payload[0].nbytes for payload in payloads_of(rows)) if self._S else 0
+        row = sum(payload[0].nbytes for payload in payloads_of(rows))
+        result = self._config.hidden_size * model.dtype.itemsize
         if decodes:
             # What is sent to nobody need not travel.
-            travelled = sent * (row + 8 * watched.slots_TK.shape[1] + y_RD[0].nbytes)
+            travelled = sent * (row + 8 * watched.slots_TK.shape[1] + result)
 
         def there_and_back(index: int) -> Tensor:
             sending = routing.send(moes[index].layer, rows, *chosen[index])
@@ -341,11 +343,9 @@ class Parts:
         yield Part(
             name="experts",
             layers=layers,
-            call=lambda index: grouped_mlp(
-                arrived.x_RD, moes[index].gate_up, moes[index].down, arrived.slots_RK, arrived.weights_RK
-            ),
+            call=lambda index: moes[index].compute(arrived),
             num_sets=len(moes),
-            num_bytes=_nbytes(one) * num_used + self.load.rows * (row + y_RD[0].nbytes),
+            num_bytes=_nbytes(one) * num_used + self.load.rows * (row + result),
             flops=2.0 * self.load.pairs * 3 * self._config.moe_intermediate_size * self._config.hidden_size,
             bound=_kind(one),
         )
@@ -377,6 +377,12 @@ class Parts:
             flops=2.0 * num_rows * sum(weight.shape[0] * weight.shape[1] for weight in one),
             bound=_kind(one),
         )
+
+    def _as_captured(self) -> AbstractContextManager[None]:
+        """The dispatch that the step has."""
+        if self._step.role == "prefill" or self._device.type == "cpu":
+            return nullcontext()
+        return self._model.fixed_rows(self._T)
 
     def _travelled(self) -> int:
         return sum(number for (_, operation), number in self._arrived_bytes.items() if operation == "all_to_all")
