@@ -25,6 +25,7 @@ _BENCHMARKS = {
     "handoff": "prefill and decode on devices of their own, beside one worker that does both",
     "ranks": "a unit of processes beside one process: rates, time in collectives, what two micro-batches hide",
     "collectives": "a call between processes of this host: shared memory, gloo",
+    "dispatch": "expert dispatch and combine between GPUs of one host: NCCL, peer memory",
     "transfer": "pages of one prompt from one pool to another: NIXL, NCCL, the link",
     "served": "what HTTP, router and two workers cost over the engine alone",
     "balance": "how evenly each way of placing experts spreads a load, and its time",

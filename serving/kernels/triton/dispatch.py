@@ -1,7 +1,7 @@
 """Expert dispatch through peer memory; see `serving.kernels.dispatch`.
 
-Every launch but `add_up` ends in the same way: each program orders its writes before a count of the programs that have ended, and
-the one that completes the count orders them all before the flags that it raises at the ranks. A wait is one program, so that ranks
+Both launches that write elsewhere end in the same way: each program orders its writes before a count of the programs that have ended,
+and the one that completes the count orders them all before the flags that it raises at the ranks. A wait is one program, so that ranks
 that wait for each other on two streams keep no processor from what they wait for, and lets the next kernel start only when it is over.
 
 Bound: what moves: K rows out and K results back for each token, over NVLink; the routing of W * C rows beside them; and the time
@@ -28,26 +28,28 @@ _ROUTED_ROWS = 32
 _COLUMNS = 1024
 _MOST_ROWS = 32
 """That a program looks at for those in use."""
+_PROGRAMS_A_PROCESSOR = 4
 
 
 @triton.jit
-def _raise_flags(bases_ptr, places_ptr, state_ptr, step, flags, world_size, RANKS: tl.constexpr):
-    """By one program: `step` into this rank's flag of each."""
+def _end(bases_ptr, places_ptr, state_ptr, step, flags, world_size, RANKS: tl.constexpr, DEVICE: tl.constexpr):
+    """Of every program, after its writes: the last one to come raises `step` in this rank's flag of each."""
     rank = tl.arange(0, RANKS)
     known = rank < world_size
     base = tl.load(bases_ptr + rank, mask=known, other=0)
     place = tl.load(places_ptr + rank, mask=known, other=0)
-    flag = (base + flags + place * 8).to(tl.pointer_type(tl.int64))
-    tl.atomic_xchg(flag, tl.zeros([RANKS], tl.int64) + step, mask=known, sem="release", scope="sys")
-    tl.store(state_ptr + 1, 0)
-
-
-@triton.jit
-def _is_last(state_ptr):
-    """Whether all other programs of the launch have ended; then what they wrote is before what this one writes now, for all devices."""
-    # All threads' writes are before the count of one of them.
+    # All threads' writes are before the count of one of them, all programs' before the last count.
     tl.debug_barrier()
-    return tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="sys") == tl.num_programs(0) - 1
+    if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        tl.store(state_ptr, step)
+        tl.store(state_ptr + 1, 0)
+        if DEVICE:
+            # One fence of a thread for all its flags, and so all that was written before any of them, wherever it is.
+            tl.inline_asm_elementwise(
+                "fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+            )
+        flag = (base + flags + place * 8).to(tl.pointer_type(tl.int64))
+        tl.atomic_xchg(flag, tl.zeros([RANKS], tl.int64) + step, mask=known, sem="relaxed", scope="sys")
 
 
 @triton.jit(
@@ -92,12 +94,14 @@ def send_kernel(
     BLOCKS: tl.constexpr,
     ROUTED: tl.constexpr,
     RANKS: tl.constexpr,
+    DEVICE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """The first programs have a part of a row each, which they write to all its ranks; the others the routing of ROUTED rows to one rank."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    step = tl.load(state_ptr) + 1
     program = tl.program_id(0)
     k_K = tl.arange(0, K)
     if program < num_row_programs:
@@ -127,29 +131,26 @@ def send_kernel(
                     tl.store(scales_there + block * arrived_scale_stride + at, scales, mask=has_block)
     else:
         index = program - num_row_programs
-        rank = index % world_size
+        target = index % world_size
         row_C = index // world_size * ROUTED + tl.arange(0, ROUTED)
         picked = (row_C < num_rows)[:, None] & (k_K < TOP_K)[None, :]
         pick = row_C[:, None] * TOP_K + k_K[None, :]
         slot_CK = tl.load(slots_ptr + pick, mask=picked, other=-1)
         weight_CK = tl.load(weights_ptr + pick, mask=picked, other=0.0)
-        local_CK = slot_CK - rank * SLOTS_PER_RANK
+        local_CK = slot_CK - target * SLOTS_PER_RANK
         here_CK = (slot_CK >= 0) & (local_CK >= 0) & (local_CK < SLOTS_PER_RANK)
         column_CK = tl.cumsum(here_CK.to(tl.int32), axis=1) - 1
-        base = tl.load(bases_ptr + rank)
-        at_C = (tl.load(places_ptr + rank) * capacity + row_C) * COLUMNS
-        slots_there = (base + slots_at).to(tl.pointer_type(tl.int64))
-        weights_there = (base + weights_at).to(tl.pointer_type(tl.float32))
+        target_base = tl.load(bases_ptr + target)
+        at_C = (tl.load(places_ptr + target) * capacity + row_C) * COLUMNS
+        slots_there = (target_base + slots_at).to(tl.pointer_type(tl.int64))
+        weights_there = (target_base + weights_at).to(tl.pointer_type(tl.float32))
         for column in tl.static_range(COLUMNS):
             mine_CK = here_CK & (column_CK == column)
             slot_C = tl.sum(tl.where(mine_CK, local_CK + 1, 0), axis=1) - 1
             weight_C = tl.sum(tl.where(mine_CK, weight_CK, 0.0), axis=1)
             tl.store(slots_there + at_C + column, slot_C, mask=row_C < capacity)
             tl.store(weights_there + at_C + column, weight_C, mask=row_C < capacity)
-    if _is_last(state_ptr):
-        # An atomic, so that all threads see the same.
-        step = tl.atomic_add(state_ptr, 1, sem="relaxed", scope="gpu") + 1
-        _raise_flags(bases_ptr, places_ptr, state_ptr, step, sent_at, world_size, RANKS)
+    _end(bases_ptr, places_ptr, state_ptr, step, sent_at, world_size, RANKS, DEVICE)
 
 
 @triton.jit(do_not_specialize=["world_size", "limit"])
@@ -160,10 +161,10 @@ def wait_kernel(
     world_size,
     limit,
     RANKS: tl.constexpr,
-    CLOCK: tl.constexpr,
+    DEVICE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """CLOCK: `limit` is in ns; else, where there is no clock, in rounds."""
+    """`limit` is in ns; without a DEVICE there is no clock, and it is in rounds."""
     if PDL:
         gdc_wait()
     rank = tl.arange(0, RANKS)
@@ -174,11 +175,11 @@ def wait_kernel(
     seen = tl.atomic_add(flags_ptr + rank, nothing, mask=known, sem="acquire", scope="sys")
     num_late = tl.sum((known & (seen < step)).to(tl.int32), axis=0)
     spent = tl.full([], 0, tl.int64)
-    begin = globaltimer() if CLOCK else spent
+    begin = globaltimer() if DEVICE else spent
     while (num_late > 0) & (given_up == 0):
         seen = tl.atomic_add(flags_ptr + rank, nothing, mask=known, sem="acquire", scope="sys")
         num_late = tl.sum((known & (seen < step)).to(tl.int32), axis=0)
-        spent = globaltimer() - begin if CLOCK else spent + 1
+        spent = globaltimer() - begin if DEVICE else spent + 1
         if (num_late > 0) & (spent > limit):
             given_up = step
             tl.store(state_ptr + 2, step)
@@ -206,12 +207,14 @@ def give_back_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     RANKS: tl.constexpr,
+    DEVICE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """A program looks at ROWS rows, spread over all, since neighbours may be all in use, and sends those that are."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    step = tl.load(state_ptr)
     row_R = tl.program_id(0) + tl.arange(0, ROWS) * tl.num_programs(0)
     slot_R = tl.load(slots_ptr + row_R * COLUMNS, mask=row_R < num_rows, other=-1)
     used_R = slot_R >= 0
@@ -226,9 +229,7 @@ def give_back_kernel(
             word = first + tl.arange(0, WORDS)
             words = tl.load(y_ptr + row.to(tl.int64) * y_stride + word, mask=word < row_words, other=0)
             tl.store(there + at * row_words + word, words, mask=word < row_words)
-    if _is_last(state_ptr):
-        step = tl.load(state_ptr)
-        _raise_flags(bases_ptr, places_ptr, state_ptr, step, returned_at, world_size, RANKS)
+    _end(bases_ptr, places_ptr, state_ptr, step, returned_at, world_size, RANKS, DEVICE)
 
 
 @triton.jit(do_not_specialize=["capacity", "world_size"])
@@ -318,22 +319,23 @@ def send(
         BLOCKS=1 if scales is None else triton.next_power_of_2(scales.shape[1]),
         ROUTED=routed,
         RANKS=_lanes(window.world_size, 4),
+        DEVICE=window.own.is_cuda,
         num_warps=4,
         **overlap(slots_TK.device),
     )
 
 
 def wait(window: Window, flags: int, *, limit_ns: int) -> None:
-    on_device = window.own.is_cuda
+    num_warps = 1 if window.world_size <= 32 else 4
     wait_kernel[(1,)](
         window.own[flags:].view(torch.int64),
         window.state,
         window.given_up,
         window.world_size,
         limit_ns,
-        RANKS=_lanes(window.world_size, 1),
-        CLOCK=on_device,
-        num_warps=1,
+        RANKS=_lanes(window.world_size, num_warps),
+        DEVICE=window.own.is_cuda,
+        num_warps=num_warps,
         **overlap(window.own.device),
     )
 
@@ -342,7 +344,7 @@ def give_back(window: Window, layout: Layout, y_RD: Tensor, *, capacity: int) ->
     num_rows = window.world_size * capacity
     assert len(y_RD) == num_rows, f"{len(y_RD)} results of {num_rows} rows"
     words = payload_words(y_RD)
-    rows = triton.cdiv(num_rows, 4 * num_processors(y_RD.device))
+    rows = triton.cdiv(num_rows, _PROGRAMS_A_PROCESSOR * num_processors(y_RD.device))
     rows = min(_MOST_ROWS, triton.next_power_of_2(rows))
     # Odd, so that rows of one program are not the same row of several ranks.
     num_programs = triton.cdiv(num_rows, rows) | 1
@@ -363,6 +365,7 @@ def give_back(window: Window, layout: Layout, y_RD: Tensor, *, capacity: int) ->
         ROWS=rows,
         WORDS=min(_RESULT_WORDS, triton.next_power_of_2(words.shape[1])),
         RANKS=_lanes(window.world_size, 4),
+        DEVICE=window.own.is_cuda,
         num_warps=4,
         **overlap(y_RD.device),
     )
