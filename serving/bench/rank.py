@@ -224,22 +224,38 @@ def balance_gates(rank: Rank) -> float:
 
 
 def timed_steps(rank: Rank, num_steps: int, num_micro_batches: int, *, num_uncounted: int) -> list[float]:
-    """Seconds from one step's end to the next one's; the host is a step ahead, as it is when it serves."""
+    """Seconds from one step's end on the device to the next one's; the host is a step ahead, as it is when it serves."""
     runner = rank.runner
-    ends: list[float] = []
+    ends: list[_End] = []
     in_flight: list[LaunchedStep] = []
     for plan in itertools.islice(rank.plans(), num_uncounted + num_steps):
         shape = StepShape(
             prefill_tokens=plan.num_prefill_tokens, rows=len(plan.rows), num_micro_batches=num_micro_batches
         )
         in_flight.append(runner.launch(plan, shape))
+        ends.append(_End(runner.device))
         if len(in_flight) == 2:
             runner.settle(in_flight.pop(0))
-            ends.append(time.perf_counter())
     for launched in in_flight:
         runner.settle(launched)
-        ends.append(time.perf_counter())
-    return [end - begin for begin, end in itertools.pairwise(ends)][-num_steps:]
+    return [end.seconds_after(before) for before, end in itertools.pairwise(ends)][-num_steps:]
+
+
+class _End:
+    """Of what has been launched so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._s = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def seconds_after(self, other: _End) -> float:
+        if self._event is None or other._event is None:
+            return self._s - other._s
+        self._event.synchronize()
+        return float(other._event.elapsed_time(self._event)) / 1e3
 
 
 def measure_parts(
