@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels.quant import QuantisedRows
+from serving.kernels.route import count, with_shared
 from serving.model.config import ModelConfig
 from serving.model.hosting import Counting, HostedReplicas
 from serving.model.parallel import Parallel, num_moe_layers
@@ -87,14 +87,13 @@ class Routing:
 
     def send(self, layer: int, x: Rows, experts_TK: Tensor, weights_TK: Tensor) -> Sending[Rows] | CountedSending:
         """Rows [T, D] of this rank on their way; experts int64 and weights fp32 as the gate has them."""
-        chosen = experts_TK.flatten()
-        self.num_tokens_LE[layer].scatter_add_(0, chosen, torch.ones_like(chosen))
-        if self._shared_is_routed:
-            experts_TK = F.pad(experts_TK, (0, 1), value=self._num_experts)
-            weights_TK = F.pad(weights_TK, (0, 1), value=1.0)
-        replicas = self._replicas
+        replicas, counts_E = self._replicas, self.num_tokens_LE[layer]
+        shared = self._num_experts if self._shared_is_routed else None
         if isinstance(replicas, Replicas):
-            return self.dispatch.send(x, replicas.slots(layer, experts_TK, self._ep_rank), weights_TK)
+            routed = replicas.route(layer, experts_TK, weights_TK, counts_E, first=self._ep_rank, shared=shared)
+            return self.dispatch.send(x, *routed)
+        count(experts_TK, counts_E)
+        experts_TK, weights_TK = with_shared(experts_TK, weights_TK, shared)
 
         def send(counts_WE: Tensor) -> Sending[Rows]:
             return self.dispatch.send(x, replicas.slots(layer, experts_TK, counts_WE), weights_TK)
