@@ -16,13 +16,15 @@ import multiprocessing
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from kvcache.layout import PageLayout, num_pages_for
@@ -42,9 +44,12 @@ from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.parallel import SINGLE, Parallel
 from serving.model.units import shape_of
 from serving.parallel.collectives import Collectives
+from serving.parallel.dispatch import Dispatch, Returning, Sending
 from serving.parallel.distributed import TorchCollectives
+from serving.parallel.hops import X
+from serving.parallel.symmetric import Exchanged, Symmetric, open_symmetric
 
-_DEADLINE_S = 120.0
+_DEADLINE_S = 60.0
 _START_S = 600.0
 _GREEDY = SamplingParams(temperature=0.0)
 _NUM_IN_FLIGHT = 2
@@ -112,7 +117,19 @@ class Fill:
 
 @dataclass(frozen=True, kw_only=True)
 class Decode:
-    unit: bool
+    """A step of all rows, captured. `through`: how rows get to the experts of other ranks, over NCCL or through peer memory."""
+
+    unit: bool = True
+    micro_batches: int = 1
+    through: str = "nccl"
+    profiled: bool = False
+
+    @property
+    def name(self) -> str:
+        if not self.unit:
+            return "one GPU"
+        through = {"nccl": "NCCL", "peer-memory": "peer memory"}[self.through]
+        return f"unit, {through}" + (f", {self.micro_batches} micro-batches" if self.micro_batches > 1 else "")
 
 
 Work = Prefill | Fill | Decode
@@ -224,6 +241,12 @@ class _Rank:
         self._ep = Switched(self._groups[0])
         shape = shape_of(DecodeTable(dp=setup.num_ranks), setup.config)
         parallel = parallel_of(shape, rank, setup.config, lambda name, ranks: self._ep)
+        self._slots_per_rank = shape.hosted_slots
+        self._through = "nccl"
+        assert parallel.fixed is not None
+        self._over_nccl = parallel.fixed
+        self._peer_memory: Symmetric | None = None
+        parallel = replace(parallel, fixed=lambda capacity: _Chosen(partial(self._fixed, capacity)))
         self._unit = _Texts(setup, parallel, setup.num_ranks, rank, self._device)
         self._alone = _Texts(setup, SINGLE, 1, 0, self._device) if rank == 0 else None
         self._wait()
@@ -231,16 +254,19 @@ class _Rank:
 
     def run(self, work: Work) -> Done:
         texts = self._texts(work.unit if isinstance(work, Decode) else work.way.unit)
-        if isinstance(work, Decode):
-            return self._decode(texts, meets=work.unit)
         if isinstance(work, Fill):
             return self._fill(texts, work.way)
-        if work.way.unit:
-            self._go(work.way)
+        if isinstance(work, Decode):
+            self._through = work.through
+            measured = partial(self._decode, texts, work)
+        else:
+            if work.way.unit:
+                self._go(work.way)
+            measured = partial(self._prefill, texts, work.way)
         if not work.profiled:
-            return self._prefill(texts, work.way)
+            return measured()
         with torch.profiler.profile(activities=self._activities()) as profile:
-            done = self._prefill(texts, work.way)
+            done = measured()
         return replace(done, spans=kernel_spans(profile))
 
     def _go(self, way: Way) -> None:
@@ -265,16 +291,34 @@ class _Rank:
         self._meet(way.unit)
         return Done(seconds=0.0, first_tokens=texts.prefill(prompts, way))
 
-    def _decode(self, texts: _Texts, *, meets: bool) -> Done:
+    def _decode(self, texts: _Texts, work: Decode) -> Done:
         setup = self._setup
         rows = setup.rows // texts.num_ranks
-        texts.decode(rows, setup.context, _UNCOUNTED_STEPS)
-        before = self._meet(meets)
+        texts.open(texts.prompts(setup.rows, setup.context), work)
+        texts.decode(rows, setup.context, _UNCOUNTED_STEPS, work)
+        self._meet(work.unit)
         begin = time.perf_counter()
-        results = texts.decode(rows, setup.context + _UNCOUNTED_STEPS, setup.steps)
+        results = texts.decode(rows, setup.context + _UNCOUNTED_STEPS, setup.steps, work)
         seconds = (time.perf_counter() - begin) / setup.steps
-        first_tokens = [token.token_id for token in results[0].tokens]
-        return Done(seconds=seconds, first_tokens=first_tokens, sent_bytes=self._ep.sent_bytes - before)
+        if self._peer_memory is not None:
+            self._peer_memory.check()
+        return Done(seconds=seconds, first_tokens=[token.token_id for token in results[0].tokens])
+
+    def _fixed(self, capacity: int) -> Dispatch:
+        """Of the step that is being captured."""
+        if self._through == "nccl":
+            return self._over_nccl(capacity)
+        if self._peer_memory is None:
+            config = self._setup.config
+            exchanged = Exchanged(
+                slots_per_rank=self._slots_per_rank,
+                capacity=self._setup.rows // self._setup.num_ranks,
+                width=config.hidden_size,
+                top_k=config.num_experts_per_token,
+                deadline_s=_DEADLINE_S,
+            )
+            self._peer_memory = open_symmetric(self._control, self._device, exchanged)
+        return self._peer_memory.dispatch(capacity)
 
     def _texts(self, unit: bool) -> _Texts:
         if unit:
@@ -309,6 +353,22 @@ class _Rank:
         )
 
 
+class _Chosen:
+    """The dispatch that `choose` makes for a step when that is captured."""
+
+    def __init__(self, choose: Callable[[], Dispatch]) -> None:
+        self._choose = choose
+        self._chosen: Dispatch | None = None
+
+    def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
+        self._chosen = self._choose()
+        return self._chosen.send(x, slots_TK, weights_TK)
+
+    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
+        assert self._chosen is not None
+        return self._chosen.give_back(sending, y_RD)
+
+
 class _Texts:
     """A model filled with random weights, a runner over it, and the pages of as many texts as it ever has at once."""
 
@@ -329,7 +389,8 @@ class _Texts:
         )
         self._pages = [list(range(slot * pages_each, (slot + 1) * pages_each)) for slot in range(most)]
         pool = KVPool(layout, most * pages_each, dtype, device)
-        self._runner = Runner(
+        self._new_runner = partial(
+            Runner,
             self._model,
             pool.tensor,
             num_slots=most,
@@ -337,6 +398,8 @@ class _Texts:
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
         )
+        self._runner = self._new_runner()
+        self._decoders: dict[Decode, Runner] = {}
 
     def keep_free(self, num_sms: int) -> None:
         self._model.parallel = replace(self._model.parallel, free_sms=num_sms)
@@ -347,38 +410,46 @@ class _Texts:
             self._rank :: self.num_ranks
         ]
 
-    def open(self, prompts: Sequence[list[int]]) -> None:
-        """A slot each, from the first on."""
+    def open(self, prompts: Sequence[list[int]], work: Decode | None = None) -> None:
+        """A slot each, from the first on; of the runner that is to do `work`."""
+        runner = self._runner if work is None else self._decoder(work)
         for slot, prompt in enumerate(prompts):
             spec = SlotSpec(
                 sampling=_GREEDY, token_ids=prompt, num_prompt_tokens=len(prompt), page_ids=self._pages[slot]
             )
-            self._runner.open_slot(slot, spec)
+            runner.open_slot(slot, spec)
 
     def prefill(self, prompts: Sequence[list[int]], way: Way) -> list[int]:
         """The first token of each."""
         plans = prefill_plans(prompts, self._pages, way.step_tokens)
-        results = self._run([(plan, plan.num_prefill_tokens, 0) for plan in plans], way.micro_batches)
+        results = self._run(self._runner, [(plan, plan.num_prefill_tokens, 0) for plan in plans], way.micro_batches)
         found = {token.slot: token.token_id for result in results for token in result.tokens}
         return [found[slot] for slot in range(len(prompts))]
 
-    def decode(self, num_rows: int, start: int, steps: int) -> list[StepResult]:
+    def decode(self, num_rows: int, start: int, steps: int, work: Decode) -> list[StepResult]:
         """Of the first slots, whose texts have `start` tokens."""
         plans = [
             StepPlan(rows=tuple(DecodeRow(slot=slot, position=position) for slot in range(num_rows)))
             for position in range(start, start + steps)
         ]
-        return self._run([(plan, 0, num_rows) for plan in plans], 1)
+        return self._run(self._decoder(work), [(plan, 0, num_rows) for plan in plans], work.micro_batches)
 
-    def _run(self, steps: Sequence[tuple[StepPlan, int, int]], micro_batches: int) -> list[StepResult]:
+    def _decoder(self, work: Decode) -> Runner:
+        """With captured steps of its own."""
+        work = replace(work, profiled=False)
+        if work not in self._decoders:
+            self._decoders[work] = self._new_runner(split_rows=1 if work.micro_batches > 1 else 0)
+        return self._decoders[work]
+
+    def _run(self, runner: Runner, steps: Sequence[tuple[StepPlan, int, int]], micro_batches: int) -> list[StepResult]:
         results: list[StepResult] = []
         in_flight: deque[Any] = deque()
         for plan, prefill_tokens, rows in steps:
             if len(in_flight) == _NUM_IN_FLIGHT:
-                results.append(self._runner.settle(in_flight.popleft()))
+                results.append(runner.settle(in_flight.popleft()))
             shape = StepShape(prefill_tokens=prefill_tokens, rows=rows, num_micro_batches=micro_batches)
-            in_flight.append(self._runner.launch(plan, shape))
-        return results + [self._runner.settle(launched) for launched in in_flight]
+            in_flight.append(runner.launch(plan, shape))
+        return results + [runner.settle(launched) for launched in in_flight]
 
 
 def prefill_plans(prompts: Sequence[list[int]], pages: Sequence[list[int]], step_tokens: int) -> list[StepPlan]:

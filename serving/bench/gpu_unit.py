@@ -9,6 +9,7 @@ saved         of what sending costs a step of one micro-batch, the share that it
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class DecodeFigure:
     """Medians. `ratio`: to one GPU's TPOT; below 1 is quicker."""
 
     name: str
+    work: Decode
     tpot_s: float
     tokens_per_s: float
     ratio: float
@@ -73,15 +75,32 @@ def ways_of(step_tokens: Sequence[int], micro_batches: Sequence[int], free_sms: 
     return [*alone, *(way for sent in sends for way in (sent, _local(sent)))]
 
 
+def decodes_of(through: Sequence[str], micro_batches: Sequence[int]) -> list[Decode]:
+    """One GPU first. Peer memory has one exchange in flight, so no second micro-batch."""
+    unit = [
+        Decode(through=name, micro_batches=number)
+        for name in through
+        for number in (micro_batches if name == "nccl" else [1])
+    ]
+    return [Decode(unit=False), *unit]
+
+
 def measure(
-    setup: Setup, ways: Sequence[Way], *, repeats: int, scratch: Path, trace: Path | None, told: Told
+    setup: Setup,
+    ways: Sequence[Way],
+    decodes: Sequence[Decode],
+    *,
+    repeats: int,
+    scratch: Path,
+    trace: Path | None,
+    told: Told,
 ) -> dict[str, Any]:
     """The report's parts. `trace`: of the quickest way with two micro-batches. Raises BatonError."""
     with GpuRanks(setup, scratch) as ranks:
         told("ranks are ready")
         prefill = measure_prefill(ranks, setup, ways, repeats, told)
         hidden = measure_hidden(ranks, prefill, trace, told)
-        decode = measure_decode(ranks, setup, ways[0], repeats, told) if setup.rows else []
+        decode = measure_decode(ranks, setup, decodes, ways[0].step_tokens, repeats, told)
     return {
         "device": torch.cuda.get_device_name() if setup.device == "cuda" else setup.device,
         "setup": asdict(setup),
@@ -148,30 +167,32 @@ def measure_hidden(
     return figures
 
 
-def measure_decode(ranks: GpuRanks, setup: Setup, way: Way, repeats: int, told: Told) -> list[DecodeFigure]:
+def measure_decode(
+    ranks: GpuRanks, setup: Setup, steps: Sequence[Decode], step_tokens: int, repeats: int, told: Told
+) -> list[DecodeFigure]:
+    """`steps`: the first is that of one GPU. `step_tokens`: in which contexts are filled."""
     for unit in (False, True):
-        ranks.run(Fill(way=Way(unit=unit, step_tokens=way.step_tokens)))
-    runs: dict[bool, list[float]] = {False: [], True: []}
+        ranks.run(Fill(way=Way(unit=unit, step_tokens=step_tokens)))
+    runs: list[list[float]] = [[] for _ in steps]
     for turn in range(repeats + 1):
-        for unit, seconds in runs.items():
-            done = slowest(ranks.run(Decode(unit=unit)))
-            told(f"{'decode' if turn else 'decode, not counted'}: {1e3 * done:.3f} ms, {'unit' if unit else 'one GPU'}")
+        for work, seconds in zip(steps, runs, strict=True):
+            done = slowest(ranks.run(work))
+            told(f"{'decode' if turn else 'decode, not counted'}: {1e3 * done:.3f} ms, {work.name}")
+            # A first run captures.
             if turn:
                 seconds.append(done)
-    alone_s = sorted(runs[False])[len(runs[False]) // 2]
-    figures = []
-    for unit, seconds in runs.items():
-        tpot_s = sorted(seconds)[len(seconds) // 2]
-        figures.append(
-            DecodeFigure(
-                name=f"{'unit' if unit else 'one GPU'}, {setup.rows} sequences behind {setup.context} tokens",
-                tpot_s=tpot_s,
-                tokens_per_s=setup.rows / tpot_s,
-                ratio=tpot_s / alone_s,
-                raw_s=seconds,
-            )
+    alone_s = statistics.median(runs[0])
+    return [
+        DecodeFigure(
+            name=f"{work.name}, {setup.rows} sequences behind {setup.context} tokens",
+            work=work,
+            tpot_s=statistics.median(seconds),
+            tokens_per_s=setup.rows / statistics.median(seconds),
+            ratio=statistics.median(seconds) / alone_s,
+            raw_s=seconds,
         )
-    return figures
+        for work, seconds in zip(steps, runs, strict=True)
+    ]
 
 
 def table(report: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,11 +26,12 @@ from kvcache.layout import num_pages_for
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.bench.timed import Timed, TimedExchanges
-from serving.core.config import DecodeTable
+from serving.core.config import BalanceTable, Config, DecodeTable, KVTable, ModelTable, PrefillTable
 from serving.core.errors import BatonError, ConfigError
-from serving.core.request import SamplingParams
+from serving.core.request import SamplingParams, TokenLogprobs
 from serving.core.request import Sequence as Job
-from serving.engine.build import build_engine
+from serving.core.spec import WorkerSpec
+from serving.engine.build import Engine, build_engine, build_engine_for
 from serving.engine.joining import parallel_of
 from serving.engine.unit import Alone, Follower, Leader, Lockstep, MicroBatches
 from serving.engine.unit import Unit as LoopUnit
@@ -53,7 +54,11 @@ _SPLIT = MicroBatches(prefill_tokens=64, rows=8)
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """tp x dp processes of `threads` each; their experts are spread over all of them. `traced`: keep what overlapped."""
+    """tp x dp processes of `threads` each; their experts are spread over all of them. `traced`: keep what overlapped.
+
+    `device`, `dtype`: the engines are built and joined as the server's are, on "cpu" or on a GPU for each, "cuda". None: over `transport`,
+    in fp32, and what collectives take is measured.
+    """
 
     tp: int = 1
     dp: int = 1
@@ -61,6 +66,8 @@ class Sizes:
     micro_batches: int = 1
     threads: int = 1
     traced: bool = False
+    device: str | None = None
+    dtype: str = "float32"
 
     @property
     def num_ranks(self) -> int:
@@ -69,9 +76,9 @@ class Sizes:
     @property
     def name(self) -> str:
         if self.num_ranks == 1:
-            return f"one process, {self.threads} threads"
+            return f"one process, {self.threads} threads" if self.device != "cuda" else "one GPU"
         split = ", 2 micro-batches" if self.micro_batches > 1 else ""
-        return f"TP{self.tp} x DP{self.dp}, EP{self.num_ranks}, {self.transport}{split}"
+        return f"TP{self.tp} x DP{self.dp}, EP{self.num_ranks}, {self.device or self.transport}{split}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +101,16 @@ class Group:
     steps: list[tuple[float, int]]
     all_since: float
     all_until: float
+    logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """`decode_tokens_per_s`: while all texts were being decoded. `in_collectives`: each rank's share of `seconds`."""
+    """`logprobs`: of each token, if they were asked for. `decode_tokens_per_s`: while all texts were being decoded. `in_collectives`: each
+    rank's share of `seconds`."""
 
     texts: list[list[int]]
+    logprobs: list[list[TokenLogprobs | None]]
     seconds: float
     decode_tokens_per_s: float
     in_collectives: list[float]
@@ -119,8 +129,11 @@ class Trace:
 class Unit:
     """`sizes.num_ranks` processes over the folder's weights."""
 
-    def __init__(self, sizes: Sizes, load: Load, scratch: Path) -> None:
-        """`scratch`: a folder of this unit's own. Returns when every rank is ready. Raises BatonError."""
+    def __init__(
+        self, sizes: Sizes, load: Load, scratch: Path, *, altered: Callable[[Engine, int], None] | None = None
+    ) -> None:
+        """`scratch`: a folder of this unit's own. `altered`, a function of a module, changes each rank's engine. Returns when every rank is
+        ready. Raises BatonError."""
         if load.prompts < sizes.dp:
             raise ConfigError(f"{load.prompts} prompts leave some of {sizes.dp} DP groups without one; ask for more")
         self.sizes = sizes
@@ -132,7 +145,9 @@ class Unit:
         try:
             for rank in range(sizes.num_ranks):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_rank, args=(theirs, sizes, load, rank, scratch, self._seconds))
+                process = context.Process(
+                    target=_rank, args=(theirs, sizes, load, rank, scratch, self._seconds, altered)
+                )
                 process.start()
                 # With the only other end in the child, its death ends the wait for it.
                 theirs.close()
@@ -144,15 +159,20 @@ class Unit:
             self._kill()
             raise
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generation:
-        """Greedy texts, never stopping early, in the order of the prompts."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int], logprobs: int | None = None
+    ) -> Generation:
+        """Greedy texts, never stopping early, in the order of the prompts. `new_tokens`: of each, or of every one. `logprobs`: of so many
+        candidates for each token."""
+        lengths = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else list(new_tokens)
         dp, before, begin = self.sizes.dp, list(self._seconds), time.perf_counter()
         for group in range(dp):
-            self._pipes[group * self.sizes.tp].send((prompts[group::dp], new_tokens))
+            self._pipes[group * self.sizes.tp].send((prompts[group::dp], lengths[group::dp], logprobs))
         groups: list[Group] = [self._hear(group * self.sizes.tp) for group in range(dp)]
         seconds = time.perf_counter() - begin
         return Generation(
             texts=[groups[index % dp].texts[index // dp] for index in range(len(prompts))],
+            logprobs=[groups[index % dp].logprobs[index // dp] for index in range(len(prompts))],
             seconds=seconds,
             decode_tokens_per_s=decode_rate(groups),
             in_collectives=[(after - was) / seconds for was, after in zip(before, self._seconds, strict=True)],
@@ -199,11 +219,22 @@ def decode_rate(groups: Sequence[Group]) -> float:
     return sum(tokens for _, tokens in ends) / (max(end for end, _ in ends) - since) if ends else 0.0
 
 
-def _rank(pipe: Connection, sizes: Sizes, load: Load, rank: int, scratch: Path, seconds: Any) -> None:
+def _rank(
+    pipe: Connection,
+    sizes: Sizes,
+    load: Load,
+    rank: int,
+    scratch: Path,
+    seconds: Any,
+    altered: Callable[[Engine, int], None] | None,
+) -> None:
     """The life of one process, at most as long as that of who measures."""
     said: Trace | BatonError | None
     try:
-        said = _live(pipe, sizes, load, rank, scratch, seconds)
+        engine = _joined(sizes, load, rank, scratch) if sizes.device else _built(sizes, load, rank, scratch, seconds)
+        if altered is not None:
+            altered(engine, rank)
+        said = _live(pipe, sizes, rank, engine)
     except BatonError as error:
         said = error
     except EOFError:
@@ -212,7 +243,35 @@ def _rank(pipe: Connection, sizes: Sizes, load: Load, rank: int, scratch: Path, 
         pipe.send(said)
 
 
-def _live(pipe: Connection, sizes: Sizes, load: Load, rank: int, scratch: Path, seconds: Any) -> Trace | None:
+def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
+    """As the server has it."""
+    most_jobs, most_tokens = -(-load.prompts // sizes.dp), load.prompt_tokens + load.new_tokens
+    if sizes.device == "cuda":
+        torch.cuda.set_device(rank)
+    config = Config(
+        model=ModelTable(device=sizes.device or "cpu", dtype=sizes.dtype, max_model_len=most_tokens),
+        prefill=PrefillTable(max_batched_tokens=load.max_batched_tokens),
+        decode=DecodeTable(tp=sizes.tp, dp=sizes.dp, microbatches=sizes.micro_batches, max_num_seqs=most_jobs),
+        kv=KVTable(decode_pages=most_jobs * num_pages_for(most_tokens)),
+        balance=BalanceTable(period_s=0),
+    )
+    spec = WorkerSpec(
+        worker_id=f"both-0.{rank}",
+        role="both",
+        incarnation=1,
+        host="127.0.0.1",
+        secret=b"",
+        model_dir=str(load.folder),
+        num_threads=sizes.threads,
+        config=config,
+        rank=rank,
+        rendezvous=str(scratch / f"{scratch.name}-rendezvous"),
+    )
+    return build_engine_for(spec)
+
+
+def _built(sizes: Sizes, load: Load, rank: int, scratch: Path, seconds: Any) -> Engine:
+    """Over groups whose time is taken."""
     torch.set_num_threads(sizes.threads)
     parallel, lockstep = SINGLE, None
     if sizes.num_ranks > 1:
@@ -232,24 +291,30 @@ def _live(pipe: Connection, sizes: Sizes, load: Load, rank: int, scratch: Path, 
         num_threads=sizes.threads,
     )
     engine.runner.warm_up(max_batched_tokens=engine.max_batched_tokens, decodes=True)
+    return engine
+
+
+def _live(pipe: Connection, sizes: Sizes, rank: int, engine: Engine) -> Trace | None:
+    lockstep, on_gpu = engine.lockstep, sizes.device == "cuda"
     traced = _traced(engine.runner.model, rank) if sizes.traced else None
     if lockstep is not None:
         lockstep.meet()
     pipe.send(None)
     if lockstep is not None and rank % sizes.tp:
-        Follower(engine.runner, lockstep).run()
+        Follower(engine.runner, lockstep, run_ahead=on_gpu).run()
     else:
         unit: LoopUnit = Alone(engine.runner) if lockstep is None else Leader(engine.runner, lockstep)
         loop = Aggregated(
             unit.executor,
             KVManager(engine.pool.num_pages, prefix_cache=False),
-            num_slots=most_jobs,
+            num_slots=engine.max_num_seqs,
             max_batched_tokens=engine.max_batched_tokens,
             max_model_len=engine.max_model_len,
+            run_ahead=on_gpu,
         )
         _lead(pipe, unit, loop)
     if lockstep is not None:
-        lockstep.bell.close()
+        lockstep.close()
     if traced is None:
         return None
     begin, timeline = traced
@@ -305,22 +370,26 @@ def _traced(model: Any, rank: int) -> tuple[float, Timeline]:
 
 def _lead(pipe: Connection, unit: LoopUnit, loop: Aggregated) -> None:
     """Generations until there are no more to come."""
-    for prompts, new_tokens in iter(pipe.recv, None):
-        pipe.send(_generate(unit, loop, prompts, new_tokens))
+    for prompts, lengths, logprobs in iter(pipe.recv, None):
+        pipe.send(_generate(unit, loop, prompts, lengths, logprobs))
     while not unit.turned(stopping=False, drained=True):
         pass
 
 
-def _generate(unit: LoopUnit, loop: Aggregated, prompts: Sequence[Sequence[int]], new_tokens: int) -> Group:
+def _generate(
+    unit: LoopUnit, loop: Aggregated, prompts: Sequence[Sequence[int]], lengths: Sequence[int], logprobs: int | None
+) -> Group:
     texts: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
+    found: dict[str, list[TokenLogprobs | None]] = {job_id: [] for job_id in texts}
+    wanted = dict(zip(texts, lengths, strict=True))
     for job_id, prompt in zip(texts, prompts, strict=True):
         loop.add(
             Job(
                 job_id=job_id,
                 token_ids=list(prompt),
                 num_prompt_tokens=len(prompt),
-                sampling=SamplingParams(temperature=0.0),
-                max_new_tokens=new_tokens,
+                sampling=SamplingParams(temperature=0.0, logprobs=logprobs),
+                max_new_tokens=wanted[job_id],
                 deadline_s=math.inf,
             )
         )
@@ -333,11 +402,14 @@ def _generate(unit: LoopUnit, loop: Aggregated, prompts: Sequence[Sequence[int]]
         for event in events:
             text = texts[event.sequence.job_id]
             text.append(event.token_id)
+            found[event.sequence.job_id].append(event.logprobs)
             num_begun += len(text) == 1
             if num_begun == len(texts):
                 all_since = min(all_since, now)
-            if len(text) == new_tokens and all_until < 0:
+            if len(text) == wanted[event.sequence.job_id] and all_until < 0:
                 all_until = now
         if events:
             steps.append((now, len(events)))
-    return Group(texts=list(texts.values()), steps=steps, all_since=all_since, all_until=all_until)
+    return Group(
+        texts=list(texts.values()), logprobs=list(found.values()), steps=steps, all_since=all_since, all_until=all_until
+    )

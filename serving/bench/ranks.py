@@ -27,9 +27,9 @@ import psutil
 import torch
 
 from serving.bench.gpu_ranks import Setup
+from serving.bench.gpu_unit import decodes_of, ways_of
 from serving.bench.gpu_unit import measure as measure_gpus
 from serving.bench.gpu_unit import table as gpu_table
-from serving.bench.gpu_unit import ways_of
 from serving.bench.options import count, counts
 from serving.bench.processes import TRANSPORTS, Generation, Load, Sizes, Trace, Unit
 from serving.bench.report import provenance, write_report
@@ -39,6 +39,7 @@ from serving.core.errors import ConfigError
 _PAUSE_S = 0.3
 _TRACED_TOKENS = 6
 _NUM_GPUS = 2
+_THROUGH = "nccl", "peer-memory"
 _CPU_DEFAULTS = {"shape": "cpu-34m", "requests": 64, "prompt_tokens": 64, "microbatches": [1]}
 _GPU_DEFAULTS = {"shape": "slice", "requests": 32, "prompt_tokens": 2048, "microbatches": [1, 2]}
 
@@ -136,6 +137,7 @@ def _run_on_gpus(options: argparse.Namespace, argv: Sequence[str]) -> int:
         report |= measure_gpus(
             setup,
             ways_of(options.step_tokens, options.microbatches, options.free_sms),
+            decodes_of(options.through, options.microbatches),
             repeats=options.repeats,
             scratch=Path(scratch),
             trace=options.timeline,
@@ -296,12 +298,26 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     gpus.add_argument("--rows", type=count, default=64, help="sequences that decode")
     gpus.add_argument("--context", type=count, default=4096, help="tokens before them")
+    gpus.add_argument(
+        "--through",
+        type=_ways_through,
+        default=list(_THROUGH),
+        metavar="NAME,...",
+        help=f"of decode steps: {', '.join(_THROUGH)}",
+    )
     options = parser.parse_args(argv)
     defaults = _GPU_DEFAULTS if options.device == "cuda" else _CPU_DEFAULTS
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     return options
+
+
+def _ways_through(text: str) -> list[str]:
+    names = text.split(",")
+    if set(names) - set(_THROUGH):
+        raise argparse.ArgumentTypeError(f"{text}: known are {', '.join(_THROUGH)}")
+    return names
 
 
 def _numbers(text: str) -> list[int]:

@@ -94,7 +94,8 @@ class StepGraphs:
         graph, inputs, outputs = self._graphs[size]
         block = self._blocks[self._next_block][: len(values)]
         self._next_block = (self._next_block + 1) % _NUM_BLOCKS
-        block.copy_(torch.tensor(values, dtype=torch.int64))
+        # A third of the time that torch takes for a tensor of thousands of integers.
+        block.numpy()[:] = values
         inputs.copy_(block, non_blocking=True)
         graph.replay()
         return outputs

@@ -102,9 +102,9 @@ class Policy:
         if self.max_changes is not None:
             nodes = self.num_nodes if self._is_hierarchical else 1
             return incremental_placement(present, loads, max_changes=self.max_changes, num_nodes=nodes)
-        is_by_node = self._is_hierarchical or self.active is not None
-        nodes = self.num_nodes if is_by_node else 1
-        return fewest_moves(present, self._anew(loads), num_nodes=nodes, num_first=self.active)
+        by_node = self._is_hierarchical or self.active is not None
+        target = self._anew(loads, present)
+        return fewest_moves(present, target, num_nodes=self.num_nodes if by_node else 1, num_first=self.active)
 
     def balance(self, placement: Placement, loads: Floats) -> Floats:
         """[L]: mean over largest load of a GPU, as its slots share `loads` [L, E]."""
@@ -121,10 +121,15 @@ class Policy:
     def _is_hierarchical(self) -> bool:
         return self.num_slots > self.num_gpus and self.num_nodes > 1 and self.num_groups > 1
 
-    def _anew(self, loads: Floats) -> Placement:
+    def _anew(self, loads: Floats, present: Placement | None = None) -> Placement:
         if self.active is not None:
             return hosted_placement(
-                loads, num_slots=self.num_slots, num_gpus=self.num_gpus, active=self.active, num_nodes=self.num_nodes
+                loads,
+                num_slots=self.num_slots,
+                num_gpus=self.num_gpus,
+                active=self.active,
+                num_nodes=self.num_nodes,
+                present=present,
             )
         if self.num_slots == self.num_gpus:
             return single_placement(loads, num_gpus=self.num_gpus)

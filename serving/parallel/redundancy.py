@@ -131,11 +131,14 @@ def _overlap(offered: Ints, experts: Ints, wanted: Ints) -> Ints:
     return sent
 
 
-def choose_hosted(load: Ints, *, num_gpus: int, hosted_slots: int, active: int, gpus_per_node: int) -> Ints:
+def choose_hosted(
+    load: Ints, *, num_gpus: int, hosted_slots: int, active: int, gpus_per_node: int, present: Ints | None = None
+) -> Ints:
     """Experts that each GPU hosts until the next renewal, int64 [num_gpus, hosted_slots]; no GPU hosts one twice.
 
     load: tokens of each expert, integers [experts]. Copies go by load^(7/8), so that experts about to become hot have some, to other nodes
     first, and to no more than half the GPUs. The first `active` slots of the rows hold every expert: there always is an assignment.
+    present: such rows, of which as much as can be stays where it is: who takes what is decided in each step, so nothing is lost by it.
     ConfigError: the experts do not fit.
     """
     num_experts = len(load)
@@ -151,21 +154,39 @@ def choose_hosted(load: Ints, *, num_gpus: int, hosted_slots: int, active: int, 
     share, order = _by_share(tokens, copies)
     first = [(expert, active) for expert in order]
     further = [(expert, hosted_slots) for expert in order for _ in range(copies[expert] - 1)]
-    return _pack([*first, *further], share, num_gpus=num_gpus, slots=hosted_slots, gpus_per_node=gpus_per_node)
+    return _pack(
+        [*first, *further],
+        share,
+        num_gpus=num_gpus,
+        slots=hosted_slots,
+        gpus_per_node=gpus_per_node,
+        present=[[]] * num_gpus if present is None else present.tolist(),
+    )
 
 
-def hosted_placement(loads: Floats, *, num_slots: int, num_gpus: int, active: int, num_nodes: int) -> Placement:
+def hosted_placement(
+    loads: Floats,
+    *,
+    num_slots: int,
+    num_gpus: int,
+    active: int,
+    num_nodes: int,
+    present: Placement | None = None,
+) -> Placement:
     """`choose_hosted` for the loads [L, E] of every layer. As it does, the first `active` slots of the GPUs hold all experts of a layer, where a
     search for replicas begins. Raises ConfigError."""
+    shape = len(loads), num_gpus, num_slots // num_gpus
+    before = [None] * len(loads) if present is None else list(present.slots.reshape(shape))
     hosted = [
         choose_hosted(
             load,
             num_gpus=num_gpus,
-            hosted_slots=num_slots // num_gpus,
+            hosted_slots=shape[2],
             active=active,
             gpus_per_node=num_gpus // num_nodes,
+            present=of_layer,
         )
-        for load in _in_tokens(loads)
+        for load, of_layer in zip(_in_tokens(loads), before, strict=True)
     ]
     slots = np.stack(hosted).reshape(len(loads), num_slots)
     return Placement(slots=slots, num_experts=loads.shape[1], num_gpus=num_gpus)
@@ -197,7 +218,7 @@ def static_placement(load: Ints, *, num_gpus: int, slots: int) -> Ints:
     copies = _copies(tokens, total=num_gpus * slots, most=num_gpus)
     share, order = _by_share(tokens, copies)
     placed = [(expert, slots) for expert in order for _ in range(copies[expert])]
-    return _pack(placed, share, num_gpus=num_gpus, slots=slots, gpus_per_node=num_gpus)
+    return _pack(placed, share, num_gpus=num_gpus, slots=slots, gpus_per_node=num_gpus, present=[[]] * num_gpus)
 
 
 def _less_steep(count: int) -> int:
@@ -226,11 +247,18 @@ def _by_share(tokens: Sequence[int], copies: Sequence[int]) -> tuple[list[int], 
 
 
 def _pack(
-    placed: Iterable[tuple[int, int]], share: Sequence[int], *, num_gpus: int, slots: int, gpus_per_node: int
+    placed: Iterable[tuple[int, int]],
+    share: Sequence[int],
+    *,
+    num_gpus: int,
+    slots: int,
+    gpus_per_node: int,
+    present: Sequence[Sequence[int]],
 ) -> Ints:
-    """A GPU for each (expert, slots of a row that it may take part in): the node with fewest copies of it, there the least loaded.
+    """A GPU for each (expert, slots of a row that it may take part in): the node with fewest copies of it, there one that has it among as many
+    slots at present, else the least loaded.
 
-    A copy that no GPU can take any more is left out; slots that stay empty take the first experts that their GPU lacks.
+    A copy that no GPU can take any more is left out; slots that stay empty keep what they have, or take the first experts that their GPU lacks.
     """
     rows: list[list[int]] = [[] for _ in range(num_gpus)]
     load = [0] * num_gpus
@@ -239,11 +267,16 @@ def _pack(
         copies = on_node[expert]
         free = [gpu for gpu, row in enumerate(rows) if len(row) < room and expert not in row]
         if free:
-            gpu = min(free, key=lambda gpu: (copies[gpu // gpus_per_node], load[gpu], len(rows[gpu])))
+            key = [
+                (copies[gpu // gpus_per_node], expert not in present[gpu][:room], load[gpu], len(rows[gpu]))
+                for gpu in free
+            ]
+            gpu = free[key.index(min(key))]
             rows[gpu].append(expert)
             load[gpu] += share[expert]
             copies[gpu // gpus_per_node] += 1
     by_share = sorted(range(len(share)), key=lambda expert: (-share[expert], expert))
-    for row in rows:
-        row.extend([expert for expert in by_share if expert not in row][: slots - len(row)])
+    for row, before in zip(rows, present, strict=True):
+        missing = [expert for expert in dict.fromkeys([*before, *by_share]) if expert not in row]
+        row.extend(missing[: slots - len(row)])
     return np.array(rows, dtype=np.int64)

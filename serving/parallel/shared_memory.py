@@ -9,8 +9,12 @@ the name is removed, so that nothing is left when they end, however they end.
 
 A rank counts, per lane, the slots that it has posted and fetched. Slot n is fetched once all have posted it, and n's memory is
 posted to again once all have fetched n - _DEPTH. Issuing posts and returns; fetching is done in `wait`, in the order of issue.
-A wait sleeps until the counter that it waits for is changed (futex), so that ranks may share cores. Each rank holds a lock on a
-byte of the file, which the kernel releases with the process: a dead rank is known at once.
+A wait sleeps until the counter that it waits for is changed (futex), so that ranks may share cores, and says so, since a call of the
+kernel that would wake nobody costs as much as the rest of a barrier. Each rank holds a lock on a byte of the file, which the kernel
+releases with the process: a dead rank is known at once.
+
+Ranks that share cores come here with cold caches, where every operation on a tensor or an array costs several times what it does
+otherwise. So bytes are copied from address to address.
 
 Data is written before its counter and read after it; nothing but the processor's order of stores (x86) stands between them.
 """
@@ -23,26 +27,28 @@ import fcntl
 import mmap
 import os
 import platform
+import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.core.errors import StartupError
-from serving.parallel.collectives import Handle, RanksMissing, check_payloads, check_rows, even, row_bytes
+from serving.parallel.collectives import Handle, RanksMissing, check_payloads, check_rows, even
 
 _FOLDER = Path("/dev/shm")
 _DEPTH = 4
 _LANES = 2
-_POSTED, _FETCHED, _PRESENT, _MISSING = range(4)
-"""Words that a rank has in each lane; the last two in lane 0 alone. _MISSING[i] != 0: rank i was given up."""
+_WORDS = 4
+_POSTED, _FETCHED, _PRESENT, _MISSING = range(_WORDS)
+"""Words that a rank has in each lane; the last two in lane 0 alone. _MISSING[i] != 0: rank i was given up. Behind those of all
+lanes, for each rank: who sleeps until a word of it changes."""
 _PROGRESS = _PRESENT
 """In lane 1: how far the rank is with what it does between its calls."""
 _PROBE_S = 2e-3
@@ -50,32 +56,36 @@ _PROBE_S = 2e-3
 _FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
 _EVERYBODY = 2**31 - 1
 
-Bytes = NDArray[np.uint8]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """Bytes from `start` of what a rank posts that belong in `into`; with `add`, summed as values of that dtype."""
+class _Piece(NamedTuple):
+    """`num_bytes` from `start` of what a rank posts that belong at the address `into`; with `add`, added to these values there."""
 
     start: int
-    into: Bytes
-    add: torch.dtype | None = None
+    into: int
+    num_bytes: int
+    add: Tensor | None = None
 
 
-@dataclass(kw_only=True)
+class _Post(NamedTuple):
+    """The first bytes of a tensor."""
+
+    tensor: Tensor
+    num_bytes: int
+
+
+Pieces = list[list[_Piece]]
+"""By the rank that posts them."""
+
+
+@dataclass(kw_only=True, slots=True)
 class _Call:
-    """One collective. `table`: numbers that the others need to find their pieces in `posts`, the bytes that this rank posts.
-    `begin`: is given everybody's before any piece is asked for."""
+    """One collective. `most_bytes`: what the rank that posts most does; None: each posts a table that begins with its number of
+    bytes. `pieces`: asked once, when all have posted; it is given everybody's table."""
 
     number: int
-    posts: list[Bytes]
-    table: list[int]
-    pieces: Callable[[int, list[int]], Iterable[_Piece]]
-    begin: Callable[[list[list[int]]], None]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(len(post) for post in self.posts)
+    posts: Sequence[_Post]
+    most_bytes: int | None
+    pieces: Callable[[list[list[int]]], Pieces]
 
 
 class SharedMemoryCollectives:
@@ -96,8 +106,9 @@ class SharedMemoryCollectives:
         self._name = name
         self._deadline_s = deadline_s
         self._part_bytes = part_bytes
-        # Length, number of bytes, then a call's own table: at most one start for each rank and the end.
-        self._table_words = -(-(self.world_size + 3) // 8) * 8
+        # Number of bytes, then the first row for each rank and the end.
+        self._table_words = -(-(self.world_size + 2) // 8) * 8
+        self._order = threading.Lock()
         self._open_calls: deque[_Call] = deque()
         self._num_issued = self._num_rounds = 0
         self._attach(_FOLDER / f"baton-{name}-{self.ranks[0]}-{self.ranks[-1]}-{self.world_size}")
@@ -105,18 +116,26 @@ class SharedMemoryCollectives:
     def all_gather(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
         sizes = list(counts) if counts else even(len(out), self.world_size)
         check_rows(out, tensor, sizes, self.rank)
-        whole, starts = _flat(out), _starts(sizes, _width(out))
-        return self._issue(
-            [_flat(tensor)], [], lambda source, _: [_Piece(start=0, into=whole[starts[source] : starts[source + 1]])]
-        )
+        width = _width(out)
+        starts = _starts(sizes, width)
+
+        def pieces(_: list[list[int]]) -> Pieces:
+            address = out.data_ptr()
+            return [[_Piece(0, address + start, size * width)] for start, size in zip(starts, sizes, strict=False)]
+
+        return self._issue([_Post(tensor, len(tensor) * width)], max(sizes) * width, pieces)
 
     def reduce_scatter(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
         sizes = list(counts) if counts else even(len(tensor), self.world_size)
         check_rows(tensor, out, sizes, self.rank)
-        into, start = _flat(out), _starts(sizes, _width(out))[self.rank]
-        return self._issue(
-            [_flat(tensor)], [], lambda source, _: [_Piece(start=start, into=into, add=out.dtype if source else None)]
-        )
+        starts = _starts(sizes, _width(out))
+        start, size, into = starts[self.rank], sizes[self.rank] * _width(out), out.detach().view(-1)
+
+        def pieces(_: list[list[int]]) -> Pieces:
+            others = [[_Piece(start, 0, size, into)] for _ in range(self.world_size - 1)]
+            return [[_Piece(start, into.data_ptr(), size)], *others]
+
+        return self._issue([_Post(tensor, starts[-1])], starts[-1], pieces)
 
     def all_to_all(
         self,
@@ -126,56 +145,55 @@ class SharedMemoryCollectives:
         send_counts: Sequence[int],
     ) -> Handle:
         check_payloads(outs, tensors, recv_counts, send_counts, self.world_size)
-        into = [(_flat(out), _width(out)) for out in outs]
-        recv_starts, sent = _starts(recv_counts, 1), sum(send_counts)
+        starts = _starts(recv_counts, 1)
         return self._issue(
-            [_flat(tensor[:sent]) for tensor in tensors],
-            _starts(send_counts, 1),
-            lambda source, starts: self._rows_from(source, starts, into, recv_starts),
+            _posts(tensors, sum(send_counts)),
+            None,
+            lambda tables: self._rows_from(tables, outs, starts),
+            table=_starts(send_counts, 1),
         )
 
     def exchange(self, tensors: Sequence[Tensor], send_counts: Sequence[int]) -> _Incoming:
         """`all_to_all` whose receivers learn from what comes how many rows they get."""
         incoming = _Incoming(self, self._num_issued)
-        into: list[tuple[Bytes, int]] = []
-        recv_starts = [0]
 
-        def begin(tables: list[list[int]]) -> None:
-            received = [starts[self.rank + 1] - starts[self.rank] for starts in tables]
-            recv_starts[:] = _starts(received, 1)
-            outs = [tensor.new_empty(recv_starts[-1], *tensor.shape[1:]) for tensor in tensors]
-            into[:] = [(_flat(out), _width(out)) for out in outs]
-            incoming.outs, incoming.received = outs, received
+        def pieces(tables: list[list[int]]) -> Pieces:
+            incoming.received = [starts[self.rank + 1] - starts[self.rank] for starts in tables]
+            starts = _starts(incoming.received, 1)
+            incoming.outs = [tensor.new_empty(starts[-1], *tensor.shape[1:]) for tensor in tensors]
+            return self._rows_from(tables, incoming.outs, starts)
 
-        sent = sum(send_counts)
-        self._issue(
-            [_flat(tensor[:sent]) for tensor in tensors],
-            _starts(send_counts, 1),
-            lambda source, starts: self._rows_from(source, starts, into, recv_starts),
-            begin,
-        )
+        self._issue(_posts(tensors, sum(send_counts)), None, pieces, table=_starts(send_counts, 1))
         return incoming
 
-    def _rows_from(
-        self, source: int, starts: list[int], into: list[tuple[Bytes, int]], recv_starts: list[int]
-    ) -> Iterable[_Piece]:
-        """This rank's rows of each payload; `starts`: where those for each rank begin in what `source` posted."""
-        first, last, total = starts[self.rank], starts[self.rank + 1], starts[-1]
-        begin, end = recv_starts[source], recv_starts[source + 1]
-        assert last - first == end - begin, f"rank {source} sends {last - first} rows, {end - begin} are expected"
-        base = 0
-        for flat, width in into:
-            yield _Piece(start=base + first * width, into=flat[begin * width : end * width])
-            base += total * width
+    def _rows_from(self, tables: list[list[int]], outs: Sequence[Tensor], recv_starts: list[int]) -> Pieces:
+        """This rank's rows of each payload. `tables`: where those for each rank begin in what a source posted; `recv_starts`: where
+        those from each source belong in `outs`."""
+        rank, into = self.rank, [(out.data_ptr(), _width(out)) for out in outs]
+        of_sources: Pieces = []
+        for source, starts in enumerate(tables):
+            first, num_rows, begin = starts[rank], starts[rank + 1] - starts[rank], recv_starts[source]
+            expected = recv_starts[source + 1] - begin
+            assert num_rows == expected, f"rank {source} sends {num_rows} rows, {expected} are expected"
+            pieces, base = [], 0
+            for address, width in into:
+                pieces.append(_Piece(base + first * width, address + begin * width, num_rows * width))
+                base += starts[-1] * width
+            of_sources.append(pieces)
+        return of_sources
 
     def broadcast(self, tensor: Tensor, src: int) -> Handle:
-        flat = _flat(tensor)
-        if self.rank == src:
-            return self._issue([flat], [], lambda source, _: [])
-        return self._issue([], [], lambda source, _: [_Piece(start=0, into=flat)] if source == src else [])
+        assert tensor.is_contiguous()
+        size = tensor.numel() * tensor.element_size()
+
+        def pieces(_: list[list[int]]) -> Pieces:
+            into = [_Piece(0, tensor.data_ptr(), size)] if self.rank != src else []
+            return [into if source == src else [] for source in range(self.world_size)]
+
+        return self._issue([_Post(tensor, size)] if self.rank == src else [], size, pieces)
 
     def barrier(self) -> None:
-        self._issue([], [], lambda source, _: []).wait()
+        self._issue([], 0, lambda _: []).wait()
 
     def advance(self) -> None:
         self._words[self._word(1, _PROGRESS) + self.rank] += 1
@@ -204,9 +222,11 @@ class SharedMemoryCollectives:
             os.close(self._file)
 
     def _attach(self, path: Path) -> None:
-        control_bytes = -(-8 * _LANES * 4 * self.world_size // 4096) * 4096
+        num_words = self.world_size * (_LANES * _WORDS + self.world_size)
+        control_bytes = -(-8 * num_words // 4096) * 4096
         table_bytes = 8 * self._table_words
-        slots_bytes = (_DEPTH + 1) * self.world_size * (table_bytes + self._part_bytes)
+        self._slot_bytes = table_bytes + self._part_bytes
+        slots_bytes = (_DEPTH + 1) * self.world_size * self._slot_bytes
         self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             os.posix_fallocate(self._file, 0, control_bytes + slots_bytes)
@@ -216,11 +236,19 @@ class SharedMemoryCollectives:
             raise StartupError(f"no room for {needed} MiB in {_FOLDER} ({error}); enlarge it, or use gloo") from error
         memory = mmap.mmap(self._file, control_bytes + slots_bytes)
         fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self.rank)
-        self._words = memoryview(memory)[:control_bytes].cast("q")
-        self._address = np.frombuffer(memory, np.uint8, 1).ctypes.data
-        # [slot, rank, bytes]: the ring of lane 0, then the one slot of lane 1.
-        slots = np.frombuffer(memory, np.uint8, slots_bytes, control_bytes)
-        self._slots = slots.reshape(_DEPTH + 1, self.world_size, table_bytes + self._part_bytes)
+        self._words = memoryview(memory).cast("B").cast("q")
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        self._address = whole.data_ptr()
+        # The ring of lane 0, then the one slot of lane 1; of each rank its table and then its part.
+        self._first_table = control_bytes // 8
+        slots = whole[control_bytes:].view(_DEPTH + 1, self.world_size, self._slot_bytes)
+        self._parts = [[part[table_bytes:] for part in slot] for slot in slots]
+        self._addresses = [[part.data_ptr() for part in slot] for slot in self._parts]
+        given_up = self._word(0, _MISSING)
+        self._given_up_words = self._words[given_up : given_up + self.world_size]
+        self._sleepers = self.world_size * _LANES * _WORDS
+        mine = self._sleepers + self.rank * self.world_size
+        self._sleepers_on_mine = self._words[mine : mine + self.world_size]
         try:
             self._set(0, _PRESENT, 1)
             self._until(0, _PRESENT, 1)
@@ -229,92 +257,101 @@ class SharedMemoryCollectives:
 
     def _issue(
         self,
-        posts: list[Bytes],
-        table: list[int],
-        pieces: Callable[[int, list[int]], Iterable[_Piece]],
-        begin: Callable[[list[list[int]]], None] = lambda _: None,
+        posts: Sequence[_Post],
+        most_bytes: int | None,
+        pieces: Callable[[list[list[int]]], Pieces],
+        *,
+        table: list[int] | None = None,
     ) -> Handle:
-        if given_up := self._given_up():
-            self._fail(given_up)
-        call = _Call(number=self._num_issued, posts=posts, table=table, pieces=pieces, begin=begin)
-        if call.number >= _DEPTH:
-            self._complete(call.number - _DEPTH)
-            self._until(0, _FETCHED, call.number - _DEPTH + 1)
+        """`table`: numbers that the others need to find their pieces."""
+        if any(self._given_up_words):
+            self._fail(self._given_up())
+        number = self._num_issued
+        if number >= _DEPTH:
+            self._complete(number - _DEPTH)
+            self._until(0, _FETCHED, number - _DEPTH + 1)
         self._num_issued += 1
-        self._open_calls.append(call)
-        part = self._slots[call.number % _DEPTH, self.rank]
-        words = part[: 8 * self._table_words].view(np.int64)
-        words[: 2 + len(table)] = [len(table), call.num_bytes, *table]
-        self._post(call, part, 0)
-        self._set(0, _POSTED, call.number + 1)
-        return _Handle(self, call.number)
+        self._open_calls.append(_Call(number=number, posts=posts, most_bytes=most_bytes, pieces=pieces))
+        slot = number % _DEPTH
+        if table is not None:
+            words = [sum(post.num_bytes for post in posts), *table]
+            first = self._table(slot, self.rank)
+            self._words[first : first + len(words)] = array("q", words)
+        self._post(posts, slot, 0)
+        self._set(0, _POSTED, number + 1)
+        return _Handle(self, number)
 
     def _complete(self, number: int) -> None:
         """Fetch every call up to `number` that is still open."""
         while self._open_calls and self._open_calls[0].number <= number:
             call = self._open_calls[0]
             self._until(0, _POSTED, call.number + 1)
-            parts = self._slots[call.number % _DEPTH]
-            tables = [part[: 8 * self._table_words].view(np.int64).tolist() for part in parts]
-            of_ranks = [table[2 : 2 + table[0]] for table in tables]
-            call.begin(of_ranks)
-            pieces = [list(call.pieces(source, of_rank)) for source, of_rank in enumerate(of_ranks)]
-            self._fetch(pieces, parts, 0)
+            slot, tables, most_bytes = call.number % _DEPTH, [], call.most_bytes
+            if most_bytes is None:
+                places = [self._table(slot, source) for source in range(self.world_size)]
+                most_bytes = max(self._words[place] for place in places)
+                tables = [self._words[place + 1 : place + self.world_size + 2].tolist() for place in places]
+            pieces = call.pieces(tables)
+            self._fetch(pieces, slot, 0)
             self._set(0, _FETCHED, call.number + 1)
-            for start in range(self._part_bytes, max(table[1] for table in tables), self._part_bytes):
+            for start in range(self._part_bytes, most_bytes, self._part_bytes):
                 self._round(call, pieces, start)
             self._open_calls.popleft()
 
-    def _round(self, call: _Call, pieces: list[list[_Piece]], start: int) -> None:
+    def _round(self, call: _Call, pieces: Pieces, start: int) -> None:
         """The bytes from `start` of all ranks, through lane 1."""
         self._until(1, _FETCHED, self._num_rounds)
         self._num_rounds += 1
-        self._post(call, self._slots[_DEPTH, self.rank], start)
+        self._post(call.posts, _DEPTH, start)
         self._set(1, _POSTED, self._num_rounds)
         self._until(1, _POSTED, self._num_rounds)
-        self._fetch(pieces, self._slots[_DEPTH], start)
+        self._fetch(pieces, _DEPTH, start)
         self._set(1, _FETCHED, self._num_rounds)
 
-    def _post(self, call: _Call, part: Bytes, start: int) -> None:
-        data, base = part[8 * self._table_words :], 0
-        for post in call.posts:
-            low, high = max(base, start), min(base + len(post), start + self._part_bytes)
+    def _post(self, posts: Sequence[_Post], slot: int, start: int) -> None:
+        part, base = self._addresses[slot][self.rank], 0
+        for tensor, num_bytes in posts:
+            low, high = max(base, start), min(base + num_bytes, start + self._part_bytes)
             if low < high:
-                data[low - start : high - start] = post[low - base : high - base]
-            base += len(post)
+                ctypes.memmove(part + low - start, tensor.data_ptr() + low - base, high - low)
+            base += num_bytes
 
-    def _fetch(self, pieces: list[list[_Piece]], parts: Bytes, start: int) -> None:
-        for part, of_source in zip(parts, pieces, strict=True):
-            data = part[8 * self._table_words :]
-            for piece in of_source:
-                low, high = max(piece.start, start), min(piece.start + len(piece.into), start + self._part_bytes)
+    def _fetch(self, pieces: Pieces, slot: int, start: int) -> None:
+        for source, of_source in enumerate(pieces):
+            part = self._addresses[slot][source]
+            for begin, into, num_bytes, add in of_source:
+                low, high = max(begin, start), min(begin + num_bytes, start + self._part_bytes)
                 if low >= high:
                     continue
-                into, what = piece.into[low - piece.start : high - piece.start], data[low - start : high - start]
-                if piece.add is None:
-                    into[:] = what
+                if add is None:
+                    ctypes.memmove(into + low - begin, part + low - start, high - low)
                 else:
-                    torch.from_numpy(into).view(piece.add).add_(torch.from_numpy(what).view(piece.add))
+                    width = add.element_size()
+                    what = self._parts[slot][source][low - start : high - start].view(add.dtype)
+                    add[(low - begin) // width : (high - begin) // width].add_(what)
 
     def _until(self, lane: int, word: int, count: int) -> None:
         """Returns when every rank's `word` has come to `count`. Raises RanksMissing."""
         first = self._word(lane, word)
         words = self._words[first : first + self.world_size]
+        if min(words) >= count:
+            return
         begin_s = time.monotonic()
-        while min(words) < count:
+        while late := [(index, value) for index, value in enumerate(words) if value < count]:
             waited_s = time.monotonic() - begin_s
             given_up = self._given_up()
-            late = [(index, value) for index, value in enumerate(words) if value < count]
             if not given_up and waited_s > _PROBE_S:
                 given_up = [index for index, _ in late if self._is_dead(index)]
             if given_up:
                 self._fail(given_up)
-            if waited_s > self._deadline_s and late:
+            if waited_s > self._deadline_s:
                 behind = [index for index, _ in late]
                 self._fail(self._least_far(behind) or behind)
-            if late:
-                index, value = late[0]
-                _sleep_while(self._address + 8 * (first + index), value, _PROBE_S)
+            index, value = late[0]
+            asleep = self._sleepers + index * self.world_size + self.rank
+            self._words[asleep] = 1
+            _sleep_while(self._address + 8 * (first + index), value)
+            self._words[asleep] = 0
 
     def _least_far(self, indices: Iterable[int]) -> list[int]:
         """Those that are behind the others of `indices`, which wait for them; none, if all are equally far."""
@@ -324,9 +361,7 @@ class SharedMemoryCollectives:
         return [index for index, far in progress.items() if far == least] if max(progress.values()) > least else []
 
     def _given_up(self) -> list[int]:
-        first = self._word(0, _MISSING)
-        words = self._words[first : first + self.world_size]
-        return [index for index, word in enumerate(words) if word] if any(words) else []
+        return [index for index, word in enumerate(self._given_up_words) if word]
 
     def _is_dead(self, index: int) -> bool:
         """A present rank's lock is free. Two that ask at once see each other's lock, and ask again."""
@@ -341,26 +376,35 @@ class SharedMemoryCollectives:
 
     def _fail(self, missing: list[int]) -> NoReturn:
         for index in missing:
-            self._words[self._word(0, _MISSING) + index] = 1
+            self._given_up_words[index] = 1
         ranks = [self.ranks[index] for index in missing]
         raise RanksMissing(ranks, group=self._name, reason=f"deadline {self._deadline_s:g} s, or its process ended")
 
     def _set(self, lane: int, word: int, value: int) -> None:
         place = self._word(lane, word) + self.rank
         self._words[place] = value
-        _wake(self._address + 8 * place)
+        # The processor may read who sleeps before others see the value; the lock's atomic operation keeps it from that.
+        with self._order:
+            pass
+        if any(self._sleepers_on_mine):
+            _wake(self._address + 8 * place)
 
     def _word(self, lane: int, word: int) -> int:
-        return (lane * 4 + word) * self.world_size
+        return (lane * _WORDS + word) * self.world_size
+
+    def _table(self, slot: int, rank: int) -> int:
+        return self._first_table + (slot * self.world_size + rank) * (self._slot_bytes // 8)
 
 
-@dataclass(frozen=True)
 class _Handle:
-    group: SharedMemoryCollectives
-    number: int
+    __slots__ = ("_group", "_number")
+
+    def __init__(self, group: SharedMemoryCollectives, number: int) -> None:
+        self._group = group
+        self._number = number
 
     def wait(self) -> None:
-        self.group._complete(self.number)
+        self._group._complete(self._number)
 
 
 class _Incoming:
@@ -386,10 +430,12 @@ _system_call = ctypes.CDLL(None).syscall
 _system_call.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p]
 
 
-def _sleep_while(address: int, value: int, most_s: float) -> None:
+_probe = _Time(0, int(_PROBE_S * 1e9))
+
+
+def _sleep_while(address: int, value: int) -> None:
     """While the word there is `value`, whose lower half is what the kernel compares; may return early."""
-    most = _Time(0, int(most_s * 1e9))
-    _system_call(_FUTEX, address, _FUTEX_WAIT, value & 0xFFFFFFFF, ctypes.addressof(most))
+    _system_call(_FUTEX, address, _FUTEX_WAIT, value & 0xFFFFFFFF, ctypes.addressof(_probe))
 
 
 def _wake(address: int) -> None:
@@ -397,10 +443,9 @@ def _wake(address: int) -> None:
     _system_call(_FUTEX, address, _FUTEX_WAKE, _EVERYBODY, None)
 
 
-def _flat(tensor: Tensor) -> Bytes:
-    """The tensor's own memory."""
-    flat: Bytes = row_bytes(tensor.detach()).view(-1).numpy()
-    return flat
+def _posts(tensors: Sequence[Tensor], num_rows: int) -> list[_Post]:
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    return [_Post(tensor, num_rows * _width(tensor)) for tensor in tensors]
 
 
 def _width(tensor: Tensor) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,23 +12,18 @@ from decode.scheduler import TokenEvent
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.core.request import SamplingParams, Sequence
-from serving.demo.evaluate import drawn_questions, draws
 from serving.engine.build import Engine, build_engine
 from serving.engine.plan import SlotSpec
-from serving.text.template import ChatTemplate
-from serving.text.tokenizer import Tokenizer
+from tests.gpu.texts import DEMO, TIE, partings, trained_questions
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 
-DEMO = Path(__file__).parents[2] / "serving" / "demo" / "model"
 GREEDY = SamplingParams(temperature=0.0)
 NEW_TOKENS = 24
 ANSWER_TOKENS = 40
-# Two candidates so close in the other run's logits are a tie of bf16.
-TIE = 0.05
 
 
 def engine_on(device: str, dtype: str = "float32") -> Engine:
@@ -66,16 +59,7 @@ def texts(prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def questions() -> list[list[int]]:
-    """What the model was trained to answer, in new words: on noise any rounding changes its mind, on a CPU too."""
-    tokenizer = Tokenizer.from_folder(DEMO)
-    template = ChatTemplate(tokenizer, "v3")
-    asked = [
-        question
-        for kind, draw in draws(tokenizer, (256, 1024)).items()
-        for question in drawn_questions(kind, draw, 25, seed=3)
-    ]
-    assert len(asked) == 200
-    return [template.render(question.messages, tools=question.tools) for question in asked]
+    return trained_questions(25)
 
 
 def written(engine: Engine, prompts: list[list[int]]) -> list[list[TokenEvent]]:
@@ -99,21 +83,6 @@ def written(engine: Engine, prompts: list[list[int]]) -> list[list[TokenEvent]]:
         for event in loop.step(0.0).events:
             texts[int(event.sequence.job_id)].append(event)
     return texts
-
-
-def parting(mine: list[TokenEvent], theirs: list[TokenEvent]) -> float | None:
-    """How far apart the two candidates are where two texts part, in the logits of whichever run has them farther apart. None: equal."""
-    # One ends before the other only where they have parted.
-    for a, b in zip(mine, theirs, strict=False):
-        if a.token_id != b.token_id:
-            return max(_gap(a, b.token_id), _gap(b, a.token_id))
-    return None
-
-
-def _gap(event: TokenEvent, other: int) -> float:
-    assert event.logprobs is not None
-    top = dict(zip(event.logprobs.top_ids, event.logprobs.top_logprobs, strict=True))
-    return event.logprobs.logprob - top.get(other, -math.inf)
 
 
 @pytest.mark.parametrize(("max_batched_tokens", "run_ahead"), [(256, True), (64, False), (4096, True)])
@@ -160,11 +129,6 @@ def test_greedy_answers_in_bf16_part_from_the_cpus_only_at_ties(questions: list[
     assert all(gap <= TIE for gap in parted)
     engine.runner.model.blocks[3].attention.kv_norm.neg_()  # type: ignore[attr-defined]
     assert any(gap > TIE for gap in partings(written(engine, questions), theirs))
-
-
-def partings(texts: list[list[TokenEvent]], others: list[list[TokenEvent]]) -> list[float]:
-    gaps = [parting(mine, theirs) for mine, theirs in zip(texts, others, strict=True)]
-    return sorted(gap for gap in gaps if gap is not None)
 
 
 def test_drawn_text_does_not_depend_on_the_batch(prompts: list[list[int]]) -> None:

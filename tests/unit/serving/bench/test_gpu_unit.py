@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from serving.bench.gpu_ranks import Done, Setup, Way, median_s, prefill_plans
-from serving.bench.gpu_unit import measure, table, ways_of
+from serving.bench.gpu_unit import decodes_of, measure, table, ways_of
 
 
 def test_a_unit_stands_beside_one_rank(tmp_path: Path) -> None:
@@ -25,7 +25,15 @@ def test_a_unit_stands_beside_one_rank(tmp_path: Path) -> None:
     )
     told: list[str] = []
     ways = ways_of([128], [1, 2], [0, 8])
-    report = measure(setup, ways, repeats=1, scratch=tmp_path, trace=tmp_path / "trace.json", told=told.append)
+    report = measure(
+        setup,
+        ways,
+        decodes_of(["nccl"], [1]),
+        repeats=1,
+        scratch=tmp_path,
+        trace=tmp_path / "trace.json",
+        told=told.append,
+    )
     one, *unit = report["prefill"]
     assert one["ratio"] == 1.0
     assert len(unit) == 2 * 3

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from serving.bench.processes import Group, Load, Sizes, Trace, Unit, decode_rate
 from serving.bench.ranks import Hidden, main, merged, same_texts
 from serving.bench.shapes import random_prompts, write_checkpoint
 from serving.core.errors import BatonError
+from serving.engine.build import Engine
 
+_NUMBERS = itertools.count()
 _SMALL = ["--shape", "tiny", "--ranks", "1x2", "--requests", "16", "--prompt-tokens", "32", "--new-tokens", "9"]
 
 
@@ -54,6 +58,32 @@ def test_other_weights_are_found_out_by_their_texts(tmp_path: Path) -> None:
         again = one.generate(prompts, 4).texts
     assert same_texts(again, expected) == 4
     assert same_texts(texts, expected) < 4
+
+
+def test_engines_that_join_as_the_servers_do_write_what_one_process_writes(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "tiny", 0)
+    load = Load(folder=tmp_path, prompts=8, prompt_tokens=16, new_tokens=12, max_batched_tokens=64)
+    prompts = random_prompts(8, 16, 256, 0)
+
+    def texts(sizes: Sizes, altered: Callable[[Engine, int], None] | None = None) -> list[list[int]]:
+        scratch = tmp_path / f"{tmp_path.name}-{os.getpid()}-{next(_NUMBERS)}"
+        scratch.mkdir()
+        with Unit(sizes, load, scratch, altered=altered) as unit:
+            generation = unit.generate(prompts, [12, 3] * 4, logprobs=2)
+            unit.close()
+        assert all(logprobs is not None for of_text in generation.logprobs for logprobs in of_text)
+        return generation.texts
+
+    expected = texts(Sizes(device="cpu"))
+    assert texts(Sizes(tp=2, device="cpu")) == expected
+    assert texts(Sizes(dp=2, micro_batches=2, device="cpu")) == expected
+    assert texts(Sizes(dp=2, device="cpu"), with_another_expert) != expected
+
+
+def with_another_expert(engine: Engine, rank: int) -> None:
+    if rank == 1:
+        slots = engine.runner.model.expert_slots  # type: ignore[attr-defined]
+        slots.write(0, 0, [tensor * 3 for tensor in slots.read(0, 0)])
 
 
 def test_the_death_of_a_rank_ends_the_measurement(tmp_path: Path) -> None:

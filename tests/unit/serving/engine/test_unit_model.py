@@ -22,7 +22,7 @@ LENGTHS = [1, 40, 64, 70, 130, 2, 65, 12]
 TP2_DP2 = UnitTable(tp=2, dp=2, ranks_per_node=2, redundant_experts=4)
 TP1_DP4 = UnitTable(tp=1, dp=4, ranks_per_node=4)
 HOSTED_TP2_DP2 = UnitTable(tp=2, dp=2, ranks_per_node=2, redundant_experts=4, hosted_slots=5)
-HOSTED_DP4 = UnitTable(tp=1, dp=4, ranks_per_node=4, redundant_experts=4, hosted_slots=6, shared_expert_routed=True)
+HOSTED_DP4 = UnitTable(tp=1, dp=4, ranks_per_node=4, redundant_experts=4, hosted_slots=4, shared_expert_routed=True)
 SPLIT = MicroBatches(prefill_tokens=8, rows=2)
 
 

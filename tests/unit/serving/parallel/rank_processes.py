@@ -1,9 +1,10 @@
-"""Processes that are ranks of a unit over gloo and over shared memory at once, and run cases by name."""
+"""Processes that are ranks of a unit over gloo and over shared memory at once, or over NCCL with a GPU each, and run cases by name."""
 
 from __future__ import annotations
 
 import multiprocessing
 import secrets
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ PART_BYTES = 64
 class RankProcesses:
     """Parts of the shared memory are so small that most calls take several rounds."""
 
-    def __init__(self, world_size: int, folder: Path) -> None:
+    def __init__(self, world_size: int, folder: Path, *, on_gpus: bool = False) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "serving.parallel.distributed"])
         # Other tests of this machine have ranks at the same time.
@@ -32,17 +33,23 @@ class RankProcesses:
         self._pipes: list[Connection] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, folder, self.name), daemon=True)
+            arguments = theirs, rank, world_size, folder, self.name, on_gpus
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, implementation: str, case: str, *arguments: Any) -> list[Any]:
-        """The case's result on each rank; None of a rank that died in it."""
+    def run(self, implementation: str, case: str | Callable[..., Any], *arguments: Any) -> list[Any]:
+        """The case's result on each rank, a function's or one's of `rank_cases`; None of a rank that died in it."""
         for pipe in self._pipes:
             pipe.send((implementation, case, arguments))
         return [_result(pipe) for pipe in self._pipes]
+
+    def run_on(self, implementation: str, rank: int, case: Callable[..., Any], *arguments: Any) -> Any:
+        """The same on one rank alone."""
+        self._pipes[rank].send((implementation, case, arguments))
+        return _result(self._pipes[rank])
 
     def close(self) -> None:
         for process in self.processes:
@@ -61,21 +68,30 @@ def _result(pipe: Connection) -> Any:
     return result
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, folder: Path, name: str) -> None:
+def _serve(pipe: Connection, rank: int, world_size: int, folder: Path, name: str, on_gpus: bool) -> None:
     torch.set_num_threads(1)
-    ranks = range(world_size)
-    store = dist.FileStore(str(folder / "store"), world_size)
-    groups: dict[str, Collectives] = {
-        "gloo": TorchCollectives(
-            backend="gloo", store=store, ranks=ranks, rank=rank, name="unit", deadline_s=DEADLINE_S
-        ),
-        "shared_memory": SharedMemoryCollectives(
-            name=name, ranks=ranks, rank=rank, deadline_s=DEADLINE_S, part_bytes=PART_BYTES
-        ),
-    }
+    groups: dict[str, Collectives] = {}
+    if on_gpus:
+        torch.cuda.set_device(rank)
+        groups["nccl"] = _over_torch("nccl", rank, world_size, folder)
+        # The cases name no device.
+        torch.set_default_device("cuda")
+    else:
+        groups["gloo"] = _over_torch("gloo", rank, world_size, folder)
+        groups["shared_memory"] = SharedMemoryCollectives(
+            name=name, ranks=range(world_size), rank=rank, deadline_s=DEADLINE_S, part_bytes=PART_BYTES
+        )
     while True:
         implementation, case, arguments = pipe.recv()
+        function = getattr(rank_cases, case) if isinstance(case, str) else case
         try:
-            pipe.send(getattr(rank_cases, case)(groups[implementation], *arguments))
+            pipe.send(function(groups[implementation], *arguments))
         except Exception as error:
             pipe.send(error)
+
+
+def _over_torch(backend: str, rank: int, world_size: int, folder: Path) -> TorchCollectives:
+    store = dist.FileStore(str(folder / "store"), world_size)
+    return TorchCollectives(
+        backend=backend, store=store, ranks=range(world_size), rank=rank, name="unit", deadline_s=DEADLINE_S
+    )

@@ -183,7 +183,7 @@ def test_a_shared_expert_among_the_logical_ones_has_every_token() -> None:
 
 
 def test_hosts_are_placed_for_what_can_be_chosen_of_them() -> None:
-    hosted = Policy(num_experts=EXPERTS, num_slots=24, num_gpus=RANKS, num_nodes=2, active=4)
+    hosted = Policy(num_experts=EXPERTS, num_slots=20, num_gpus=RANKS, num_nodes=2, active=4)
 
     def main(rank: _Rank) -> tuple[Figures, list[float], bytes]:
         seen: list[float] = []
@@ -194,15 +194,17 @@ def test_hosts_are_placed_for_what_can_be_chosen_of_them() -> None:
     results, _ = run(main, policy=hosted)
     assert results == [results[0]] * RANKS
     figures, seen, slots = results[0]
-    initial, wanted = hosted.initial(LAYERS), hosted.place(hosted.initial(LAYERS), TOTAL)
-    before, after = (float(hosted.balance(placed, TOTAL).mean()) for placed in (initial, wanted))
-    assert before in seen
-    assert figures.balance == pytest.approx(after)
-    assert after > before
+    initial = hosted.initial(LAYERS)
+    planned = hosted.place(initial, TOTAL)
+    before, after = (hosted.balance(placed, TOTAL) for placed in (initial, planned))
+    worth = after - before >= NEVER.min_gain
+    assert 0 < worth.sum() < LAYERS
+    assert float(before.mean()) in seen
+    assert figures.balance == pytest.approx(np.where(worth, after, before).mean())
+    assert slots == np.where(worth[:, None], planned.slots, initial.slots).tobytes()
     # Every copy taking its even part would be another figure.
-    assert after > float(balance(wanted, TOTAL).mean())
-    assert slots == wanted.slots.tobytes()
-    assert set(wanted.slots[0].reshape(RANKS, -1)[:, :4].ravel()) == set(range(EXPERTS))
+    assert after.mean() > balance(planned, TOTAL).mean() + 0.03
+    assert all(set(layer.reshape(RANKS, -1)[:, :4].ravel()) == set(range(EXPERTS)) for layer in planned.slots)
 
 
 def test_a_layer_that_gains_little_is_left_alone() -> None:

@@ -188,6 +188,27 @@ def test_hosted_experts_are_distinct_and_the_first_slots_hold_them_all() -> None
     assert copies[load.argmax()] >= 12 > copies[load.argmin()]
 
 
+def test_a_renewal_keeps_hosts_where_they_are_and_loses_little_by_it() -> None:
+    sizes = {"active": 9, "gpus_per_node": 8}
+    steps = [step.counts for step in drifting_steps(steps=101, tokens=4096, seed=1)]
+    present = choose_hosted(steps[0].sum(axis=0), num_gpus=32, hosted_slots=16, **sizes)
+
+    def renewed(counts: Ints, rows: Ints | None) -> tuple[float, int]:
+        """Balance, and the slots whose expert was on that GPU already."""
+        hosted = choose_hosted(counts.sum(axis=0), num_gpus=32, hosted_slots=16, present=rows, **sizes)
+        assert all(len(set(row)) == 16 for row in hosted.tolist())
+        assert set(hosted[:, :9].ravel()) == set(range(256))
+        stays = sum(len(set(a) & set(b)) for a, b in zip(hosted.tolist(), present.tolist(), strict=True))
+        return assign(counts, hosted, **sizes).balance, stays
+
+    kept, anew = renewed(steps[100], present), renewed(steps[100], None)
+    assert kept[0] > anew[0] - 0.01
+    assert kept[1] > 0.8 * present.size > 4 * anew[1]
+    # Loads that have nothing to do with those before: hosts have to move for them.
+    others = steps[0][:, np.random.default_rng(0).permutation(256)]
+    assert renewed(others, present)[0] > assign(others, present, **sizes).balance + 0.02
+
+
 @pytest.mark.parametrize(("experts", "hosted_slots", "active"), [(256, 16, 7), (256, 8, 9), (12, 16, 9)])
 def test_hosts_that_cannot_hold_the_experts_are_refused(experts: int, hosted_slots: int, active: int) -> None:
     with pytest.raises(ConfigError, match="do not fit"):
