@@ -28,7 +28,7 @@ _ROUTED_ROWS = 32
 _COLUMNS = 1024
 _MOST_ROWS = 32
 """That a program looks at for those in use."""
-_PROGRAMS_A_PROCESSOR = 4
+_PROGRAMS_A_PROCESSOR = 8
 
 
 @triton.jit
@@ -91,13 +91,15 @@ def send_kernel(
     SCALED: tl.constexpr,
     WORDS: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROUTED: tl.constexpr,
     RANKS: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """The first programs have a part of a row each, which they write to all its ranks; the others the routing of ROUTED rows to one rank."""
+    """The first programs have a part of a row each and one in SPLIT of its picks, whose ranks they write it to: page after page of a memory
+    that is larger than what a processor can address at once costs it a microsecond each. The others have the routing of ROUTED rows to one rank."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -105,7 +107,8 @@ def send_kernel(
     program = tl.program_id(0)
     k_K = tl.arange(0, K)
     if program < num_row_programs:
-        row = program // PARTS
+        row = program // (PARTS * SPLIT)
+        first_pick = program // PARTS % SPLIT
         part = program % PARTS
         word = part * WORDS + tl.arange(0, WORDS)
         words = tl.load(rows_ptr + row.to(tl.int64) * row_stride + word, mask=word < row_words, other=0)
@@ -117,8 +120,9 @@ def send_kernel(
         if SCALED:
             has_block = (block < num_blocks) & (part == 0)
             scales = tl.load(scales_ptr + block * scale_stride_b + row, mask=has_block, other=0.0)
-        for k in tl.static_range(TOP_K):
-            rank = tl.sum(tl.where(k_K == k, rank_K, 0), axis=0)
+        for i in tl.static_range((TOP_K + SPLIT - 1) // SPLIT):
+            k = first_pick + i * SPLIT
+            rank = tl.max(tl.where(k_K == k, rank_K, -1), axis=0)
             # Of several picks on a rank the first counts.
             earlier = tl.sum(((rank_K == rank) & (k_K < k)).to(tl.int32), axis=0)
             if (rank >= 0) & (earlier == 0):
@@ -284,7 +288,8 @@ def send(
     row_words = words.shape[1]
     block = min(_WORDS, triton.next_power_of_2(row_words))
     parts = triton.cdiv(row_words, block)
-    num_row_programs = num_rows * parts
+    split = min(top_k, window.world_size)
+    num_row_programs = num_rows * parts * split
     routed = min(_ROUTED_ROWS, triton.next_power_of_2(capacity))
     num_programs = num_row_programs + window.world_size * triton.cdiv(capacity, routed)
     send_kernel[(num_programs,)](
@@ -316,6 +321,7 @@ def send(
         SCALED=scales is not None,
         WORDS=block,
         PARTS=parts,
+        SPLIT=split,
         BLOCKS=1 if scales is None else triton.next_power_of_2(scales.shape[1]),
         ROUTED=routed,
         RANKS=_lanes(window.world_size, 4),
