@@ -25,6 +25,7 @@ _WORDS = 1024
 _RESULT_WORDS = 2048
 """The same, at once, of a result."""
 _ROUTED_ROWS = 32
+_LOOK = 256
 _COLUMNS = 1024
 _MOST_ROWS = 32
 """That a program looks at for those in use."""
@@ -165,10 +166,11 @@ def wait_kernel(
     world_size,
     limit,
     RANKS: tl.constexpr,
+    LOOK: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """`limit` is in ns; without a DEVICE there is no clock, and it is in rounds."""
+    """`limit` is in ns; without a DEVICE there is no clock, and it is in rounds. Every LOOK of those it sees whether the host gave up."""
     if PDL:
         gdc_wait()
     rank = tl.arange(0, RANKS)
@@ -176,6 +178,7 @@ def wait_kernel(
     nothing = tl.zeros([RANKS], tl.int64)
     step = tl.load(state_ptr)
     given_up = tl.load(state_ptr + 2)
+    rounds = 0
     seen = tl.atomic_add(flags_ptr + rank, nothing, mask=known, sem="acquire", scope="sys")
     num_late = tl.sum((known & (seen < step)).to(tl.int32), axis=0)
     spent = tl.full([], 0, tl.int64)
@@ -184,7 +187,12 @@ def wait_kernel(
         seen = tl.atomic_add(flags_ptr + rank, nothing, mask=known, sem="acquire", scope="sys")
         num_late = tl.sum((known & (seen < step)).to(tl.int32), axis=0)
         spent = globaltimer() - begin if DEVICE else spent + 1
-        if (num_late > 0) & (spent > limit):
+        rounds += 1
+        if (num_late > 0) & (rounds % LOOK == 0):
+            # Over the bus, so not every time.
+            given_up = tl.load(given_up_ptr, volatile=True)
+            tl.store(state_ptr + 2, given_up)
+        if (num_late > 0) & (given_up == 0) & (spent > limit):
             given_up = step
             tl.store(state_ptr + 2, step)
             tl.store(given_up_ptr + 1 + rank, (seen < step).to(tl.int64), mask=known)
@@ -340,6 +348,7 @@ def wait(window: Window, flags: int, *, limit_ns: int) -> None:
         window.world_size,
         limit_ns,
         RANKS=_lanes(window.world_size, num_warps),
+        LOOK=_LOOK,
         DEVICE=window.own.is_cuda,
         num_warps=num_warps,
         **overlap(window.own.device),
