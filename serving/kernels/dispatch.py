@@ -34,7 +34,8 @@ class Window:
 
     own: uint8 [bytes], this rank's. bases: int64 [W], where each rank's begins. places: int64 [W], the part of rank w's memory that
     this rank writes. state: int64 [3], the exchanges begun; programs of the launch in progress that have ended; the exchange of which
-    a wait gave up, 0: none. given_up: int64 [1 + W] in host memory that the device writes: that exchange, then which ranks were late.
+    a wait gave up, 0: none. given_up: int64 [1 + W] in host memory, for both: that exchange, or what the host wrote there to end all waits;
+    and which ranks were late.
     members: uint8 [bytes] of every rank where all are in one process, which is what the references write; else none.
     """
 

@@ -45,24 +45,26 @@ class Exchanged:
 
 
 class Symmetric:
-    """One rank's end, for all layers and captured sizes. It has one exchange in flight at a time, and every rank begins the same ones in
-    the same order; micro-batches whose exchanges overlap have one each."""
+    """One rank's end, for all layers and captured sizes; every rank begins the same exchanges in the same order, and launches on one stream.
+
+    Of its windows each has one exchange in flight at a time: as many as a step has micro-batches.
+    """
 
     def __init__(
         self,
-        window: Window,
+        windows: Sequence[Window],
         exchanged: Exchanged,
         *,
         ranks: tuple[int, ...],
         close: Callable[[], None] = lambda: None,
     ) -> None:
-        self.window = window
+        self.windows = tuple(windows)
         self.exchanged = exchanged
         self.layout = exchanged.layout(len(ranks))
         self.close = close
-        """Together with the others, when nothing of this is in flight or captured any more."""
-        self.in_flight = False
+        """Together with the others, when nothing of this is in flight any more and no step of it is replayed. Raises RanksMissing."""
         self._ranks = ranks
+        self._free = list(self.windows)
 
     def dispatch(self, capacity: int) -> SymmetricDispatch:
         """For up to `capacity` rows a rank."""
@@ -71,13 +73,25 @@ class Symmetric:
 
     def check(self) -> None:
         """After a step, before its results are used; reads host memory alone. Raises RanksMissing if a wait of it gave up."""
-        late = kernels.late_ranks(self.window)
+        late = sorted({self._ranks[index] for window in self.windows for index in kernels.late_ranks(window)})
         if late:
-            ranks = [self._ranks[index] for index in late]
-            raise RanksMissing(ranks, group="ep", reason=f"deadline {self.exchanged.deadline_s:g} s, peer memory")
+            raise RanksMissing(late, group="ep", reason=f"deadline {self.exchanged.deadline_s:g} s, peer memory")
 
-    def wait(self, flags: int) -> None:
-        kernels.wait(self.window, flags, limit_ns=int(self.exchanged.deadline_s * 1e9))
+    def abort(self) -> None:
+        """Ends what waits on the device, now and from now on; from any thread. What is computed is worth nothing from then on."""
+        for window in self.windows:
+            window.given_up[0] = -1
+
+    def take(self) -> Window:
+        assert self._free, "an exchange ends before another one begins, but for those of micro-batches"
+        return self._free.pop(0)
+
+    def wait(self, window: Window, flags: int) -> None:
+        kernels.wait(window, flags, limit_ns=int(self.exchanged.deadline_s * 1e9))
+
+    def give(self, window: Window) -> None:
+        """The first window first, so that all ranks and all replays take the same."""
+        self._free = [each for each in self.windows if each in self._free or each is window]
 
 
 class SymmetricDispatch:
@@ -90,35 +104,33 @@ class SymmetricDispatch:
         self._capacity = capacity
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
-        symmetric = self._symmetric
-        assert not symmetric.in_flight, "an exchange ends before the next one begins"
-        symmetric.in_flight = True
-        return _Sent(self._send(x, slots_TK, weights_TK), slots_TK)
+        window = self._symmetric.take()
+        return _Sent(self._send(window, x, slots_TK, weights_TK), window, slots_TK)
 
-    def _send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Steps[Arrived[X]]:
+    def _send(self, window: Window, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Steps[Arrived[X]]:
         symmetric, capacity = self._symmetric, self._capacity
-        window, layout = symmetric.window, symmetric.layout
+        layout, exchanged = symmetric.layout, symmetric.exchanged
         assert isinstance(x, Tensor | QuantisedRows)
-        slots_per_rank = symmetric.exchanged.slots_per_rank
+        slots_per_rank = exchanged.slots_per_rank
         kernels.send(window, layout, x, slots_TK, weights_TK, slots_per_rank=slots_per_rank, capacity=capacity)
-        yield [_Flags(symmetric, layout.sent)]
+        yield [_Flags(symmetric, window, layout.sent)]
         rows = kernels.arrived_rows(window, layout, x, capacity)
         # Of all ranks' picks the mean of a rank.
-        num_used = capacity * symmetric.exchanged.top_k
+        num_used = capacity * exchanged.top_k
         return Arrived(
             x_RD=cast(X, rows.x), slots_RK=rows.slots_RM, weights_RK=rows.weights_RM, fill=False, num_used=num_used
         )
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
         assert isinstance(sending, _Sent)
-        return Returning(self._give_back(sending.slots_TK, y_RD), 0)
+        return Returning(self._give_back(sending.window, sending.slots_TK, y_RD), 0)
 
-    def _give_back(self, slots_TK: Tensor, y_RD: Tensor) -> Steps[Tensor]:
+    def _give_back(self, window: Window, slots_TK: Tensor, y_RD: Tensor) -> Steps[Tensor]:
         symmetric, capacity = self._symmetric, self._capacity
-        window, layout, exchanged = symmetric.window, symmetric.layout, symmetric.exchanged
+        layout, exchanged = symmetric.layout, symmetric.exchanged
         assert y_RD.element_size() <= exchanged.itemsize, f"results of {y_RD.dtype} do not fit"
         kernels.give_back(window, layout, y_RD, capacity=capacity)
-        yield [_Flags(symmetric, layout.returned)]
+        yield [_Flags(symmetric, window, layout.returned)]
         total_TD = kernels.add_up(
             window,
             layout,
@@ -128,43 +140,56 @@ class SymmetricDispatch:
             width=y_RD.shape[1],
             dtype=y_RD.dtype,
         )
-        symmetric.in_flight = False
+        symmetric.give(window)
         return total_TD
 
 
 class _Sent(Sending[X]):
-    def __init__(self, steps: Steps[Arrived[X]], slots_TK: Tensor) -> None:
+    def __init__(self, steps: Steps[Arrived[X]], window: Window, slots_TK: Tensor) -> None:
         super().__init__([], steps, 0)
+        self.window = window
         self.slots_TK = slots_TK
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Flags:
     """Orders the current stream behind all ranks' flags."""
 
     symmetric: Symmetric
+    window: Window
     at: int
 
     def wait(self) -> None:
-        self.symmetric.wait(self.at)
+        self.symmetric.wait(self.window, self.at)
 
 
-def open_symmetric(group: Collectives, device: torch.device, exchanged: Exchanged) -> Symmetric:
+def open_symmetric(
+    group: Collectives, device: torch.device, exchanged: Exchanged, *, num_windows: int = 1
+) -> Symmetric:
     """All ranks of `group`, whose tensors are in host memory, at once. Raises PeersUnreachable on all of them, RanksMissing."""
-    memory = PeerMemory(group, exchanged.layout(group.world_size).num_bytes, CudaDriver(device))
-    window = new_window(memory.own, memory.addresses, [group.rank] * group.world_size)
+    num_bytes = exchanged.layout(group.world_size).num_bytes
+    memory = PeerMemory(group, num_windows * num_bytes, CudaDriver(device))
+    places = [group.rank] * group.world_size
+    windows = [
+        new_window(memory.own[begin : begin + num_bytes], [base + begin for base in memory.addresses], places)
+        for begin in range(0, num_windows * num_bytes, num_bytes)
+    ]
     # Nobody writes before all have zeros in their flags.
     group.barrier()
-    return Symmetric(window, exchanged, ranks=group.ranks, close=memory.close)
+    return Symmetric(windows, exchanged, ranks=group.ranks, close=memory.close)
 
 
-def rehearse_symmetric(ranks: tuple[int, ...], device: torch.device, exchanged: Exchanged) -> Symmetric:
+def rehearse_symmetric(
+    ranks: tuple[int, ...], device: torch.device, exchanged: Exchanged, *, num_windows: int = 1
+) -> Symmetric:
     """A rank alone in the place of all `ranks`: every other one does to it what it does to that one, in its own memory. So as many rows and
     results move as in the unit, and rows for rank w's slots arrive from rank w, for this rank's slots of the same numbers."""
     world_size = len(ranks)
-    own = torch.zeros(exchanged.layout(world_size).num_bytes, dtype=torch.uint8, device=device)
-    window = new_window(own, [own.data_ptr()] * world_size, range(world_size), members=[own] * world_size)
-    return Symmetric(window, exchanged, ranks=ranks)
+    windows = []
+    for _ in range(num_windows):
+        own = torch.zeros(exchanged.layout(world_size).num_bytes, dtype=torch.uint8, device=device)
+        windows.append(new_window(own, [own.data_ptr()] * world_size, range(world_size), members=[own] * world_size))
+    return Symmetric(windows, exchanged, ranks=ranks)
 
 
 def new_window(

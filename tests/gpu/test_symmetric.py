@@ -154,9 +154,26 @@ def test_a_wait_ends_at_its_deadline_and_names_who_is_late() -> None:
     # From then on nobody waits again.
     begin_s = time.monotonic()
     for _ in range(20):
-        ranks[0].wait(ranks[0].layout.returned)
+        ranks[0].wait(ranks[0].windows[0], ranks[0].layout.returned)
     torch.cuda.synchronize()
     assert time.monotonic() - begin_s < 0.15
+
+
+def test_the_host_ends_a_wait() -> None:
+    case = CASES[2]
+    ranks = symmetric_ranks(RANKS, case.exchanged, torch.device("cuda"))
+    tokens = _tokens(case, 0)
+    _in_turn(ranks, case.rows, tokens)
+    sending = ranks[0].dispatch(case.rows).send(*tokens[0])
+    done = torch.cuda.Event()
+    sending.wait()
+    done.record()
+    time.sleep(0.1)
+    assert not done.query()
+    ranks[0].abort()
+    begin_s = time.monotonic()
+    torch.cuda.synchronize()
+    assert time.monotonic() - begin_s < 1.0
 
 
 def test_a_rank_of_320_rehearses_alone() -> None:

@@ -25,10 +25,11 @@ _WORDS = 1024
 _RESULT_WORDS = 2048
 """The same, at once, of a result."""
 _ROUTED_ROWS = 32
+_LOOK = 256
 _COLUMNS = 1024
 _MOST_ROWS = 32
 """That a program looks at for those in use."""
-_PROGRAMS_A_PROCESSOR = 4
+_PROGRAMS_A_PROCESSOR = 8
 
 
 @triton.jit
@@ -91,13 +92,15 @@ def send_kernel(
     SCALED: tl.constexpr,
     WORDS: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROUTED: tl.constexpr,
     RANKS: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """The first programs have a part of a row each, which they write to all its ranks; the others the routing of ROUTED rows to one rank."""
+    """The first programs have a part of a row each and one in SPLIT of its picks, whose ranks they write it to: page after page of a memory
+    that is larger than what a processor can address at once costs it a microsecond each. The others have the routing of ROUTED rows to one rank."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -105,7 +108,8 @@ def send_kernel(
     program = tl.program_id(0)
     k_K = tl.arange(0, K)
     if program < num_row_programs:
-        row = program // PARTS
+        row = program // (PARTS * SPLIT)
+        first_pick = program // PARTS % SPLIT
         part = program % PARTS
         word = part * WORDS + tl.arange(0, WORDS)
         words = tl.load(rows_ptr + row.to(tl.int64) * row_stride + word, mask=word < row_words, other=0)
@@ -117,8 +121,9 @@ def send_kernel(
         if SCALED:
             has_block = (block < num_blocks) & (part == 0)
             scales = tl.load(scales_ptr + block * scale_stride_b + row, mask=has_block, other=0.0)
-        for k in tl.static_range(TOP_K):
-            rank = tl.sum(tl.where(k_K == k, rank_K, 0), axis=0)
+        for i in tl.static_range((TOP_K + SPLIT - 1) // SPLIT):
+            k = first_pick + i * SPLIT
+            rank = tl.max(tl.where(k_K == k, rank_K, -1), axis=0)
             # Of several picks on a rank the first counts.
             earlier = tl.sum(((rank_K == rank) & (k_K < k)).to(tl.int32), axis=0)
             if (rank >= 0) & (earlier == 0):
@@ -161,10 +166,11 @@ def wait_kernel(
     world_size,
     limit,
     RANKS: tl.constexpr,
+    LOOK: tl.constexpr,
     DEVICE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """`limit` is in ns; without a DEVICE there is no clock, and it is in rounds."""
+    """`limit` is in ns; without a DEVICE there is no clock, and it is in rounds. Every LOOK of those it sees whether the host gave up."""
     if PDL:
         gdc_wait()
     rank = tl.arange(0, RANKS)
@@ -172,6 +178,7 @@ def wait_kernel(
     nothing = tl.zeros([RANKS], tl.int64)
     step = tl.load(state_ptr)
     given_up = tl.load(state_ptr + 2)
+    rounds = 0
     seen = tl.atomic_add(flags_ptr + rank, nothing, mask=known, sem="acquire", scope="sys")
     num_late = tl.sum((known & (seen < step)).to(tl.int32), axis=0)
     spent = tl.full([], 0, tl.int64)
@@ -180,7 +187,12 @@ def wait_kernel(
         seen = tl.atomic_add(flags_ptr + rank, nothing, mask=known, sem="acquire", scope="sys")
         num_late = tl.sum((known & (seen < step)).to(tl.int32), axis=0)
         spent = globaltimer() - begin if DEVICE else spent + 1
-        if (num_late > 0) & (spent > limit):
+        rounds += 1
+        if (num_late > 0) & (rounds % LOOK == 0):
+            # Over the bus, so not every time.
+            given_up = tl.load(given_up_ptr, volatile=True)
+            tl.store(state_ptr + 2, given_up)
+        if (num_late > 0) & (given_up == 0) & (spent > limit):
             given_up = step
             tl.store(state_ptr + 2, step)
             tl.store(given_up_ptr + 1 + rank, (seen < step).to(tl.int64), mask=known)
@@ -284,7 +296,8 @@ def send(
     row_words = words.shape[1]
     block = min(_WORDS, triton.next_power_of_2(row_words))
     parts = triton.cdiv(row_words, block)
-    num_row_programs = num_rows * parts
+    split = min(top_k, window.world_size)
+    num_row_programs = num_rows * parts * split
     routed = min(_ROUTED_ROWS, triton.next_power_of_2(capacity))
     num_programs = num_row_programs + window.world_size * triton.cdiv(capacity, routed)
     send_kernel[(num_programs,)](
@@ -316,6 +329,7 @@ def send(
         SCALED=scales is not None,
         WORDS=block,
         PARTS=parts,
+        SPLIT=split,
         BLOCKS=1 if scales is None else triton.next_power_of_2(scales.shape[1]),
         ROUTED=routed,
         RANKS=_lanes(window.world_size, 4),
@@ -334,6 +348,7 @@ def wait(window: Window, flags: int, *, limit_ns: int) -> None:
         window.world_size,
         limit_ns,
         RANKS=_lanes(window.world_size, num_warps),
+        LOOK=_LOOK,
         DEVICE=window.own.is_cuda,
         num_warps=num_warps,
         **overlap(window.own.device),

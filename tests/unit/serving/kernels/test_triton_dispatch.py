@@ -179,6 +179,17 @@ def test_who_does_not_come_is_named_and_not_waited_for_again(by: ModuleType) -> 
     assert ops.late_ranks(at[0]) == [1]
 
 
+def test_the_host_ends_a_wait() -> None:
+    unit = Unit()
+    layout = unit.layout()
+    (first, *_) = windows(unit, layout)
+    ops.send_reference(first, layout, *unit.tokens(0, 2), slots_per_rank=2, capacity=5)
+    first.given_up[0] = -1
+    device.wait(first, layout.sent, limit_ns=1 << 60)
+    assert first.state.tolist() == [1, 0, -1]
+    assert ops.late_ranks(first) == []
+
+
 def test_all_memory_may_be_one_ranks_own() -> None:
     """A rehearsal: what this rank sends to rank w comes from rank w."""
     unit = Unit(world_size=4, slots_per_rank=1, top_k=2, capacity=3)

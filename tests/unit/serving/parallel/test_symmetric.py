@@ -88,7 +88,25 @@ def test_rows_of_fp8_arrive_as_products_want_them() -> None:
             assert arrived.slots_RK[row].tolist() == here + [-1] * (3 - len(here))
 
 
-def test_exchanges_of_one_rank_do_not_overlap() -> None:
+def test_exchanges_of_micro_batches_overlap() -> None:
+    layers = [_layer("random"), replace(_layer("partial"), seed=5)]
+    ranks = symmetric_ranks(4, _exchanged(layers[0], 8), CPU, num_windows=2)
+    for _ in range(2):
+        sendings = [[end.dispatch(8).send(*layer.tokens(rank)) for rank, end in enumerate(ranks)] for layer in layers]
+        returnings = []
+        for layer, of_layer in zip(layers, sendings, strict=True):
+            arrived = [sending.wait() for sending in of_layer]
+            results = [
+                dispatch_cases.compute(layer, rank, one.x_RD, one.slots_RK, one.weights_RK)
+                for rank, one in enumerate(arrived)
+            ]
+            returnings.append([ranks[rank].dispatch(8).give_back(of_layer[rank], y) for rank, y in enumerate(results)])
+        for layer, of_layer in zip(layers, returnings, strict=True):
+            for rank, returning in enumerate(of_layer):
+                assert torch.allclose(returning.wait(), layer.expected(rank), rtol=1e-5, atol=1e-6)
+
+
+def test_exchanges_of_one_window_do_not_overlap() -> None:
     layer = _layer("random")
     (first, *_) = symmetric_ranks(4, _exchanged(layer, 8), CPU)
     first.dispatch(8).send(*layer.tokens(0))
