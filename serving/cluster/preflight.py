@@ -10,7 +10,7 @@ from pathlib import Path
 
 from serving.cluster.placement import UnitPlan
 from serving.core.config import Config, unit_table
-from serving.core.errors import ModelFolderError, StartupError
+from serving.core.errors import ConfigError, ModelFolderError, StartupError
 
 
 def embedded_model_dir() -> Path:
@@ -51,6 +51,11 @@ def check_units(config: Config, folder: Path, units: tuple[UnitPlan, ...], *, nu
     for role in dict.fromkeys(unit.role for unit in units):
         shape_of(unit_table(config, role), model)
     check_served(config)
+    for name, dispatch in (("prefill", config.prefill.dispatch), ("decode", config.decode.dispatch)):
+        if dispatch != "auto" and not num_gpus:
+            raise ConfigError(
+                f"[{name}] dispatch = {dispatch} is for GPUs, and the ranks compute on CPUs; set it to auto"
+            )
     num_ranks, num_nodes = sum(len(unit.ranks) for unit in units), num_hosts(units)
     shared = all(len(unit.ranks) == 1 for unit in units)
     if num_gpus and not shared and (num_nodes > 1 or num_ranks > num_gpus):

@@ -84,6 +84,11 @@ class PrefillTable(UnitTable):
         low=64,
         or_zero=True,
     )
+    dispatch: str = _key(
+        "auto",
+        "how tokens reach experts on other GPUs; auto: nccl; deepep: that library, if it is installed",
+        choices=("auto", "nccl", "deepep"),
+    )
     threads: int = _key(0, "CPU threads of a worker; 0: the cores shared evenly among the workers", low=0)
 
 
@@ -94,6 +99,12 @@ class DecodeTable(UnitTable):
         "auto",
         "most tokens drafted a step with the MTP layer, fewer where they do not pay; auto: 0 as yet",
         choices=("auto", *(str(number) for number in range(MOST_DRAFTS + 1))),
+    )
+    dispatch: str = _key(
+        "auto",
+        "how tokens reach experts on other GPUs; symmetric: written into those GPUs' memory; auto: symmetric where ep ranks are on one node "
+        "and can, else nccl",
+        choices=("auto", "nccl", "symmetric"),
     )
     threads: int = _key(0, "CPU threads of a worker; 0: the cores shared evenly among the workers", low=0)
 

@@ -3,6 +3,7 @@
     rendezvous -> world -> control, control-tp       of the lockstep, in host memory        bell, and on GPUs what watches the device
                         -> tp | ep | rail, node      of tensors where the model is
                         -> counts                    of the tokens of each expert, where replicas are chosen for them
+                        -> peers                     of decode's ranks on GPUs, which write each other's memory, in host memory
                         -> control-ep, weights       of experts that change their places, in host memory and where the model is
 
 Tensors of GPUs go over NCCL; each rank has its own, which is the process's current device. In host memory the ranks of one node exchange
@@ -12,16 +13,18 @@ Ranks that share neither heads nor experts join nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch._C._distributed_c10d import FileStore, Store
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
-from serving.core.config import unit_table
+from serving.core.config import Config, unit_table
 from serving.core.errors import ConfigError
 from serving.core.spec import WorkerSpec
 from serving.engine.unit import Lockstep, MicroBatches
@@ -31,13 +34,16 @@ from serving.model.parallel import SINGLE, Hosting, Parallel, num_moe_layers
 from serving.model.units import UnitShape, groups_of, shape_of
 from serving.parallel.balance import global_placement, hierarchical_placement, single_placement
 from serving.parallel.bell import Bell, TcpBell
-from serving.parallel.collectives import Collectives, Presence, SingleRank
+from serving.parallel.collectives import Collectives, Presence, RanksMissing, SingleRank
+from serving.parallel.deepep import deepep_dispatch
 from serving.parallel.dispatch import DirectDispatch, Dispatch, FixedDispatch, HierarchicalDispatch
 from serving.parallel.distributed import TorchCollectives
 from serving.parallel.groups import Groups
+from serving.parallel.peer_memory import PeersUnreachable
 from serving.parallel.placement import Floats, Placement
 from serving.parallel.redundancy import hosted_placement
 from serving.parallel.shared_memory import SharedMemoryCollectives
+from serving.parallel.symmetric import Exchanged, open_symmetric
 
 START_DEADLINE_S = 600.0
 """Ranks load at different speeds."""
@@ -47,6 +53,8 @@ _LARGE_BYTES, _SMALL_BYTES = 1 << 20, 1 << 14
 """Shared memory that a rank fills at once: where the model exchanges, and elsewhere."""
 _SPLIT = MicroBatches(prefill_tokens=64, rows=8)
 _SPLIT_ON_GPU = MicroBatches(prefill_tokens=512, rows=32)
+
+_log = logging.getLogger("baton.unit")
 
 GroupOf = Callable[[str, Sequence[int]], Collectives]
 """Name and ranks of a group that this rank is in -> its end of it."""
@@ -98,12 +106,68 @@ def join(spec: WorkerSpec, config: ModelConfig, device: torch.device) -> Place:
 
     group_of: GroupOf = host_group_of
     if lockstep.watch is not None:
-        group_of = nccl_opener(FileStore(spec.rendezvous, groups.world_size), spec.rank, lockstep.watch)
+        store = FileStore(spec.rendezvous, groups.world_size)
+        group_of = nccl_opener(store, spec.rank, lockstep.watch)
     parallel = parallel_of(shape, spec.rank, config, group_of, by_nodes=spec.role == "prefill")
     ep_ranks = groups.ep_group(spec.rank)
+    if lockstep.watch is not None and groups.ep > 1:
+        if spec.role == "prefill" and spec.config.prefill.dispatch == "deepep":
+            parallel = replace(parallel, experts=_over_deepep(spec, config, shape, store))
+        elif spec.role != "prefill" and spec.config.decode.dispatch != "nccl":
+            peers = control_of("peers", ep_ranks)
+            parallel = _through_peer_memory(parallel, spec.config, config, shape, peers, lockstep.watch)
     ep = control_of("control-ep", ep_ranks) if groups.ep > 1 else None
     ep_data = group_of("weights", ep_ranks) if groups.ep > 1 and on_gpu else None
     return Place(parallel=parallel, lockstep=lockstep, shape=shape, ep=ep, ep_data=ep_data)
+
+
+def _over_deepep(spec: WorkerSpec, config: ModelConfig, shape: UnitShape, store: Store) -> Dispatch:
+    ranks = shape.groups.ep_group(spec.rank)
+    return deepep_dispatch(
+        PrefixStore(f"deepep/{ranks[0]}", store),
+        rank=ranks.index(spec.rank),
+        world_size=len(ranks),
+        slots_per_rank=shape.hosted_slots,
+        row_bytes=config.hidden_size * _element_bytes(spec.config),
+        deadline_s=START_DEADLINE_S,
+    )
+
+
+def _through_peer_memory(
+    parallel: Parallel, config: Config, model: ModelConfig, shape: UnitShape, peers: Collectives, watch: DeviceWatch
+) -> Parallel:
+    """`parallel` as it is where that was not asked for and cannot be. `peers`: the EP group, in host memory."""
+    exchanged = Exchanged(
+        slots_per_rank=shape.hosted_slots,
+        capacity=-(-config.decode.max_num_seqs // shape.groups.tp),
+        width=model.hidden_size,
+        top_k=model.num_experts_per_token + shape.shared_expert_routed,
+        # The watch gives up long before.
+        deadline_s=START_DEADLINE_S,
+        itemsize=_element_bytes(config),
+    )
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        symmetric = open_symmetric(peers, device, exchanged, num_windows=config.decode.microbatches)
+    except PeersUnreachable as error:
+        if config.decode.dispatch == "symmetric":
+            raise
+        _log.info("decode dispatches over NCCL: %s", error)
+        return parallel
+
+    def release() -> None:
+        # Memory that a rank which is gone might still write is left to the end of the process.
+        with suppress(RanksMissing):
+            symmetric.close()
+
+    watch.also_aborts(symmetric.abort)
+    watch.also_releases(release)
+    return replace(parallel, fixed=symmetric.dispatch)
+
+
+def _element_bytes(config: Config) -> int:
+    """Of an activation on a GPU."""
+    return 4 if config.model.dtype == "float32" else 2
 
 
 def micro_batches_for(device: torch.device) -> MicroBatches:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serving.core.config import PrefillTable, UnitTable
+from serving.core.config import DecodeTable, PrefillTable, UnitTable
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
 from serving.parallel.groups import Groups
@@ -61,6 +61,11 @@ def shape_of(table: UnitTable, model: ModelConfig) -> UnitShape:
     if table.kv_sharding and table.tp == 1:
         raise ConfigError(
             f"{_name(table)} kv_sharding spreads pages over the ranks of a tp group; set tp above 1, or kv_sharding to false"
+        )
+    if isinstance(table, DecodeTable) and table.dispatch == "symmetric" and groups.ep > groups.ranks_per_node:
+        raise ConfigError(
+            f"{_name(table)} dispatch = symmetric writes into the memory of GPUs of one node, and ep = {groups.ep} ranks are on several "
+            f"of {groups.ranks_per_node}; set dispatch to auto, or ep to {groups.ranks_per_node} at most"
         )
     _check_shared(table, model)
     num_experts = model.num_routed_experts + table.shared_expert_routed

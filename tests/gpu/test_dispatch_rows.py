@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 # Rows, picks, members, slots of each.
-CASES = [(1, 3, 2, 4), (130, 4, 3, 2), (5000, 8, 32, 9), (5000, 8, 4, 72), (700, 9, 320, 1), (300, 8, 1, 9)]
+CASES = [(2, 3, 2, 4), (130, 4, 3, 2), (5000, 8, 32, 9), (5000, 8, 4, 72), (700, 9, 320, 1), (300, 8, 1, 9)]
 
 
 def slots_for(num_rows: int, top_k: int, num_slots: int) -> Tensor:
@@ -63,7 +63,7 @@ def test_copies_are_those_of_the_definition(case: tuple[int, int, int, int]) -> 
     ):
         assert torch.equal(got.counts_WC, want.counts_WC)
         assert torch.equal(got.places_TP, want.places_TP)
-    if num_members > 1 and num_rows > 1:
+    if num_members > 1:
         other = copies_for(slots.flip(0).contiguous(), slots_per_member, num_members)
         assert not torch.equal(other.places_TP, want.places_TP)
 
@@ -80,7 +80,7 @@ def test_rows_are_copied_and_summed_to_the_bit(case: tuple[int, int, int, int]) 
         assert got.dtype == x.dtype
         want = spread_reference(_plain(x), copies, num_copies)
         assert torch.equal(_plain(got), want)
-        assert case[0] == 1 or not torch.equal(_plain(spread(x, reverse, num_copies)), want)
+        assert not torch.equal(_plain(spread(x, reverse, num_copies)), want)
     for y in (randn(num_copies, 7168), randn(num_copies, 70).float(), randn(num_copies, 33).double()):
         got, want = total(y, copies), total_reference(y, copies)
         assert torch.equal(got, want)

@@ -120,7 +120,7 @@ def test_plain_experts(case: Case, dtype: torch.dtype) -> None:
     clean = clean.to(dtype)
     more = grouped_mlp(clean, gate_up, down, experts, weights, shared, partial=True, num_used=case.hint)
     beside = silu_mul_reference(clean.double() @ shared[0].double().T) @ shared[1].double().T
-    assert error(more, want + beside) < limit
+    assert error(more, want + beside) < limit if used_T.any() else bool((more == 0).all())
 
 
 @pytest.mark.parametrize("case", [*CASES, Case(8320, 1, 9, 7168, 2048, 230, 230)], ids=str)

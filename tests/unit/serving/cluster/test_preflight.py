@@ -88,6 +88,13 @@ def test_what_the_engine_cannot_do_yet_is_not_passed_over(role: str):
         check(f"{role}.tp=2", f"{role}.kv_sharding=true")
 
 
+@pytest.mark.parametrize("override", ["decode.dispatch=symmetric", "prefill.dispatch=deepep", "decode.dispatch=nccl"])
+def test_a_dispatch_of_gpus_is_refused_on_cpus(override: str):
+    check("decode.dp=2", override, num_gpus=4)
+    with pytest.raises(ConfigError, match=r"^\[(prefill|decode)\] dispatch = .* is for GPUs"):
+        check("decode.dp=2", override)
+
+
 def test_sizes_that_do_not_fit_the_model_are_found_before_it_is_loaded():
     with pytest.raises(ConfigError, match=r"^\[decode\] tp = 16"):
         check("decode.tp=16", "decode.ranks_per_node=16")

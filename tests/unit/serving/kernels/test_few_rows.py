@@ -6,6 +6,7 @@ written is NaN, or points far away: rows that pad a tile, tiles behind the last,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -198,6 +199,34 @@ def test_experts_nobody_chose_are_not_read() -> None:
     assert torch.equal(layer.plain(torch.float32)[0], got)
     layer.down[int(layer.experts[0, 0])] += 0.5
     assert error(layer.plain(torch.float32)[0], want) > 0.1
+
+
+@pytest.mark.parametrize("all_at_once", [True, False])
+@pytest.mark.parametrize("used", [0.0, 0.4])
+def test_pairs_without_an_expert_are_in_no_tile(
+    used: float, all_at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And shared experts beside no routed ones at all."""
+    monkeypatch.setattr(device, "_COUNTED_BY_ALL", 1024 if all_at_once else 2)
+    layer = Layer(5, 4, 3, 144, 208, 1)
+    taken = torch.rand(5, 3, generator=torch.Generator().manual_seed(7)) < used
+    taken[0] = False
+    partial = device.Partial(num_used=1)
+    layer.experts = layer.experts.where(taken, -1)
+    layer.weights = layer.weights.where(taken, float("nan"))
+    assert partial.is_sparse(layer.experts, 4)
+    monkeypatch.setattr(device, "_few", functools.partial(device._few, partial=partial))
+    for got, want, routed in (layer.plain(torch.float32), layer.fp8()):
+        assert error(got, want) < FP8_BOUND
+        assert error(got, routed) > 0.1
+        assert (routed[0] == 0).all()
+    chosen = layer.experts, layer.weights
+    gate_up = torch.cat([layer.gate, layer.up], dim=1)
+    got = device._few(layer.x, gate_up, layer.down, *chosen, None, RING_TILE, fill=False)
+    has_expert = taken.any(dim=1)
+    want = grouped_mlp_reference(layer.x, gate_up, layer.down, *chosen)
+    torch.testing.assert_close(got[has_expert], want[has_expert], rtol=1e-3, atol=1e-4)
+    assert got[~has_expert].isnan().all()
 
 
 def test_a_token_does_not_depend_on_its_batch() -> None:

@@ -65,6 +65,10 @@ def test_ep_is_the_whole_unit_unless_it_is_given():
         ),
         (["dp=8", "hosted_slots=257"], "hosted_slots = 257 gives a rank 257 slots .* choose hosted_slots up to 256"),
         (["kv_sharding=true"], "set tp above 1, or kv_sharding to false"),
+        (
+            ["dp=16", "dispatch=symmetric"],
+            "ep = 16 ranks are on several of 8; set dispatch to auto, or ep to 8 at most",
+        ),
         (["dp=8", "shared_expert_routed=true"], "redundant_experts = 0; set it to 1 or more"),
     ],
 )
