@@ -38,7 +38,7 @@ class PrefillFigure:
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenFigure:
-    """Of dispatch and combine of a whole prefill, over all ranks. `saved`: None without ways that are local to hold it against."""
+    """Of dispatch and combine of a whole prefill, over all ranks. `saved`: None without ways that are local to hold it against. `raw`: `hidden` of each profile."""
 
     name: str
     way: Way
@@ -46,6 +46,7 @@ class HiddenFigure:
     exposed_s: float
     hidden: float
     saved: float | None
+    raw: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def measure(
     with GpuRanks(setup, scratch) as ranks:
         told("ranks are ready")
         prefill = measure_prefill(ranks, setup, ways, repeats, told)
-        hidden = measure_hidden(ranks, prefill, trace, told)
+        hidden = measure_hidden(ranks, prefill, repeats, trace, told)
         decode = measure_decode(ranks, setup, decodes, ways[0].step_tokens, repeats, told)
     return {
         "device": torch.cuda.get_device_name() if setup.device == "cuda" else setup.device,
@@ -140,29 +141,31 @@ def measure_prefill(
 
 
 def measure_hidden(
-    ranks: GpuRanks, prefill: Sequence[PrefillFigure], trace: Path | None, told: Told
+    ranks: GpuRanks, prefill: Sequence[PrefillFigure], repeats: int, trace: Path | None, told: Told
 ) -> list[HiddenFigure]:
+    """Of the profile whose share is the median."""
     seconds = {figure.way: figure.seconds for figure in prefill}
     sends = [figure.way for figure in prefill if figure.way.unit and not figure.way.local]
     quickest = min((way for way in sends if way.micro_batches > 1), key=lambda way: seconds[way], default=None)
     figures = []
     for way in sends:
-        done = ranks.run(Prefill(way=way, profiled=True))
-        spans = [each.spans or [] for each in done]
-        found = together([overlap(of_rank) for of_rank in spans])
+        profiles = [[each.spans or [] for each in ranks.run(Prefill(way=way, profiled=True))] for _ in range(repeats)]
+        found = [together([overlap(of_rank) for of_rank in spans]) for spans in profiles]
+        median = sorted(range(repeats), key=lambda index: found[index].hidden)[repeats // 2]
         figures.append(
             HiddenFigure(
                 name=way.name,
                 way=way,
-                in_flight_s=found.in_flight_s,
-                exposed_s=found.exposed_s,
-                hidden=found.hidden,
+                in_flight_s=found[median].in_flight_s,
+                exposed_s=found[median].exposed_s,
+                hidden=found[median].hidden,
                 saved=_saved(way, seconds),
+                raw=[each.hidden for each in found],
             )
         )
-        told(f"hidden {found.hidden:.0%} of {1e3 * found.in_flight_s:.1f} ms, {way.name}")
+        told(f"hidden {figures[-1].hidden:.0%} of {1e3 * figures[-1].in_flight_s:.1f} ms, {way.name}")
         if trace is not None and way == quickest:
-            events = [event for rank, of_rank in enumerate(spans) for event in trace_events(of_rank, rank)]
+            events = [event for rank, spans in enumerate(profiles[median]) for event in trace_events(spans, rank)]
             trace.write_text(json.dumps({"traceEvents": events, "otherData": asdict(figures[-1])}))
     return figures
 

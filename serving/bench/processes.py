@@ -56,8 +56,8 @@ _SPLIT = MicroBatches(prefill_tokens=64, rows=8)
 class Sizes:
     """tp x dp processes of `threads` each; their experts are spread over all of them. `traced`: keep what overlapped.
 
-    `device`, `dtype`: the engines are built and joined as the server's are, on "cpu" or on a GPU for each, "cuda". None: over `transport`,
-    in fp32, and what collectives take is measured.
+    `device`, `dtype`, `hosted_slots`: the engines are built and joined as the server's are, on "cpu" or on a GPU for each, "cuda". None: over
+    `transport`, in fp32, and what collectives take is measured.
     """
 
     tp: int = 1
@@ -68,6 +68,7 @@ class Sizes:
     traced: bool = False
     device: str | None = None
     dtype: str = "float32"
+    hosted_slots: int = 0
 
     @property
     def num_ranks(self) -> int:
@@ -251,7 +252,13 @@ def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
     config = Config(
         model=ModelTable(device=sizes.device or "cpu", dtype=sizes.dtype, max_model_len=most_tokens),
         prefill=PrefillTable(max_batched_tokens=load.max_batched_tokens),
-        decode=DecodeTable(tp=sizes.tp, dp=sizes.dp, microbatches=sizes.micro_batches, max_num_seqs=most_jobs),
+        decode=DecodeTable(
+            tp=sizes.tp,
+            dp=sizes.dp,
+            microbatches=sizes.micro_batches,
+            hosted_slots=sizes.hosted_slots,
+            max_num_seqs=most_jobs,
+        ),
         kv=KVTable(decode_pages=most_jobs * num_pages_for(most_tokens)),
         balance=BalanceTable(period_s=0),
     )

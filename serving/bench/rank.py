@@ -286,15 +286,25 @@ def _work(part: Part, captured: bool) -> Work:
 
 
 def profiled(rank: Rank, num_micro_batches: int) -> list[dict[str, Any]]:
-    """Kernels of a step by name: calls and microseconds a layer, the longest first. Those of two streams run at once."""
+    """Kernels of two steps by name, and how long the device idled before each: calls and microseconds a layer, the longest first. Those of
+    two streams run at once."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         timed_steps(rank, 1, num_micro_batches, num_uncounted=1)
         torch.cuda.synchronize()
     layers = 2 * len(rank.model.blocks)
     seen: dict[str, list[float]] = {}
-    for event in profile.events() or ():
-        if event.device_type.name == "CUDA":
-            seen.setdefault(event.name, []).append(event.time_range.end - event.time_range.start)
+    spans = [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profile.events() or ()
+        if event.device_type.name == "CUDA"
+    ]
+    for begin, end, name in spans:
+        seen.setdefault(name, []).append(end - begin)
+    reached = min((begin for begin, _, _ in spans), default=0.0)
+    for begin, end, name in sorted(spans):
+        if begin > reached:
+            seen.setdefault(f"(idle before {name})", []).append(begin - reached)
+        reached = max(reached, end)
     longest = sorted(seen.items(), key=lambda kernel: -sum(kernel[1]))[:_PROFILED_KERNELS]
     return [
         {"kernel": name[:120], "calls_a_layer": len(times) / layers, "us_a_layer": sum(times) / layers}

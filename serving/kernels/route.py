@@ -13,6 +13,7 @@ from torch import Tensor
 def route(
     experts_TK: Tensor,
     weights_TK: Tensor,
+    nobody_T: Tensor | None,
     slots_EC: Tensor,
     copies_E: Tensor,
     counts_E: Tensor,
@@ -22,18 +23,21 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """(slots int64 [T, J], as `physical_slots`; weights fp32 [T, J]); the tokens of each expert are added to counts_E, int64.
 
-    experts_TK: int64, below len(counts_E). weights_TK: fp32. `shared`: the expert that every token takes besides, with weight 1; it is not counted.
+    experts_TK: int64, below len(counts_E). weights_TK: fp32. nobody_T: bool, rows that go to no slot and count for none. `shared`: the
+    expert that every token takes besides, with weight 1; it is not counted.
     """
+    arguments = experts_TK, weights_TK, nobody_T, slots_EC, copies_E, counts_E
     if experts_TK.is_cuda:
         from serving.kernels.triton import route as device
 
-        return device.route(experts_TK, weights_TK, slots_EC, copies_E, counts_E, first=first, shared=shared)
-    return route_reference(experts_TK, weights_TK, slots_EC, copies_E, counts_E, first=first, shared=shared)
+        return device.route(*arguments, first=first, shared=shared)
+    return route_reference(*arguments, first=first, shared=shared)
 
 
 def route_reference(
     experts_TK: Tensor,
     weights_TK: Tensor,
+    nobody_T: Tensor | None,
     slots_EC: Tensor,
     copies_E: Tensor,
     counts_E: Tensor,
@@ -42,22 +46,23 @@ def route_reference(
     shared: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `route`."""
-    count(experts_TK, counts_E)
-    experts_TK, weights_TK = with_shared(experts_TK, weights_TK, shared)
-    return physical_slots(slots_EC, copies_E, experts_TK, first), weights_TK
+    experts_TJ, weights_TJ = counted(experts_TK, weights_TK, nobody_T, counts_E, shared)
+    return physical_slots(slots_EC, copies_E, experts_TJ, first), weights_TJ
 
 
-def count(experts_TK: Tensor, counts_E: Tensor) -> None:
-    """Adds to counts_E the tokens of each expert."""
-    chosen = experts_TK.flatten()
-    counts_E.scatter_add_(0, chosen, torch.ones_like(chosen))
-
-
-def with_shared(experts_TK: Tensor, weights_TK: Tensor, shared: int | None) -> tuple[Tensor, Tensor]:
-    """[T, J] each: `shared` as the last pick of every token."""
-    if shared is None:
-        return experts_TK, weights_TK
-    return F.pad(experts_TK, (0, 1), value=shared), F.pad(weights_TK, (0, 1), value=1.0)
+def counted(
+    experts_TK: Tensor, weights_TK: Tensor, nobody_T: Tensor | None, counts_E: Tensor, shared: int | None
+) -> tuple[Tensor, Tensor]:
+    """[T, J] each, as `route` takes them on to slots: `shared` is the last pick of every token, nobody's picks are -1."""
+    ones_TK = torch.ones_like(experts_TK)
+    if nobody_T is not None:
+        ones_TK.masked_fill_(nobody_T[:, None], 0)
+    counts_E.scatter_add_(0, experts_TK.flatten(), ones_TK.flatten())
+    if shared is not None:
+        experts_TK, weights_TK = F.pad(experts_TK, (0, 1), value=shared), F.pad(weights_TK, (0, 1), value=1.0)
+    if nobody_T is not None:
+        experts_TK = experts_TK.masked_fill(nobody_T[:, None], -1)
+    return experts_TK, weights_TK
 
 
 def physical_slots(slots_EC: Tensor, copies_E: Tensor, experts_TK: Tensor, first: int) -> Tensor:

@@ -50,6 +50,7 @@ from serving.model.parallel import (
     gather_columns,
     local_ids,
     new_embedding,
+    own_share,
     scatter_sum,
     vocabulary_rows,
 )
@@ -309,10 +310,11 @@ class Block:
         plan: mla.Plan,
         kv_pool: Tensor,
         num_tokens: int = 1,
+        nobody_B: Tensor | None = None,
     ) -> Half:
         x, sum_BD = self._attention_input(x_BD, sum_BD)
         attended_BD = yield from self.attention.decode(x, rope_B, slots_B, plan, kv_pool, num_tokens)
-        return (yield from self._feed_forward(attended_BD, sum_BD))
+        return (yield from self._feed_forward(attended_BD, sum_BD, nobody_B))
 
     def store(self, x_TD: Tensor, rope_T: Tensor, slots_T: Tensor, kv_pool: Tensor) -> None:
         """Only this layer's latent rows of these inputs."""
@@ -324,11 +326,11 @@ class Block:
             return rows, x_TD if new_sum_TD is None else new_sum_TD
         return _add_norm(x_TD, sum_TD, self.attention_norm, self.eps)
 
-    def _feed_forward(self, x_TD: Tensor, sum_TD: Tensor) -> Half:
+    def _feed_forward(self, x_TD: Tensor, sum_TD: Tensor, nobody_T: Tensor | None = None) -> Half:
         if not isinstance(self.attention.qkv_a, Fp8Weight):
             normed_TD, sum_TD = add_rms_norm(x_TD, sum_TD, self.mlp_norm, self.eps)
             if isinstance(self.mlp, Moe):
-                return (yield from self.mlp.forward(normed_TD)), sum_TD
+                return (yield from self.mlp.forward(normed_TD, nobody_T=nobody_T)), sum_TD
             return self.mlp.forward(normed_TD), sum_TD
         routes = isinstance(self.mlp, Moe)
         parts = rms_norm_quantise(x_TD, self.mlp_norm, self.eps, residual_TD=sum_TD, keep=routes)
@@ -336,7 +338,7 @@ class Block:
         assert new_sum_TD is not None
         if isinstance(self.mlp, Moe):
             assert kept_TD is not None
-            return (yield from self.mlp.forward(kept_TD, rows)), new_sum_TD
+            return (yield from self.mlp.forward(kept_TD, rows, nobody_T)), new_sum_TD
         return self.mlp.forward(rows), new_sum_TD
 
 
@@ -489,8 +491,12 @@ class DeepseekV3:
         slots_B = slots(kv_pool, batch.row_ids_B)
         ids_B = local_ids(self.parallel.tp, batch.token_ids_B, self.embed)
         x_BD, sum_BD = scatter_sum(self.parallel.tp, self.embed[ids_B]), None
+        nobody_B = None
+        if self.routing is not None:
+            # What fills up a captured step is nobody's, and would be work for experts elsewhere.
+            nobody_B = own_share(self.parallel.tp, batch.row_ids_B >= (kv_pool.shape[0] - 1) * kv_pool.shape[2])
         for block in self.blocks:
-            x_BD, sum_BD = yield from block.decode(x_BD, sum_BD, rope_B, slots_B, plan, kv_pool, num_tokens)
+            x_BD, sum_BD = yield from block.decode(x_BD, sum_BD, rope_B, slots_B, plan, kv_pool, num_tokens, nobody_B)
         return self._final_norm(x_BD, sum_BD, len(slots_B))
 
     @torch.inference_mode()

@@ -136,14 +136,14 @@ class Moe:
         assert not isinstance(self.down, list)
         return expert_of(self.gate_up, slot), expert_of(self.down, slot)
 
-    def forward(self, x_TD: Tensor, rows: QuantisedRows | None = None) -> Pass:
-        """[T, D]. `rows`: x quantised, for FP8 weights."""
+    def forward(self, x_TD: Tensor, rows: QuantisedRows | None = None, nobody_T: Tensor | None = None) -> Pass:
+        """[T, D]. `rows`: x quantised, for FP8 weights. `nobody_T`, bool: rows of nobody, which go to no other rank."""
         x = x_TD if rows is None else rows
         if self.routing is None:
             assert self.shared is not None, "a rank that holds all experts holds the shared one"
             shared = self.shared.gate_up, self.shared.down
             return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), shared)
-        sending = self.routing.send(self.layer, x, *self.choose(x_TD))
+        sending = self.routing.send(self.layer, x, *self.choose(x_TD), nobody_T)
         # While counts travel, where rows have to wait for them; they go before the pass gives way.
         shared_TD = None if self.shared is None else self.shared.forward(x)
         if sending.num_more:

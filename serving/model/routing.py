@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.quant import QuantisedRows
-from serving.kernels.route import count, with_shared
+from serving.kernels.route import counted
 from serving.model.config import ModelConfig
 from serving.model.hosting import Counting, HostedReplicas
 from serving.model.parallel import Parallel, num_moe_layers
@@ -85,15 +85,17 @@ class Routing:
         """Between two steps, on every rank of the EP group; in place, so that captured steps see it."""
         self._replicas.write(placement)
 
-    def send(self, layer: int, x: Rows, experts_TK: Tensor, weights_TK: Tensor) -> Sending[Rows] | CountedSending:
-        """Rows [T, D] of this rank on their way; experts int64 and weights fp32 as the gate has them."""
+    def send(
+        self, layer: int, x: Rows, experts_TK: Tensor, weights_TK: Tensor, nobody_T: Tensor | None = None
+    ) -> Sending[Rows] | CountedSending:
+        """Rows [T, D] of this rank on their way; experts int64 and weights fp32 as the gate has them. Rows with `nobody_T` (bool) go to no
+        expert and count for none."""
         replicas, counts_E = self._replicas, self.num_tokens_LE[layer]
         shared = self._num_experts if self._shared_is_routed else None
         if isinstance(replicas, Replicas):
-            routed = replicas.route(layer, experts_TK, weights_TK, counts_E, first=self._ep_rank, shared=shared)
-            return self.dispatch.send(x, *routed)
-        count(experts_TK, counts_E)
-        experts_TK, weights_TK = with_shared(experts_TK, weights_TK, shared)
+            chosen = experts_TK, weights_TK, nobody_T
+            return self.dispatch.send(x, *replicas.route(layer, *chosen, counts_E, first=self._ep_rank, shared=shared))
+        experts_TK, weights_TK = counted(experts_TK, weights_TK, nobody_T, counts_E, shared)
 
         def send(counts_WE: Tensor) -> Sending[Rows]:
             return self.dispatch.send(x, replicas.slots(layer, experts_TK, counts_WE), weights_TK)

@@ -39,11 +39,19 @@ class Replicas:
         return physical_slots(self._slots_LEC[layer], self._copies_LE[layer], experts_TK, first)
 
     def route(
-        self, layer: int, experts_TK: Tensor, weights_TK: Tensor, counts_E: Tensor, *, first: int, shared: int | None
+        self,
+        layer: int,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        nobody_T: Tensor | None,
+        counts_E: Tensor,
+        *,
+        first: int,
+        shared: int | None,
     ) -> tuple[Tensor, Tensor]:
         """`slots` and the weights that belong to them, as `serving.kernels.route.route`."""
         tables = self._slots_LEC[layer], self._copies_LE[layer]
-        return route(experts_TK, weights_TK, *tables, counts_E, first=first, shared=shared)
+        return route(experts_TK, weights_TK, nobody_T, *tables, counts_E, first=first, shared=shared)
 
 
 def _tables(placement: Placement, near: range | None, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

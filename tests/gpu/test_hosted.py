@@ -1,9 +1,10 @@
-"""Replicas chosen on the device: where each of 32 ranks sends its tokens equals the reference, eager and captured."""
+"""Replicas chosen on the device: where each rank of a unit sends its tokens equals the reference, eager and captured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,13 +27,50 @@ pytestmark = [
 LAYER = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of an EP group. `num_tokens`: of each rank."""
+
+    num_tokens: tuple[int, ...]
+    gpus_per_node: int = GPUS_PER_NODE
+    num_experts: int = NUM_EXPERTS
+    hosted: int = HOSTED
+    active: int = ACTIVE
+    top_k: int = TOP_K
+
+    @property
+    def num_gpus(self) -> int:
+        return len(self.num_tokens)
+
+    def placement(self, seed: int) -> Placement:
+        return hosted_placement(
+            np.random.default_rng(seed).lognormal(0, 1, (2, self.num_experts)),
+            num_slots=self.num_gpus * self.hosted,
+            num_gpus=self.num_gpus,
+            active=self.active,
+            num_nodes=self.num_gpus // self.gpus_per_node,
+        )
+
+
+REPORT = Sizes(num_tokens=(512,) * NUM_GPUS)
+UNITS = {
+    "prefill": replace(REPORT, num_tokens=(4096,) * NUM_GPUS),
+    "decode": replace(REPORT, num_tokens=(26, 25, 0, 1) * (NUM_GPUS // 4)),
+    "two ranks": Sizes(num_tokens=(40, 300), gpus_per_node=2, num_experts=16, hosted=12, active=8, top_k=4),
+    "nothing": replace(REPORT, num_tokens=(0,) * NUM_GPUS),
+}
+
+
 @dataclass
 class Group:
     """One rank's end of an EP group whose others' counts are known beforehand."""
 
     rank: int
     counts_WE: Tensor
-    world_size: int = NUM_GPUS
+
+    @property
+    def world_size(self) -> int:
+        return len(self.counts_WE)
 
     def all_gather(self, out: Tensor, tensor: Tensor) -> Handle:
         out.copy_(self.counts_WE)
@@ -40,41 +78,35 @@ class Group:
         return Done()
 
 
-def placement(seed: int) -> Placement:
-    loads = np.random.default_rng(seed).lognormal(0, 1, (2, NUM_EXPERTS))
-    return hosted_placement(
-        loads, num_slots=NUM_GPUS * HOSTED, num_gpus=NUM_GPUS, active=ACTIVE, num_nodes=NUM_GPUS // GPUS_PER_NODE
-    )
-
-
-def picks(num_tokens: Sequence[int], seed: int) -> list[Tensor]:
+def picks(sizes: Sizes, seed: int) -> list[Tensor]:
     """Of each rank, steep; every ninth token has no expert."""
     generator = torch.Generator().manual_seed(seed)
-    heights = torch.randperm(NUM_EXPERTS, generator=generator).log1p() * -0.8
+    heights = torch.randperm(sizes.num_experts, generator=generator).log1p() * -0.8
     drawn = []
-    for count in num_tokens:
-        noise = -torch.rand(count, NUM_EXPERTS, generator=generator).log().neg().log()
-        drawn.append((heights + noise).topk(TOP_K, dim=1).indices)
+    for count in sizes.num_tokens:
+        noise = -torch.rand(count, sizes.num_experts, generator=generator).log().neg().log()
+        drawn.append((heights + noise).topk(sizes.top_k, dim=1).indices)
         drawn[-1][::9] = -1
     return drawn
 
 
-def counts_of(experts: Sequence[Tensor]) -> Tensor:
-    counts = [torch.bincount(its[its >= 0], minlength=NUM_EXPERTS) for its in experts]
+def counts_of(sizes: Sizes, experts: Sequence[Tensor]) -> Tensor:
+    counts = [torch.bincount(its[its >= 0], minlength=sizes.num_experts) for its in experts]
     return torch.stack(counts).int()
 
 
-def wanted(placed: Placement, experts: Sequence[Tensor]) -> list[Tensor]:
+def wanted(sizes: Sizes, placed: Placement, experts: Sequence[Tensor]) -> list[Tensor]:
     """The slots of every rank's picks, from the reference's shares."""
-    hosted = torch.from_numpy(placed.slots[LAYER].reshape(NUM_GPUS, HOSTED).copy())
-    _, sent = assign_replicas_reference(counts_of(experts), hosted, active=ACTIVE, gpus_per_node=GPUS_PER_NODE)
+    hosted = torch.from_numpy(placed.slots[LAYER].reshape(sizes.num_gpus, -1).copy())
+    counts = counts_of(sizes, experts)
+    _, sent = assign_replicas_reference(counts, hosted, active=sizes.active, gpus_per_node=sizes.gpus_per_node)
     by_expert = torch.cat([hosted.flatten().argsort(stable=True), torch.tensor([-1])])
-    return [slots_by_share(its, sent[rank].flatten(), by_expert, NUM_EXPERTS) for rank, its in enumerate(experts)]
+    return [slots_by_share(its, sent[rank].flatten(), by_expert, sizes.num_experts) for rank, its in enumerate(experts)]
 
 
-def replicas_of(placed: Placement, rank: int, counts_WE: Tensor) -> HostedReplicas:
+def replicas_of(sizes: Sizes, placed: Placement, rank: int, counts_WE: Tensor) -> HostedReplicas:
     group: object = Group(rank, counts_WE)
-    hosting = Hosting(counts=group, active=ACTIVE, ranks_per_node=GPUS_PER_NODE)  # type: ignore[arg-type]
+    hosting = Hosting(counts=group, active=sizes.active, ranks_per_node=sizes.gpus_per_node)  # type: ignore[arg-type]
     return HostedReplicas(placed, hosting, torch.device("cuda"))
 
 
@@ -85,26 +117,27 @@ def chosen(replicas: HostedReplicas, experts_TK: Tensor) -> Tensor:
     return replicas.slots(LAYER, experts_TK, counting.counts_WE)
 
 
-@pytest.mark.parametrize("num_tokens", [[4096] * NUM_GPUS, [26, 25, 0, 1] * (NUM_GPUS // 4)], ids=["prefill", "decode"])
-def test_every_ranks_slots_equal_the_reference_eager_and_captured(num_tokens: list[int]) -> None:
-    placed, experts = placement(0), picks(num_tokens, seed=1)
-    counts, want = counts_of(experts).cuda(), wanted(placed, experts)
-    for rank in range(NUM_GPUS):
-        replicas, its = replicas_of(placed, rank, counts), experts[rank].cuda()
+@pytest.mark.parametrize("name", UNITS)
+def test_every_ranks_slots_equal_the_reference_eager_and_captured(name: str) -> None:
+    sizes = UNITS[name]
+    placed, experts = sizes.placement(0), picks(sizes, seed=1)
+    counts, want = counts_of(sizes, experts).cuda(), wanted(sizes, placed, experts)
+    for rank in range(sizes.num_gpus):
+        replicas, its = replicas_of(sizes, placed, rank, counts), experts[rank].cuda()
         assert torch.equal(chosen(replicas, its).cpu(), want[rank])
         if rank % 8 == 0:
-            assert torch.equal(replayed(lambda replicas=replicas, its=its: chosen(replicas, its)).cpu(), want[rank])
-    slots = torch.cat([of_rank.flatten() for of_rank in want])
-    used = torch.bincount(slots[slots >= 0], minlength=NUM_GPUS * HOSTED).view(NUM_GPUS, HOSTED)
-    assert int((used > 0).sum(1).max()) <= ACTIVE
-    assert (placed.slots[LAYER][slots[slots >= 0]] == torch.cat([its[its >= 0] for its in experts]).numpy()).all()
+            assert torch.equal(replayed(partial(chosen, replicas, its)).cpu(), want[rank])
+    slots, of_picks = (torch.cat([of_rank.flatten() for of_rank in parts]) for parts in (want, experts))
+    assert (placed.slots[LAYER][slots[slots >= 0]] == of_picks[of_picks >= 0].numpy()).all()
+    used = torch.bincount(slots[slots >= 0], minlength=placed.slots.shape[1]).view(sizes.num_gpus, -1)
+    assert int((used > 0).sum(1).max()) <= sizes.active
 
 
 def test_a_graph_follows_other_tokens_and_other_hosts_without_a_read_back() -> None:
-    before, after = placement(0), placement(1)
-    first, second = (picks([512] * NUM_GPUS, seed=seed) for seed in (2, 3))
-    counts, its = counts_of(first).cuda(), first[5].cuda()
-    replicas = replicas_of(before, 5, counts)
+    before, after = REPORT.placement(0), REPORT.placement(1)
+    first, second = (picks(REPORT, seed=seed) for seed in (2, 3))
+    counts, its = counts_of(REPORT, first).cuda(), first[5].cuda()
+    replicas = replicas_of(REPORT, before, 5, counts)
     chosen(replicas, its)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -112,10 +145,10 @@ def test_a_graph_follows_other_tokens_and_other_hosts_without_a_read_back() -> N
         slots = chosen(replicas, its)
     answers = []
     for placed, experts in ((before, first), (before, second), (after, second)):
-        counts.copy_(counts_of(experts))
+        counts.copy_(counts_of(REPORT, experts))
         its.copy_(experts[5])
         replicas.write(placed)
         graph.replay()
         answers.append(slots.cpu())
-        assert torch.equal(answers[-1], wanted(placed, experts)[5])
+        assert torch.equal(answers[-1], wanted(REPORT, placed, experts)[5])
     assert not torch.equal(answers[1], answers[2])

@@ -21,14 +21,17 @@ def test_slots_are_those_of_a_cpu(num_tokens: int, shared: int | None) -> None:
     where = Placement(slots=slots, num_experts=257, num_gpus=320)
     experts = torch.rand(num_tokens, 256, generator=some).argsort(1)[:, :8].contiguous()
     weights = torch.rand(num_tokens, 8, generator=some)
+    nobody = torch.rand(num_tokens, generator=some) < 0.3
     routed = []
     for device in ("cpu", "cuda"):
         counts = torch.full((256,), 3, device=device)
         replicas = Replicas(where, torch.device(device))
-        found = replicas.route(0, experts.to(device), weights.to(device), counts, first=5, shared=shared)
+        found = replicas.route(
+            0, experts.to(device), weights.to(device), nobody.to(device), counts, first=5, shared=shared
+        )
         routed.append([tensor.cpu() for tensor in (*found, counts)])
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*routed, strict=True))
-    assert routed[0][2].sum() == 3 * 256 + 8 * num_tokens
+    assert routed[0][2].sum() == 3 * 256 + 8 * int((~nobody).sum())
 
 
 @pytest.mark.parametrize(("num_rows", "step"), [(26, 25), (4096, 4096)])

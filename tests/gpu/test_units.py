@@ -39,6 +39,7 @@ LOAD = Load(
 )
 ONE = Sizes(device="cuda")
 TP2, EP2 = replace(ONE, tp=2), replace(ONE, dp=2)
+HOSTED = replace(EP2, hosted_slots=12)
 _NUMBERS = itertools.count()
 
 Altered = Callable[[Engine, int], None]
@@ -91,7 +92,7 @@ def with_another_expert(engine: Engine, rank: int) -> None:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("sizes", [TP2, EP2], ids=["TP2", "EP2"])
+@pytest.mark.parametrize("sizes", [TP2, EP2, HOSTED], ids=["TP2", "EP2", "hosted"])
 def test_greedy_text_in_fp32_is_that_of_one_gpu(
     start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes, micro_batches: int
 ) -> None:

@@ -35,6 +35,8 @@ _STEP = 64
 _PARTIAL_STEP, _PARTIAL_WARPS = 128, 8
 # Where work is dealt out by its amount on the device.
 _PROGRAMS_A_PROCESSOR = 16
+# From so many tokens on a program has a whole row, of up to so many columns.
+_MANY_TOKENS, _WHOLE_ROW, _PART_OF_ROW = 4096, 8192, 1024
 # Bins of a histogram that the device counts in.
 _FEWEST_BINS = 16
 # Tokens up to which shared experts are computed in the launches of the routed ones: each tile of tokens reads their weights again.
@@ -350,10 +352,12 @@ def _add_rows(
     for k in tl.static_range(TOP_K):
         slot = tl.sum(tl.where(k_K == k, slots_K, 0), axis=0).to(tl.int64)
         weight = tl.sum(tl.where(k_K == k, weights_K, 0.0), axis=0)
-        is_used = mask
         if PARTIAL:
-            is_used = mask & (slot >= 0)
-        total += weight * tl.load(y_ptr + slot * y_stride + column, mask=is_used, other=0.0).to(tl.float32)
+            # A branch, so that registers are not kept for all K rows where a token has one.
+            if slot >= 0:
+                total += weight * tl.load(y_ptr + slot * y_stride + column, mask=mask, other=0.0).to(tl.float32)
+        else:
+            total += weight * tl.load(y_ptr + slot * y_stride + column, mask=mask, other=0.0).to(tl.float32)
     return total
 
 
@@ -554,6 +558,16 @@ def send(
     return slots, ends.out
 
 
+def _columns_at_once(num_tokens: int, slots: Slots, width: int) -> dict[str, int]:
+    """Columns of a program that copies or adds up rows, and its warps: all of a row where there are many with few slots each, so that those
+    are read once and all its values at a time; else a part, so that there are programs enough."""
+    many = (
+        min(num_tokens, slots.tiles.num_expected * slots.tiles.num_rows) >= _MANY_TOKENS and slots.partial is not None
+    )
+    columns = min(_WHOLE_ROW if many else _PART_OF_ROW, triton.next_power_of_2(width))
+    return {"columns": columns, "num_warps": 8 if columns > _PART_OF_ROW else 4}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Ends:
     """Where rows come from and go to: values and scales of both (absent scales replaced by something to point at)."""
@@ -569,19 +583,25 @@ class _Ends:
         scaled = isinstance(x_TD, QuantisedRows)
         values, x_scales = (x_TD.values, x_TD.scales) if isinstance(x_TD, QuantisedRows) else (x_TD, x_TD)
         assert values.stride(1) == 1, "rows must be contiguous"
-        width, device = values.shape[1], values.device
+        (num_tokens, width), device = values.shape, values.device
         out: Tensor | QuantisedRows
         if scaled or quantise:
             out = empty_rows(slots.num_slots, width, device)
             target, scales = out.values, out.scales
         else:
             target = scales = out = torch.empty(slots.num_slots, width, dtype=values.dtype, device=device)
-        block_g = min(8, triton.next_power_of_2(triton.cdiv(width, BLOCK)))
+        at_once = _columns_at_once(num_tokens, slots, width)
+        block_g = max(1, at_once["columns"] // BLOCK)
         return cls(
             out=out,
             tensors=(values, x_scales, target, scales),
             num_blocks=triton.cdiv(width, BLOCK * block_g),
-            form={"QUANTISE": quantise and not scaled, "SCALED": scaled, "BLOCK_G": block_g},
+            form={
+                "QUANTISE": quantise and not scaled,
+                "SCALED": scaled,
+                "BLOCK_G": block_g,
+                "num_warps": at_once["num_warps"],
+            },
         )
 
 
@@ -628,9 +648,16 @@ def combine(
     num_tokens, top_k = weights_TK.shape
     width = y_SD.shape[1]
     out = torch.empty(num_tokens, width, dtype=y_SD.dtype, device=y_SD.device)
-    block = min(1024, triton.next_power_of_2(width))
+    at_once = _columns_at_once(num_tokens, slots, width)
+    block, warps = at_once["columns"], at_once["num_warps"]
     num_blocks = triton.cdiv(width, block)
-    form = {"TOP_K": top_k, "K": triton.next_power_of_2(top_k), "BLOCK_D": block, **overlap(out.device)}
+    form = {
+        "TOP_K": top_k,
+        "K": triton.next_power_of_2(top_k),
+        "BLOCK_D": block,
+        "num_warps": warps,
+        **overlap(out.device),
+    }
     if slots.source_S is not None and not fill:
         most_units = slots.num_slots * num_blocks
         combine_fetched_kernel[(min(most_units, _PROGRAMS_A_PROCESSOR * num_processors(out.device)),)](

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +18,7 @@ _TOKENS, _FEW = 16, 1024
 def route_kernel(
     experts_ptr,
     weights_ptr,
+    nobody_ptr,
     table_ptr,
     copies_ptr,
     counts_ptr,
@@ -30,25 +32,29 @@ def route_kernel(
     PICKS: tl.constexpr,
     K: tl.constexpr,
     TOKENS: tl.constexpr,
+    ALL: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """PICKS of each of TOKENS tokens: TOP_K chosen ones, and `shared` if there is one more."""
+    """PICKS of each of TOKENS tokens: TOP_K chosen ones, and `shared` if there is one more. ALL: no row is nobody's."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS))[:, None]
     k = tl.arange(0, K)[None, :]
     is_token = token < num_tokens
+    is_used = is_token
+    if not ALL:
+        is_used = is_token & (tl.load(nobody_ptr + token, mask=is_token, other=1) == 0)
     chosen = is_token & (k < TOP_K)
     picked = is_token & (k < PICKS)
     expert = tl.load(experts_ptr + token * TOP_K + k, mask=chosen, other=-1)
     weight = tl.load(weights_ptr + token * TOP_K + k, mask=chosen, other=1.0)
     # A number of as many bits as the counts.
-    tl.atomic_add(counts_ptr + expert, tl.full([TOKENS, K], 1, tl.int64), mask=chosen, sem="relaxed")
+    tl.atomic_add(counts_ptr + expert, tl.full([TOKENS, K], 1, tl.int64), mask=chosen & is_used, sem="relaxed")
     expert = tl.where(k < TOP_K, expert, shared)
-    num_copies = tl.load(copies_ptr + expert, mask=picked & (expert >= 0), other=1)
+    num_copies = tl.load(copies_ptr + expert, mask=picked & is_used, other=1)
     copy = (first + token + k) % num_copies
-    slot = tl.load(table_ptr + expert * num_columns + copy, mask=picked & (expert >= 0), other=-1)
+    slot = tl.load(table_ptr + expert * num_columns + copy, mask=picked & is_used, other=-1)
     tl.store(slots_ptr + token * PICKS + k, slot, mask=picked)
     tl.store(out_weights_ptr + token * PICKS + k, weight, mask=picked)
 
@@ -56,6 +62,7 @@ def route_kernel(
 def route(
     experts_TK: Tensor,
     weights_TK: Tensor,
+    nobody_T: Tensor | None,
     slots_EC: Tensor,
     copies_E: Tensor,
     counts_E: Tensor,
@@ -68,11 +75,12 @@ def route(
     slots_TJ = experts_TK.new_empty(num_tokens, picks)
     weights_TJ = weights_TK.new_empty(num_tokens, picks)
     if num_tokens:
+        nobody = experts_TK if nobody_T is None else nobody_T.contiguous().view(torch.uint8)
         tokens = _TOKENS if num_tokens > _FEW else 1
         route_kernel[(triton.cdiv(num_tokens, tokens),)](
-            experts_TK.contiguous(), weights_TK.contiguous(), slots_EC, copies_E, counts_E, slots_TJ, weights_TJ,
+            experts_TK.contiguous(), weights_TK.contiguous(), nobody, slots_EC, copies_E, counts_E, slots_TJ, weights_TJ,
             num_tokens, first, slots_EC.shape[1], -1 if shared is None else shared,
-            TOP_K=top_k, PICKS=picks, K=triton.next_power_of_2(picks), TOKENS=tokens,
+            TOP_K=top_k, PICKS=picks, K=triton.next_power_of_2(picks), TOKENS=tokens, ALL=nobody_T is None,
             num_warps=4 if tokens > 1 else 1, **overlap(experts_TK.device),
         )  # fmt: skip
     return slots_TJ, weights_TJ

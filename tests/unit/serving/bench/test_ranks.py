@@ -77,6 +77,7 @@ def test_engines_that_join_as_the_servers_do_write_what_one_process_writes(tmp_p
     expected = texts(Sizes(device="cpu"))
     assert texts(Sizes(tp=2, device="cpu")) == expected
     assert texts(Sizes(dp=2, micro_batches=2, device="cpu")) == expected
+    assert texts(Sizes(dp=2, hosted_slots=3, device="cpu")) == expected
     assert texts(Sizes(dp=2, device="cpu"), with_another_expert) != expected
 
 

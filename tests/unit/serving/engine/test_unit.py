@@ -207,6 +207,50 @@ def test_followers_hear_what_their_leader_announces_and_then_its_commands() -> N
     assert len(computed) >= 3
 
 
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_a_follower_says_that_a_step_is_computed_when_it_has_settled_it(run_ahead: bool) -> None:
+    groups = SIZES[0]
+    heard: list[tuple[int, int, int]] = []
+
+    class Settling(RecordingRunner):
+        num_launched = num_settled = 0
+
+        def launch(self, plan: StepPlan, shape: StepShape | None = None) -> Launched:
+            self.num_launched += 1
+            assert self.num_launched - self.num_settled <= 2
+            return super().launch(plan, shape)
+
+        def settle(self, launched: Launched) -> StepResult:
+            self.num_settled += 1
+            return super().settle(launched)
+
+    def main(world: VirtualCollectives) -> None:
+        at = groups.coordinates(world.rank)
+        lockstep = Lockstep(world, world.subgroup(groups.tp_group(world.rank), "control-tp"), VirtualBell(world))
+        runner = Settling(world.subgroup(range(4), "model"))
+
+        def computed(number: int) -> None:
+            if world.rank == 1:
+                heard.append((number, runner.num_settled, lockstep.number))
+
+        if at.tp_rank:
+            Follower(runner, lockstep, computed, run_ahead=run_ahead).run()
+            return
+        leader = Leader(runner, lockstep)
+        for _ in range(4 if at.dp_rank == 0 else 0):
+            leader.settle(leader.launch(_plan(0, 1, 0)))
+            leader.turned(stopping=False, drained=False)
+        while not leader.turned(stopping=False, drained=True):
+            pass
+
+    VirtualUnit(groups).run(main)
+    numbers, settled, rounds = zip(*heard, strict=True)
+    assert list(numbers) == sorted(set(numbers))
+    assert numbers[-1] == rounds[-1]
+    assert all(done >= number for number, done in zip(numbers[:4], settled, strict=False))
+    assert any(number < round_ for number, _, round_ in heard) == run_ahead
+
+
 def test_a_follower_that_drops_a_command_is_found_out() -> None:
     class Forgetful(RecordingRunner):
         def close_slot(self, slot: int) -> None:

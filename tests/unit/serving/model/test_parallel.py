@@ -6,6 +6,7 @@ import functools
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from serving.model.batch import DecodeBatch
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.experts import Moe
-from serving.model.parallel import SINGLE, Parallel, shares
+from serving.model.parallel import SINGLE, Hosting, Parallel, shares
 from serving.model.timeline import Timeline
 from serving.model.weights import load_weights
 from serving.parallel.collectives import SingleRank
 from serving.parallel.dispatch import DirectDispatch, Dispatch, FixedDispatch, HierarchicalDispatch
 from serving.parallel.groups import Groups
 from serving.parallel.placement import Placement
+from serving.parallel.redundancy import hosted_placement
 from serving.parallel.shared_memory import SharedMemoryCollectives
 from serving.parallel.virtual import VirtualCollectives, VirtualUnit
 from tests.model_factory import make_checkpoint
@@ -183,8 +185,9 @@ def parallel_of(
     shared_is_routed: bool,
     capacity: int,
     calls: list[str],
+    active: int | None,
 ) -> Parallel:
-    """A rank's place; across nodes the dispatch goes by rails, with a capacity it is fixed."""
+    """A rank's place; across nodes the dispatch goes by rails, with a capacity it is fixed; with `active` slots replicas are chosen."""
 
     def group(name: str, ranks: Sequence[int]) -> Any:
         return Counted(world.subgroup(ranks, name), name, calls)
@@ -202,7 +205,18 @@ def parallel_of(
     else:
         dispatch = DirectDispatch(group("ep", groups.ep_group(rank)), placed.slots_per_gpu)
     ep_rank = groups.coordinates(rank).ep_rank
-    return Parallel(tp=tp, experts=dispatch, placement=placed, ep_rank=ep_rank, shared_is_routed=shared_is_routed)
+    hosting = None
+    if active is not None:
+        counts = group("counts", groups.ep_group(rank))
+        hosting = Hosting(counts=counts, active=active, ranks_per_node=min(groups.ranks_per_node, groups.ep))
+    return Parallel(
+        tp=tp,
+        experts=dispatch,
+        placement=placed,
+        ep_rank=ep_rank,
+        shared_is_routed=shared_is_routed,
+        hosting=hosting,
+    )
 
 
 def _serve(pipe: Connection, folder: Path, name: str, rank: int) -> None:
@@ -228,6 +242,7 @@ def play_unit(
     shared_is_routed: bool = False,
     num_micro_batches: int = 1,
     capacity: int = 0,
+    active: int | None = None,
     spoil: Callable[[int, DeepseekV3], None] = lambda rank, model: None,
     meanwhile: Callable[[int, DeepseekV3, VirtualCollectives], None] = lambda rank, model, world: None,
     calls: dict[int, list[str]] | None = None,
@@ -238,7 +253,7 @@ def play_unit(
     def main(world: VirtualCollectives) -> list[Tensor]:
         rank = world.rank
         noted = [] if calls is None else calls.setdefault(rank, [])
-        parallel = parallel_of(world, groups, placed, shared_is_routed, capacity, noted)
+        parallel = parallel_of(world, groups, placed, shared_is_routed, capacity, noted, active)
         with torch.inference_mode():
             model = load_weights(folder, config, dtype, parallel=parallel)
             spoil(rank, model)
@@ -311,6 +326,37 @@ def test_expert_parallel_ranks_equal_one(folders: Callable[..., Path], name: str
     assert all(ours == calls[0] for ours in calls.values())
 
 
+@pytest.mark.parametrize(("num_nodes", "capacity"), [(1, 0), (2, 0), (1, 64)], ids=["direct", "by nodes", "fixed"])
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_ranks_that_choose_replicas_equal_one(
+    folders: Callable[..., Path], num_nodes: int, capacity: int, num_micro_batches: int
+) -> None:
+    groups, folder = Groups(tp=2, dp=2, ep=4, ranks_per_node=4 // num_nodes), folders(q_lora_rank=48)
+    calls: dict[int, list[str]] = {}
+    got = play_unit(
+        folder,
+        groups,
+        torch.float64,
+        placed=hosted_placement(
+            np.random.default_rng(0).lognormal(size=(3, NUM_EXPERTS)),
+            num_slots=20,
+            num_gpus=4,
+            active=3,
+            num_nodes=num_nodes,
+        ),
+        active=3,
+        capacity=capacity,
+        num_micro_batches=num_micro_batches,
+        calls=calls,
+    )
+    assert gap(folder, groups, torch.float64, got) < FP64
+    # Before each dispatch, whatever tokens there are.
+    dispatched = {"rail.all_to_all": 3, "ep.all_to_all": 2 if capacity else 3}
+    num_dispatches = sum(calls[0].count(name) // each for name, each in dispatched.items())
+    assert calls[0].count("counts.all_gather") == num_dispatches > 10
+    assert all(ours == calls[0] for ours in calls.values())
+
+
 def test_expert_parallel_ranks_equal_one_in_fp32(folders: Callable[..., Path]) -> None:
     groups, folder = Groups(tp=2, dp=2, ep=4, ranks_per_node=4), folders(q_lora_rank=48)
     got = play_unit(folder, groups, torch.float32, placed=placement(4, 3), num_micro_batches=2)
@@ -321,6 +367,33 @@ def test_a_fixed_dispatch_equals_one_rank(folders: Callable[..., Path]) -> None:
     groups, folder = Groups(tp=2, dp=2, ep=4, ranks_per_node=4), folders(q_lora_rank=48)
     got = play_unit(folder, groups, torch.float64, placed=placement(4, 3), num_micro_batches=2, capacity=64)
     assert gap(folder, groups, torch.float64, got) < FP64
+
+
+def test_rows_of_nobody_go_to_no_expert_and_count_for_none(folders: Callable[..., Path]) -> None:
+    """As what fills up a captured step, on a rank that has rows of its own and on one that has none."""
+    groups, folder = Groups(tp=2, dp=2, ep=4, ranks_per_node=4), folders(q_lora_rank=48)
+    config, placed = ModelConfig.from_folder(folder), placement(4, 3)
+    asked, rows = {name: list(range(2, 9)) for name in "abc"}, {"a": 3, "b": 4, "c": 5}
+
+    def main(world: VirtualCollectives) -> tuple[dict[str, Tensor], list[int]]:
+        experts = FixedDispatch(world.subgroup(world.ranks, "fixed"), placed.slots_per_gpu, 4)
+        parallel = replace(parallel_of(world, groups, placed, False, 0, [], None), fixed=lambda capacity: experts)
+        with torch.inference_mode():
+            run = Paged(load_weights(folder, config, torch.float64, parallel=parallel), num_pages=10)
+            run.prefill(asked)
+            assert run.model.routing is not None
+            run.model.routing.num_tokens_LE.zero_()
+            with run.model.fixed_rows(8):
+                logits = run.decode({} if groups.coordinates(world.rank).dp_rank else rows, num_padding=5)
+            return logits, run.model.routing.num_tokens_LE[:2].sum(1).tolist()
+
+    results = VirtualUnit(groups).run(main)
+    single = Paged(load_weights(folder, config, torch.float64), num_pages=10)
+    single.prefill(asked)
+    for name, expected in single.decode(rows).items():
+        assert all(torch.allclose(logits[name], expected, atol=FP64) for logits, _ in results[:2])
+    # The first rank's share of eight rows are four, of which three are somebody's.
+    assert [counts for _, counts in results] == [[3 * config.num_experts_per_token] * 2, [0, 0], [0, 0], [0, 0]]
 
 
 def test_one_wrong_expert_shows_in_other_groups(folders: Callable[..., Path]) -> None:
