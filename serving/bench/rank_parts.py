@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -31,7 +31,7 @@ from serving.model.deepseek_v3 import Attention, DeepseekV3
 from serving.model.experts import Mlp, Moe
 from serving.model.parallel import gather, local_ids, scatter_sum, shares
 from serving.model.weight import Weight
-from serving.parallel.dispatch import Dispatch, Returning, Sending
+from serving.parallel.dispatch import Arrived, Dispatch, Returning, Sending
 from serving.parallel.hops import X, members_wanted, payloads_of
 
 Role = Literal["prefill", "decode"]
@@ -94,6 +94,7 @@ class Parts:
         most = _PREFILL_SETS if step.role == "prefill" else len(model.blocks)
         self._blocks = model.blocks[-most:]
         self._moes = [block.mlp for block in self._blocks if isinstance(block.mlp, Moe)]
+        num_used = int(arrived.slots_RK[here_RK].unique().numel())
         self.load = Load(sent=0, rows=0, pairs=0)
         """Of one layer, once its parts have been made."""
 
@@ -315,13 +316,14 @@ class Parts:
         before = self._travelled()
         sending = routing.send(moes[0].layer, rows, *chosen[0])
         routing.dispatch = dispatch
-        arrived = sending.wait()
+        arrived = _kept(sending.wait())
         num_rows = len(payloads_of(arrived.x_RD)[0])
         y_RD = torch.zeros(num_rows, self._config.hidden_size, dtype=model.dtype, device=self._device)
         routing.give_back(sending, y_RD).wait()
         travelled = self._travelled() - before
         here_RK = arrived.slots_RK >= 0
         sent = int(members_wanted(watched.slots_TK // placement.slots_per_gpu, placement.num_gpus).sum())
+        num_used = int(arrived.slots_RK[here_RK].unique().numel())
         self.load = Load(sent=sent, rows=int(here_RK.any(1).sum()), pairs=int(here_RK.sum()))
         row = sum(payload[0].nbytes for payload in payloads_of(rows))
         result = self._config.hidden_size * model.dtype.itemsize
@@ -339,7 +341,6 @@ class Parts:
             name="dispatch, combine", layers=layers, call=there_and_back, num_sets=num_sets, num_bytes=2 * travelled
         )
         one = moes[0].expert(0)
-        num_used = int(arrived.slots_RK[here_RK].unique().numel())
         yield Part(
             name="experts",
             layers=layers,
@@ -404,6 +405,15 @@ class _Watched:
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
         return self._dispatch.give_back(sending, y_RD)
+
+
+def _kept(arrived: Arrived[Tensor | QuantisedRows]) -> Arrived[Tensor | QuantisedRows]:
+    """What the next exchange does not write over; FP8 rows as their layout asks."""
+    x = arrived.x_RD
+    kept = (
+        QuantisedRows(values=x.values.clone(), scales=x.scales.clone()) if isinstance(x, QuantisedRows) else x.clone()
+    )
+    return replace(arrived, x_RD=kept, slots_RK=arrived.slots_RK.clone(), weights_RK=arrived.weights_RK.clone())
 
 
 def _multiply(x_TN: Tensor | QuantisedRows, weights: Sequence[Weight], index: int) -> Tensor:

@@ -56,7 +56,8 @@ def copies_for_reference(slots_TK: Tensor, slots_per_member: int, num_members: i
 
 
 def spread(x_TX: Tensor, copies: Copies, num_copies: int) -> Tensor:
-    """[N, ...], contiguous: each row of x [T, ...], of any dtype and strides, where its copies stand."""
+    """[num_copies, ...], contiguous: each row of x [T, ...], of any dtype and strides, where its copies stand. Rows behind all copies
+    are not written."""
     if x_TX.is_cuda:
         from serving.kernels.triton import dispatch_rows as device
 

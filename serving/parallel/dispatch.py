@@ -132,7 +132,8 @@ class DirectDispatch:
         return Sending([hop], self._send(hop, x, routing_TM), 1)
 
     def _send_uncounted(self, ep: Exchanges, hop: Hop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
-        incoming = hop.go_uncounted(ep, [*payloads_of(x), routing_TM])
+        hop.load([*payloads_of(x), routing_TM])
+        incoming = hop.go_uncounted(ep)
         yield [incoming]
         hop.received = incoming.received
         *payloads, routing_RM = incoming.outs
@@ -140,10 +141,11 @@ class DirectDispatch:
 
     def _send(self, hop: Hop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
         counts, _ = self._counts.go(self._ep, hop.counts_WC)
+        hop.load([*payloads_of(x), routing_TM])
         yield [counts]
         sent, received = counts.numbers
         hop.sent, hop.received = _first(sent), _first(received)
-        (*payloads, routing_RM), handle = hop.go([*payloads_of(x), routing_TM])
+        (*payloads, routing_RM), handle = hop.go()
         yield [handle]
         first = self._ep.rank * self._slots_per_rank
         return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(received))
@@ -177,16 +179,18 @@ class HierarchicalDispatch:
         rail, node = self._rail, self._node
         # To each node: the rows, and how many of them each of its ranks gets in the end.
         counts, received = self._counts.go(rail, torch.cat([hops[0].counts_WC[:, :1], sent_NLC.flatten(1)], dim=1))
+        hops[0].load([*payloads_of(x), routing_TM])
         yield [counts]
         hops[0].sent, hops[0].received = map(_first, counts.numbers)
-        (*payloads, routing_AM), handle = hops[0].go([*payloads_of(x), routing_TM])
+        (*payloads, routing_AM), handle = hops[0].go()
         counts, _ = self._counts.go(node, received[:, 1:].sum(0).view(sent_NLC.shape[1:]))
         yield [handle, counts]
         forwarded, expected = counts.numbers
         on_node_AK = slots_in(routing_AM, rail.rank * self._slots_per_node, self._slots_per_node)
         hops.append(hop_to(node, on_node_AK, self._slots_per_rank))
         hops[1].sent, hops[1].received = _first(forwarded), _first(expected)
-        (*payloads, routing_RM), handle = hops[1].go([*payloads, routing_AM])
+        hops[1].load([*payloads, routing_AM])
+        (*payloads, routing_RM), handle = hops[1].go()
         yield [handle]
         first = rail.rank * self._slots_per_node + node.rank * self._slots_per_rank
         return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(expected))

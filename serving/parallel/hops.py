@@ -76,7 +76,7 @@ class Hop:
     """Row t goes once to each member with wanted_TW[t, member]. Whoever makes it has `sent` and `received`, the rows for and from
     each member, set before anything goes. counts_WC: int64, rows for each member."""
 
-    sent: list[int]
+    sent: list[int] | None = None
     received: list[int]
 
     def __init__(self, group: Collectives, wanted_TW: Tensor) -> None:
@@ -85,19 +85,22 @@ class Hop:
         self.counts_WC = wanted_TW.sum(0)[:, None]
         self.rows_N = wanted_TW.t().nonzero()[:, 1].contiguous()
 
-    def go(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], Handle]:
-        """Each [T, ...] to [R, ...], to be read when the handle has been waited for."""
-        copies = [row.index_select(0, self.rows_N) for row in rows]
-        return self._exchange(copies, self.received, self.sent)
+    def load(self, rows: Sequence[Tensor]) -> None:
+        """What is to go, each [T, ...]; also before anybody knows how many copies that will be."""
+        self._rows = rows
 
-    def go_uncounted(self, group: Exchanges, rows: Sequence[Tensor]) -> Incoming:
+    def go(self) -> tuple[list[Tensor], Handle]:
+        """Each to [R, ...], to be read when the handle has been waited for."""
+        return self._exchange(self._copies(), self.received, self._sent)
+
+    def go_uncounted(self, group: Exchanges) -> Incoming:
         """The same where nobody knows yet how many will come; `sent` is set here, `received` by whoever has waited."""
         self.sent = self.counts_WC[:, 0].tolist()
-        return group.exchange([row.index_select(0, self.rows_N) for row in rows], self.sent)
+        return group.exchange(self._copies(), self._sent)
 
     def back(self, y_RD: Tensor) -> tuple[Tensor, Handle]:
         """[N, D] for `total`, once the handle has been waited for."""
-        (y_ND,), handle = self._exchange([y_RD], self.sent, self.received)
+        (y_ND,), handle = self._exchange([y_RD], self._sent, self.received)
         return y_ND, handle
 
     def total(self, y_ND: Tensor) -> Tensor:
@@ -106,6 +109,14 @@ class Hop:
         by_row = self.rows_N.argsort(stable=True)
         return F.embedding_bag(by_row, y_ND, counts_T.cumsum(0) - counts_T, mode="sum")
 
+    def _copies(self) -> list[Tensor]:
+        return [row.index_select(0, self.rows_N) for row in self._rows]
+
+    @property
+    def _sent(self) -> list[int]:
+        assert self.sent is not None, "nobody knows how many go"
+        return self.sent
+
     def _exchange(self, rows: list[Tensor], received: list[int], sent: list[int]) -> tuple[list[Tensor], Handle]:
         num_rows = sum(received)
         outs = [row.new_empty((num_rows, *row.shape[1:])) for row in rows]
@@ -113,19 +124,26 @@ class Hop:
 
 
 class DeviceHop(Hop):
-    """The same on a GPU, from the members that hold a row's slots; counts_WC also has the picks that the rows have at each member."""
+    """The same on a GPU, from the members that hold a row's slots; counts_WC also has the picks that the rows have at each member.
+
+    Copies are made when rows are loaded, for the device is idle while the host learns how many there are: until that is known,
+    into memory for the most that there may be."""
 
     def __init__(self, group: Collectives, slots_TK: Tensor, slots_per_member: int) -> None:
         self.group = group
-        self._copies = copies_for(slots_TK.contiguous(), slots_per_member, group.world_size)
-        self.counts_WC = self._copies.counts_WC
+        self._where = copies_for(slots_TK.contiguous(), slots_per_member, group.world_size)
+        self.counts_WC = self._where.counts_WC
 
-    def go(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], Handle]:
-        num_copies = sum(self.sent)
-        return self._exchange([spread(row, self._copies, num_copies) for row in rows], self.received, self.sent)
+    def load(self, rows: Sequence[Tensor]) -> None:
+        most = self._where.places_TP.numel() if self.sent is None else sum(self.sent)
+        self._loaded = [spread(row, self._where, most) for row in rows]
 
     def total(self, y_ND: Tensor) -> Tensor:
-        return total(y_ND, self._copies)
+        return total(y_ND, self._where)
+
+    def _copies(self) -> list[Tensor]:
+        loaded, self._loaded = self._loaded, []
+        return [copies[: sum(self._sent)] for copies in loaded]
 
 
 def hop_to(group: Collectives, slots_TK: Tensor, slots_per_member: int) -> Hop:

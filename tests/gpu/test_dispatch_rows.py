@@ -176,9 +176,10 @@ def test_the_host_waits_for_counts_and_not_for_what_is_queued_behind_them() -> N
 def test_sums_of_a_hop_are_in_the_members_order() -> None:
     slots = slots_for(2000, 8, 36)
     hop = hop_to(SingleRank(), torch.zeros_like(slots), 1)
-    hop.sent = hop.received = hop.counts_WC[:, 0].tolist()
     x = randn(2000, 512)
-    (came,), handle = hop.go([x])
+    hop.load([x])
+    hop.sent = hop.received = hop.counts_WC[:, 0].tolist()
+    (came,), handle = hop.go()
     handle.wait()
     assert torch.equal(came, x)
     back, handle = hop.back(came)

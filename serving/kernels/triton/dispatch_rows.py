@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from serving.kernels.dispatch_rows import Copies
 from serving.kernels.triton.device import overlap
+from serving.kernels.triton.placing import picks_of
 
 # Rows times members that a program looks at, and most rows.
 _LOOKED_AT, _MOST_ROWS = 2048, 64
@@ -17,18 +18,6 @@ _FEWEST_MEMBERS = 16
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Of rows of which the columns lie apart so many are copied together, that neighbours be read at one time.
 _ROWS_ACROSS = 32
-
-
-@triton.jit
-def _picks(slots_ptr, row, num_rows, slots_per_member, TOP_K: tl.constexpr, MEMBERS: tl.constexpr, ROWS: tl.constexpr):
-    """int32 [ROWS, MEMBERS]: of each row its picks at each member."""
-    member = tl.arange(0, MEMBERS)
-    picks = tl.zeros([ROWS, MEMBERS], tl.int32)
-    for k in tl.static_range(TOP_K):
-        slot = tl.load(slots_ptr + row * TOP_K + k, mask=row < num_rows, other=-1).to(tl.int32)
-        target = tl.where(slot >= 0, slot // slots_per_member, -1)
-        picks += (target[:, None] == member[None, :]).to(tl.int32)
-    return picks
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -47,7 +36,7 @@ def count_kernel(
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    picks = _picks(slots_ptr, row, num_rows, slots_per_member, TOP_K, MEMBERS, ROWS)
+    picks = picks_of(slots_ptr, row, num_rows, slots_per_member, TOP_K, MEMBERS, ROWS)
     counts = counts_ptr + tl.program_id(0) * 2 * MEMBERS + tl.arange(0, MEMBERS)
     tl.store(counts, tl.sum((picks > 0).to(tl.int32), axis=0))
     tl.store(counts + MEMBERS, tl.sum(picks, axis=0))
@@ -92,7 +81,7 @@ def place_kernel(
         tl.store(totals_ptr + member * 2, copies.to(tl.int64), mask=member < num_members)
         tl.store(totals_ptr + member * 2 + 1, num_picks.to(tl.int64), mask=member < num_members)
     row = program * ROWS + tl.arange(0, ROWS)
-    picks = _picks(slots_ptr, row, num_rows, slots_per_member, TOP_K, MEMBERS, ROWS)
+    picks = picks_of(slots_ptr, row, num_rows, slots_per_member, TOP_K, MEMBERS, ROWS)
     wanted = (picks > 0).to(tl.int32)
     place = (tl.cumsum(copies, axis=0) - copies + before)[None, :] + tl.cumsum(wanted, axis=0) - wanted
     which = tl.cumsum(wanted, axis=1) - wanted

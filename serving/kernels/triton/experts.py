@@ -23,6 +23,7 @@ from serving.kernels.libraries import expert_of_rows
 from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows, empty_rows
 from serving.kernels.triton.device import num_processors, overlap
 from serving.kernels.triton.gemm import Tiles
+from serving.kernels.triton.placing import count_kernel, count_rows_kernel, place_kernel, place_rows_kernel, store_tiles
 from serving.kernels.triton.product import RING_TILE, grouped_tile, has_ring, product
 from serving.kernels.triton.quant import quantise, silu_mul_quantise
 
@@ -31,8 +32,8 @@ _COUNTED_BY_ALL = 1024
 # Numbers of pairs counted at once by a program that looks at all; few, so that few kernels are compiled.
 _COUNTED_AT_ONCE = (128, _COUNTED_BY_ALL)
 _STEP = 64
-# Where pairs may lack an expert there are many for each that has one.
-_PARTIAL_STEP, _PARTIAL_WARPS = 128, 8
+# Tokens times experts that a program looks at, and most tokens.
+_LOOKED_AT, _MOST_ROWS = 2048, 64
 # Where work is dealt out by its amount on the device.
 _PROGRAMS_A_PROCESSOR = 16
 # From so many tokens on a program has a whole row, of up to so many columns.
@@ -52,110 +53,6 @@ def _chosen(experts_ptr, pair, num_pairs, PARTIAL: tl.constexpr):
         counts = counts & (expert >= 0)
         expert = tl.maximum(expert, 0)
     return expert, counts
-
-
-@triton.jit(do_not_specialize=["num_slots", "num_pairs", "steps"])
-def count_kernel(
-    experts_ptr,
-    counts_ptr,
-    source_ptr,
-    num_slots,
-    num_pairs,
-    steps,
-    NUM_BINS: tl.constexpr,
-    STEP: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    FETCHED: tl.constexpr,
-    PDL: tl.constexpr = False,
-):
-    """counts [programs, NUM_BINS]: pairs of each expert among the program's `steps` x STEP pairs. FETCHED: no slot has a source yet."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    total = tl.zeros([NUM_BINS], tl.int32)
-    first = tl.program_id(0) * steps * STEP
-    for step in range(steps):
-        pair = first + step * STEP + tl.arange(0, STEP)
-        expert, counts = _chosen(experts_ptr, pair, num_pairs, PARTIAL)
-        total += tl.histogram(expert, NUM_BINS, mask=counts)
-    tl.store(counts_ptr + tl.program_id(0) * NUM_BINS + tl.arange(0, NUM_BINS), total)
-    if FETCHED:
-        for first_slot in range(tl.program_id(0) * STEP, num_slots, tl.num_programs(0) * STEP):
-            slot = first_slot + tl.arange(0, STEP)
-            tl.store(source_ptr + slot, -1, mask=slot < num_slots)
-
-
-@triton.jit
-def _store_tiles(
-    tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, num_programs, NUM_BINS: tl.constexpr
-):  # fmt: skip
-    """The program's share of the expert of each tile, and the number of tiles; `tiles` of each expert, which end at `tile_end`."""
-    if program == 0:
-        num_tiles = tl.sum(tiles, axis=0)
-        tl.store(num_tiles_ptr, num_tiles)
-        # Of no tile a product reads the expert ahead.
-        tl.store(tile_expert_ptr, 0, mask=num_tiles == 0)
-    bins = tl.arange(0, NUM_BINS)
-    for tile in range(program, tl.max(tiles, axis=0), num_programs):
-        tl.store(tile_expert_ptr + tile_end - tiles + tile, bins, mask=tile < tiles)
-
-
-@triton.jit(do_not_specialize=["num_pairs", "steps"])
-def place_kernel(
-    experts_ptr,
-    counts_ptr,
-    slots_ptr,
-    source_ptr,
-    tile_expert_ptr,
-    num_tiles_ptr,
-    num_pairs,
-    steps,
-    NUM_BINS: tl.constexpr,
-    STEP: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    FETCHED: tl.constexpr,
-    PDL: tl.constexpr = False,
-):
-    """The slot of each pair, the tiles and their number. Counts are read ROWS programs at a time.
-
-    NUM_BINS is a power of two from the number of experts. PARTIAL: -1 for a pair without expert. FETCHED: and the pair in each slot.
-    """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    bins = tl.arange(0, NUM_BINS)
-    program = tl.program_id(0)
-    total = tl.zeros([NUM_BINS], tl.int32)
-    before = tl.zeros([NUM_BINS], tl.int32)
-    for first in range(0, tl.num_programs(0), ROWS):
-        other = first + tl.arange(0, ROWS)
-        counts = tl.load(
-            counts_ptr + other[:, None] * NUM_BINS + bins[None, :],
-            mask=(other < tl.num_programs(0))[:, None],
-            other=0,
-        )
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((other < program)[:, None], counts, 0), axis=0)
-    tiles = (total + TILE - 1) // TILE
-    tile_end = tl.cumsum(tiles, axis=0)
-    next_slot = (tile_end - tiles) * TILE + before
-    lane = tl.arange(0, STEP)
-    for step in range(steps):
-        pair = (program * steps + step) * STEP + lane
-        expert, counts = _chosen(experts_ptr, pair, num_pairs, PARTIAL)
-        bin = tl.where(counts, expert, -1)
-        same = (bin[:, None] == bin[None, :]) & (lane[None, :] < lane[:, None])
-        rank = tl.sum(same.to(tl.int32), axis=1)
-        slot = tl.gather(next_slot, expert, 0) + rank
-        if FETCHED:
-            tl.store(source_ptr + slot, pair, mask=counts)
-        if PARTIAL:
-            slot = tl.where(counts, slot, -1)
-        tl.store(slots_ptr + pair, slot, mask=pair < num_pairs)
-        next_slot += tl.histogram(expert, NUM_BINS, mask=counts)
-    _store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, tl.num_programs(0), NUM_BINS)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "x_stride", "x_scale_row", "x_scale_stride", "out_scale_stride"])
@@ -227,7 +124,7 @@ def send_kernel(
         if QUANTISE or SCALED:
             tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group & (slot >= 0))
     if tl.program_id(1) == 0:
-        _store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, token, tl.num_programs(0), NUM_BINS)
+        store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, token, tl.num_programs(0), NUM_BINS)
 
 
 @triton.jit(do_not_specialize=["x_stride", "x_scale_row", "x_scale_stride", "out_scale_stride"])
@@ -346,18 +243,21 @@ def _add_rows(
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     PARTIAL: tl.constexpr,
+    IN_TURN: tl.constexpr,
 ):
-    """total + the weighted rows of the slots, in the order of K."""
+    """total + the weighted rows of the slots, in the order of K. IN_TURN: one after the other, without registers for all of them."""
     k_K = tl.arange(0, K)
     for k in tl.static_range(TOP_K):
         slot = tl.sum(tl.where(k_K == k, slots_K, 0), axis=0).to(tl.int64)
         weight = tl.sum(tl.where(k_K == k, weights_K, 0.0), axis=0)
-        if PARTIAL:
-            # A branch, so that registers are not kept for all K rows where a token has one.
+        if IN_TURN:
             if slot >= 0:
                 total += weight * tl.load(y_ptr + slot * y_stride + column, mask=mask, other=0.0).to(tl.float32)
         else:
-            total += weight * tl.load(y_ptr + slot * y_stride + column, mask=mask, other=0.0).to(tl.float32)
+            is_used = mask
+            if PARTIAL:
+                is_used = mask & (slot >= 0)
+            total += weight * tl.load(y_ptr + slot * y_stride + column, mask=is_used, other=0.0).to(tl.float32)
     return total
 
 
@@ -396,7 +296,7 @@ def combine_fetched_kernel(
                 column = unit % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
                 mask = column < width
                 total = tl.zeros([BLOCK_D], tl.float32)
-                total = _add_rows(total, y_ptr, y_stride, slots_K, weights_K, column, mask, TOP_K, K, True)
+                total = _add_rows(total, y_ptr, y_stride, slots_K, weights_K, column, mask, TOP_K, K, True, False)
                 out = out_ptr + token.to(tl.int64) * out_stride + column
                 tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -419,6 +319,7 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     PARTIAL: tl.constexpr,
     FILL: tl.constexpr,
+    IN_TURN: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """Sum of a token's rows by their routing weights, in the order of K whatever the batch, and of its ADDED rows, `added_rows` apart; fp32.
@@ -437,7 +338,7 @@ def combine_kernel(
     for i in tl.static_range(ADDED):
         added = added_ptr + (token + i * added_rows).to(tl.int64) * added_stride + column
         total += tl.load(added, mask=mask, other=0.0).to(tl.float32)
-    total = _add_rows(total, y_ptr, y_stride, slots_K, weights_K, column, mask, TOP_K, K, PARTIAL)
+    total = _add_rows(total, y_ptr, y_stride, slots_K, weights_K, column, mask, TOP_K, K, PARTIAL, IN_TURN)
     if not FILL:
         mask = mask & (tl.max(slots_K, axis=0) >= 0)
     tl.store(out_ptr + token.to(tl.int64) * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -482,23 +383,43 @@ class Slots:
 
 def place(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial | None = None) -> Slots:
     """Slots for pairs of token and expert (int64 [T, K], all below `num_experts`), in tiles of `tile`. Two launches."""
-    fetched = partial is not None and partial.is_sparse(experts_TK, num_experts)
-    slots = _new_slots(experts_TK, num_experts, tile, partial, fetched=fetched)
+    if partial is not None:
+        return _place_partial(experts_TK, num_experts, tile, partial)
+    slots = _new_slots(experts_TK, num_experts, tile, None, fetched=False)
     num_pairs, device, tiles = experts_TK.numel(), experts_TK.device, slots.tiles
+    num_bins = triton.next_power_of_2(num_experts)
+    num_steps = triton.cdiv(num_pairs, _STEP)
+    steps = triton.cdiv(num_steps, 2 * num_processors(device))
+    programs = triton.cdiv(num_steps, steps)
+    counts = torch.empty(programs, num_bins, dtype=torch.int32, device=device)
+    shape = {"NUM_BINS": num_bins, "STEP": _STEP}
+    count_kernel[(programs,)](experts_TK, counts, num_pairs, steps, **shape, **overlap(device))
+    place_kernel[(programs,)](
+        experts_TK, counts, slots.slots_TK, tiles.expert, tiles.num_used, num_pairs, steps,
+        **shape, ROWS=max(8, 8192 // num_bins), TILE=tile, **overlap(device),
+    )  # fmt: skip
+    return slots
+
+
+def _place_partial(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial) -> Slots:
+    """`place` of pairs that may lack an expert."""
+    fetched = partial.is_sparse(experts_TK, num_experts)
+    slots = _new_slots(experts_TK, num_experts, tile, partial, fetched=fetched)
+    (num_tokens, top_k), device, tiles = experts_TK.shape, experts_TK.device, slots.tiles
     num_bins = max(_FEWEST_BINS, triton.next_power_of_2(num_experts))
-    step, warps = (_STEP, 4) if partial is None else (_PARTIAL_STEP, _PARTIAL_WARPS)
-    num_steps = triton.cdiv(num_pairs, step)
+    rows = max(1, min(_MOST_ROWS, _LOOKED_AT // num_bins))
+    num_steps = triton.cdiv(num_tokens, rows)
     steps = triton.cdiv(num_steps, 2 * num_processors(device))
     programs = triton.cdiv(num_steps, steps)
     counts = torch.empty(programs, num_bins, dtype=torch.int32, device=device)
     source = slots.slots_TK if slots.source_S is None else slots.source_S
-    shape = {"NUM_BINS": num_bins, "STEP": step, "PARTIAL": partial is not None, "FETCHED": fetched, "num_warps": warps}
-    count_kernel[(programs,)](
-        experts_TK, counts, source, slots.num_slots, num_pairs, steps, **shape, **overlap(device)
-    )  # fmt: skip
-    place_kernel[(programs,)](
-        experts_TK, counts, slots.slots_TK, source, tiles.expert, tiles.num_used, num_pairs, steps,
-        **shape, ROWS=max(8, 8192 // num_bins), TILE=tile, **overlap(device),
+    shape = {"TOP_K": top_k, "NUM_BINS": num_bins, "ROWS": rows, "FETCHED": fetched}
+    count_rows_kernel[(programs,)](
+        experts_TK, counts, source, slots.num_slots, num_tokens, steps, **shape, **overlap(device)
+    )
+    place_rows_kernel[(programs,)](
+        experts_TK, counts, slots.slots_TK, source, tiles.expert, tiles.num_used, num_tokens, steps,
+        **shape, COUNTED=max(8, 4096 // num_bins), TILE=tile, **overlap(device),
     )  # fmt: skip
     return slots
 
@@ -669,7 +590,8 @@ def combine(
     assert added.stride(1) == 1, "rows must be contiguous"
     combine_kernel[(num_tokens, num_blocks)](
         y_SD, slots.slots_TK, weights_TK, added, out, width, y_SD.stride(0), added.stride(0), added.shape[0] // num_added, out.stride(0),
-        ADDED=0 if added_TD is None else num_added, PARTIAL=slots.partial is not None, FILL=fill, **form,
+        ADDED=0 if added_TD is None else num_added, PARTIAL=slots.partial is not None, FILL=fill,
+        IN_TURN=slots.partial is not None and block > _PART_OF_ROW, **form,
     )  # fmt: skip
     return out
 
