@@ -94,7 +94,6 @@ class Parts:
         most = _PREFILL_SETS if step.role == "prefill" else len(model.blocks)
         self._blocks = model.blocks[-most:]
         self._moes = [block.mlp for block in self._blocks if isinstance(block.mlp, Moe)]
-        num_used = int(arrived.slots_RK[here_RK].unique().numel())
         self.load = Load(sent=0, rows=0, pairs=0)
         """Of one layer, once its parts have been made."""
 
