@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -112,14 +113,15 @@ def rehearsed(case: Case, world_size: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure(cases: Sequence[Case], num_processes: int, rounds: int) -> list[dict[str, Any]]:
-    """Of each case: median microseconds of an exchange by implementation, those of each round, and whether the sums are equal."""
+def measure(cases: Sequence[Case], num_processes: int, rounds: int, *, see_all: bool = True) -> list[dict[str, Any]]:
+    """Of each case: median microseconds of an exchange by implementation, those of each round, and whether the sums are equal.
+    `see_all`: whether a process sees the others' GPUs; a server's do not."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
         pipes, processes = [], []
         for rank in range(num_processes):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(theirs, scratch, rank, num_processes, cases, rounds))
+            process = context.Process(target=_rank, args=(theirs, scratch, rank, num_processes, cases, rounds, see_all))
             process.start()
             # With the only other end in the child, its death ends the wait for it.
             theirs.close()
@@ -147,8 +149,19 @@ def _described(case: Case) -> dict[str, Any]:
     return {"rows": case.rows, "top_k": case.top_k, "width": case.width, "payload": "fp8" if case.fp8 else "bf16"}
 
 
-def _rank(pipe: Connection, scratch: str, rank: int, num_processes: int, cases: Sequence[Case], rounds: int) -> None:
-    device = torch.device("cuda", rank)
+def _rank(
+    pipe: Connection,
+    scratch: str,
+    rank: int,
+    num_processes: int,
+    cases: Sequence[Case],
+    rounds: int,
+    see_all: bool,
+) -> None:
+    if not see_all:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[rank] if seen else str(rank)
+    device = torch.device("cuda", rank if see_all else 0)
     torch.cuda.set_device(device)
     ranks = range(num_processes)
     control = SharedMemoryCollectives(name=Path(scratch).name, ranks=ranks, rank=rank, deadline_s=_DEADLINE_S)
@@ -185,7 +198,7 @@ class _OfRank:
         """On this rank, of an exchange, in the mean."""
 
     def timed(self, dispatch: Dispatch, rounds: int, meet: Callable[[], None]) -> tuple[list[float], list[Tensor]]:
-        """Microseconds of an exchange in each round, and what came back of each set."""
+        """Microseconds of an exchange in each round, and what came back of each exchange of the last one."""
         results, used = [], []
         for tokens, values in zip(self._tokens, self._results, strict=True):
             sending = dispatch.send(*tokens)
@@ -201,7 +214,7 @@ class _OfRank:
                 sending = dispatch.send(*self._tokens[index % _SETS])
                 sending.wait()
                 totals.append(dispatch.give_back(sending, results[index % _SETS]).wait())
-            return totals[-_SETS:]
+            return totals
 
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -39,6 +39,7 @@ from serving.core.request import SamplingParams
 from serving.engine.joining import parallel_of
 from serving.engine.plan import DecodeRow, PrefillChunk, SlotSpec, StepPlan, StepResult, StepShape
 from serving.engine.runner import Runner
+from serving.engine.split import split_chunks
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.parallel import SINGLE, Parallel
@@ -83,11 +84,13 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How one GPU, or the unit, computes. `step_tokens`: of a rank's prefill step. `free_sms`: left to communication, which then takes no
-    more of them; 0: it takes what it finds."""
+    """How one GPU, or the unit, computes. `step_tokens`: of a rank's prefill step. `counted`: rows go where they have experts, which the
+    host has to know the numbers of, or to every rank. `free_sms`: left to communication, which then takes no more of them; 0: it takes
+    what it finds."""
 
     unit: bool = True
     step_tokens: int
+    counted: bool = True
     micro_batches: int = 1
     free_sms: int = 0
     local: bool = False
@@ -96,7 +99,7 @@ class Way:
     def name(self) -> str:
         if not self.unit:
             return f"one GPU, {self.step_tokens} tokens a step"
-        parts = [f"unit, {self.step_tokens} tokens a rank's step"]
+        parts = [f"unit, {self.step_tokens} tokens a rank's step", *([] if self.counted else ["all rows to all ranks"])]
         if self.micro_batches > 1:
             parts.append(f"{self.micro_batches} micro-batches, {self.free_sms} SMs kept free")
         return ", ".join([*parts, *(["rows copied instead of sent"] if self.local else [])])
@@ -272,6 +275,7 @@ class _Rank:
     def _go(self, way: Way) -> None:
         """From now on in this way."""
         self._ep.group, self._ep.local = self._groups[way.free_sms], way.local
+        self._through = "nccl"
         self._unit.keep_free(way.free_sms)
 
     def _prefill(self, texts: _Texts, way: Way) -> Done:
@@ -422,7 +426,10 @@ class _Texts:
     def prefill(self, prompts: Sequence[list[int]], way: Way) -> list[int]:
         """The first token of each."""
         plans = prefill_plans(prompts, self._pages, way.step_tokens)
-        results = self._run(self._runner, [(plan, plan.num_prefill_tokens, 0) for plan in plans], way.micro_batches)
+        parts = [part for plan in plans for part in split_chunks(plan.chunks, way.micro_batches)]
+        most = max(sum(len(chunk.token_ids) for chunk in part) for part in parts)
+        with contextlib.nullcontext() if way.counted else self._model.fixed_rows(most):
+            results = self._run(self._runner, [(plan, plan.num_prefill_tokens, 0) for plan in plans], way.micro_batches)
         found = {token.slot: token.token_id for result in results for token in result.tokens}
         return [found[slot] for slot in range(len(prompts))]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,9 @@ def ways_of(step_tokens: Sequence[int], micro_batches: Sequence[int], free_sms: 
     """One GPU first; then the unit, each way that sends beside the one that copies."""
     alone = [Way(unit=False, step_tokens=tokens) for tokens in step_tokens]
     sends = [
-        Way(step_tokens=tokens, micro_batches=number, free_sms=sms)
+        Way(step_tokens=tokens, counted=counted, micro_batches=number, free_sms=sms)
         for tokens in step_tokens
+        for counted in (True, False)
         for number in micro_batches
         for sms in (free_sms if number > 1 else (0,))
     ]
@@ -151,7 +152,7 @@ def measure_hidden(
     for way in sends:
         profiles = [[each.spans or [] for each in ranks.run(Prefill(way=way, profiled=True))] for _ in range(repeats)]
         found = [together([overlap(of_rank) for of_rank in spans]) for spans in profiles]
-        median = sorted(range(repeats), key=lambda index: found[index].hidden)[repeats // 2]
+        median = sorted(range(repeats), key=lambda index: found[index].hidden)[(repeats - 1) // 2]
         figures.append(
             HiddenFigure(
                 name=way.name,
@@ -216,11 +217,11 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _local(way: Way) -> Way:
-    return Way(step_tokens=way.step_tokens, micro_batches=way.micro_batches, free_sms=way.free_sms, local=True)
+    return replace(way, local=True)
 
 
 def _saved(way: Way, seconds: dict[Way, float]) -> float | None:
-    one = Way(step_tokens=way.step_tokens)
+    one = replace(way, micro_batches=1, free_sms=0)
     needed = one, way, _local(one), _local(way)
     return saved_share(*(seconds[each] for each in needed)) if all(each in seconds for each in needed) else None
 

@@ -56,8 +56,8 @@ _SPLIT = MicroBatches(prefill_tokens=64, rows=8)
 class Sizes:
     """tp x dp processes of `threads` each; their experts are spread over all of them. `traced`: keep what overlapped.
 
-    `device`, `dtype`, `hosted_slots`: the engines are built and joined as the server's are, on "cpu" or on a GPU for each, "cuda". None: over
-    `transport`, in fp32, and what collectives take is measured.
+    `device`, `dtype`, `dispatch`, `hosted_slots`, `split_from`: the engines are built and joined as the server's are, on "cpu" or on a GPU for
+    each, "cuda". None: over `transport`, in fp32, and what collectives take is measured.
     """
 
     tp: int = 1
@@ -68,7 +68,9 @@ class Sizes:
     traced: bool = False
     device: str | None = None
     dtype: str = "float32"
+    dispatch: str = "auto"
     hosted_slots: int = 0
+    split_from: MicroBatches | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -256,6 +258,7 @@ def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
             tp=sizes.tp,
             dp=sizes.dp,
             microbatches=sizes.micro_batches,
+            dispatch=sizes.dispatch,
             hosted_slots=sizes.hosted_slots,
             max_num_seqs=most_jobs,
         ),
@@ -274,7 +277,7 @@ def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
         rank=rank,
         rendezvous=str(scratch / f"{scratch.name}-rendezvous"),
     )
-    return build_engine_for(spec)
+    return build_engine_for(spec, micro_batches=sizes.split_from)
 
 
 def _built(sizes: Sizes, load: Load, rank: int, scratch: Path, seconds: Any) -> Engine:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +21,10 @@ class Timed:
         self._group, self._seconds, self._of_unit = group, seconds, rank
 
     def all_gather(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
-        return self._timed(lambda: self._group.all_gather(out, tensor, counts))
+        return self._timed(time.perf_counter(), self._group.all_gather(out, tensor, counts))
 
     def reduce_scatter(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
-        return self._timed(lambda: self._group.reduce_scatter(out, tensor, counts))
+        return self._timed(time.perf_counter(), self._group.reduce_scatter(out, tensor, counts))
 
     def all_to_all(
         self,
@@ -34,14 +33,15 @@ class Timed:
         recv_counts: Sequence[int],
         send_counts: Sequence[int],
     ) -> Handle:
-        return self._timed(lambda: self._group.all_to_all(outs, tensors, recv_counts, send_counts))
+        return self._timed(time.perf_counter(), self._group.all_to_all(outs, tensors, recv_counts, send_counts))
 
     def broadcast(self, tensor: Tensor, src: int) -> Handle:
-        return self._timed(lambda: self._group.broadcast(tensor, src))
+        return self._timed(time.perf_counter(), self._group.broadcast(tensor, src))
 
     def barrier(self) -> None:
-        with self.clock():
-            self._group.barrier()
+        begin = time.perf_counter()
+        self._group.barrier()
+        self.add(begin)
 
     def subgroup(self, ranks: Sequence[int], name: str, deadline_s: float | None = None) -> Collectives:
         return Timed(self._group.subgroup(ranks, name, deadline_s), self._seconds, self._of_unit)
@@ -49,17 +49,14 @@ class Timed:
     def close(self) -> None:
         self._group.close()
 
-    @contextlib.contextmanager
-    def clock(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[self._of_unit] += time.perf_counter() - begin
+    def add(self, begin: float) -> None:
+        """What has passed since."""
+        self._seconds[self._of_unit] += time.perf_counter() - begin
 
-    def _timed(self, issue: Callable[[], Handle]) -> Handle:
-        with self.clock():
-            return _TimedHandle(issue(), self)
+    def _timed(self, begin: float, handle: Handle) -> Handle:
+        """`begin`: before it was issued."""
+        self.add(begin)
+        return _TimedHandle(handle, self)
 
 
 class TimedExchanges(Timed):
@@ -70,8 +67,10 @@ class TimedExchanges(Timed):
         self._exchanges = group
 
     def exchange(self, tensors: Sequence[Tensor], send_counts: Sequence[int]) -> Incoming:
-        with self.clock():
-            return _TimedIncoming(self._exchanges.exchange(tensors, send_counts), self)
+        begin = time.perf_counter()
+        incoming = self._exchanges.exchange(tensors, send_counts)
+        self.add(begin)
+        return _TimedIncoming(incoming, self)
 
 
 class _TimedIncoming:
@@ -81,8 +80,9 @@ class _TimedIncoming:
         self.received: list[int] = []
 
     def wait(self) -> None:
-        with self._group.clock():
-            self._incoming.wait()
+        begin = time.perf_counter()
+        self._incoming.wait()
+        self._group.add(begin)
         self.outs, self.received = self._incoming.outs, self._incoming.received
 
 
@@ -92,5 +92,6 @@ class _TimedHandle:
     group: Timed
 
     def wait(self) -> None:
-        with self.group.clock():
-            self.handle.wait()
+        begin = time.perf_counter()
+        self.handle.wait()
+        self.group.add(begin)

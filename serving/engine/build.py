@@ -27,7 +27,7 @@ from serving.core.spec import WorkerSpec
 from serving.engine.balancing import Balancing
 from serving.engine.joining import START_DEADLINE_S, Place, join
 from serving.engine.runner import Model, Runner
-from serving.engine.unit import Lockstep
+from serving.engine.unit import Lockstep, MicroBatches
 from serving.kernels.packed import packing
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
@@ -157,12 +157,14 @@ def build_engine(
     )
 
 
-def build_engine_for(spec: WorkerSpec, progress: Progress | None = None) -> Engine:
-    """The engine of one worker, as large as its role says; returns when all ranks of its unit have theirs. Raises as `build_engine` does,
-    StartupError and RanksMissing."""
+def build_engine_for(
+    spec: WorkerSpec, progress: Progress | None = None, *, micro_batches: MicroBatches | None = None
+) -> Engine:
+    """The engine of one worker, as large as its role says; returns when all ranks of its unit have theirs. `micro_batches`: as `join` takes
+    them. Raises as `build_engine` does, StartupError and RanksMissing."""
     config, prefills, decodes = spec.config, spec.role != "decode", spec.role != "prefill"
     model_config = _model_config(Path(spec.model_dir), mtp=config.model.mtp)
-    place = join(spec, model_config, _device(config.model.device))
+    place = join(spec, model_config, _device(config.model.device), micro_batches=micro_batches)
     try:
         engine = build_engine(
             spec.model_dir,

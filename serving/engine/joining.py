@@ -52,7 +52,9 @@ STEP_DEADLINE_S = 60.0
 _LARGE_BYTES, _SMALL_BYTES = 1 << 20, 1 << 14
 """Shared memory that a rank fills at once: where the model exchanges, and elsewhere."""
 _SPLIT = MicroBatches(prefill_tokens=64, rows=8)
-_SPLIT_ON_GPU = MicroBatches(prefill_tokens=512, rows=32)
+_SPLIT_ON_GPU = MicroBatches(prefill_tokens=16384)
+"""From so many tokens on two micro-batches lose nothing, measured on two H200. Experts' weights are then read twice, which is all that a decode
+step of one node takes."""
 
 _log = logging.getLogger("baton.unit")
 
@@ -72,8 +74,10 @@ class Place:
     ep_data: Collectives | None = None
 
 
-def join(spec: WorkerSpec, config: ModelConfig, device: torch.device) -> Place:
-    """Raises ConfigError, StartupError, RanksMissing."""
+def join(
+    spec: WorkerSpec, config: ModelConfig, device: torch.device, *, micro_batches: MicroBatches | None = None
+) -> Place:
+    """`micro_batches`: where a step is split, if it is; None: as suits the device. Raises ConfigError, StartupError, RanksMissing."""
     table = unit_table(spec.config, spec.role)
     shape = shape_of(table, config)
     groups = shape.groups
@@ -97,7 +101,7 @@ def join(spec: WorkerSpec, config: ModelConfig, device: torch.device) -> Place:
         _group(control_of, "control-tp", groups.tp_group(spec.rank)),
         bell,
         start=world,
-        micro_batches=micro_batches_for(device) if table.microbatches > 1 else MicroBatches(),
+        micro_batches=(micro_batches or micro_batches_for(device)) if table.microbatches > 1 else None,
         watch=watch_over(control, bell) if on_gpu else None,
     )
 
@@ -115,7 +119,7 @@ def join(spec: WorkerSpec, config: ModelConfig, device: torch.device) -> Place:
             parallel = replace(parallel, experts=_over_deepep(spec, config, shape, store))
         elif spec.role != "prefill" and spec.config.decode.dispatch != "nccl":
             peers = control_of("peers", ep_ranks)
-            parallel = _through_peer_memory(parallel, spec.config, config, shape, peers, lockstep.watch)
+            parallel = through_peer_memory(parallel, spec.config, config, shape, device, peers, lockstep.watch)
     ep = control_of("control-ep", ep_ranks) if groups.ep > 1 else None
     ep_data = group_of("weights", ep_ranks) if groups.ep > 1 and on_gpu else None
     return Place(parallel=parallel, lockstep=lockstep, shape=shape, ep=ep, ep_data=ep_data)
@@ -133,10 +137,17 @@ def _over_deepep(spec: WorkerSpec, config: ModelConfig, shape: UnitShape, store:
     )
 
 
-def _through_peer_memory(
-    parallel: Parallel, config: Config, model: ModelConfig, shape: UnitShape, peers: Collectives, watch: DeviceWatch
+def through_peer_memory(
+    parallel: Parallel,
+    config: Config,
+    model: ModelConfig,
+    shape: UnitShape,
+    device: torch.device,
+    peers: Collectives,
+    watch: DeviceWatch,
 ) -> Parallel:
-    """`parallel` as it is where that was not asked for and cannot be. `peers`: the EP group, in host memory."""
+    """`parallel` whose captured steps dispatch so; as it is where that cannot be and was not asked for by name. `peers`: the EP group, in host
+    memory. Raises PeersUnreachable, RanksMissing."""
     exchanged = Exchanged(
         slots_per_rank=shape.hosted_slots,
         capacity=-(-config.decode.max_num_seqs // shape.groups.tp),
@@ -146,7 +157,6 @@ def _through_peer_memory(
         deadline_s=START_DEADLINE_S,
         itemsize=_element_bytes(config),
     )
-    device = torch.device("cuda", torch.cuda.current_device())
     try:
         symmetric = open_symmetric(peers, device, exchanged, num_windows=config.decode.microbatches)
     except PeersUnreachable as error:

@@ -77,7 +77,8 @@ class DeviceWatch:
     def close(self) -> None:
         """No step will be launched any more."""
         with contextlib.suppress(RanksMissing), self.on_device():
-            for end in (*self._releases, *self._aborts):
+            # Captured steps, which are made last, name what was there before.
+            for end in (*reversed(self._releases), *self._aborts):
                 end()
         self._closing = True
         self._is_inside.set()
@@ -101,8 +102,9 @@ class DeviceWatch:
         except RanksMissing as missing:
             self._missing = missing
             _log.error("%s", missing)
+            # All at once: one may return only when what another holds up has ended.
             for abort in self._aborts:
-                abort()
+                threading.Thread(target=abort, daemon=True).start()
             self._end_process_if_stuck()
 
     def _end_process_if_stuck(self) -> None:

@@ -199,7 +199,8 @@ def row_bytes(tensor: Tensor) -> Tensor:
 def check_rows(whole: Tensor, part: Tensor, counts: Sequence[int], rank: int) -> None:
     """Our own bugs: `whole` holds all ranks' rows, `part` those of `rank`."""
     _check_alike(whole, part)
-    assert (len(whole), len(part)) == (sum(counts), counts[rank]), f"{len(whole)}, {len(part)} rows for counts {counts}"
+    rows = whole.size(0), part.size(0)
+    assert rows == (sum(counts), counts[rank]), f"{rows} rows for counts {counts}"
 
 
 def check_payloads(
@@ -214,10 +215,12 @@ def check_payloads(
     received, sent = sum(recv_counts), sum(send_counts)
     for out, tensor in zip(outs, tensors, strict=True):
         _check_alike(out, tensor)
-        assert len(out) >= received, f"{received} rows come into {len(out)}"
-        assert len(tensor) >= sent, f"{sent} rows go out of {len(tensor)}"
+        assert out.size(0) >= received, f"{received} rows come into {len(out)}"
+        assert tensor.size(0) >= sent, f"{sent} rows go out of {len(tensor)}"
 
 
 def _check_alike(one: Tensor, other: Tensor) -> None:
-    kinds = [(tensor.dtype, tensor.shape[1:], tensor.is_contiguous()) for tensor in (one, other)]
-    assert kinds[0] == kinds[1] == (one.dtype, one.shape[1:], True), f"not contiguous rows of one kind: {kinds}"
+    assert one.dtype == other.dtype, f"rows of {one.dtype} and of {other.dtype}"
+    assert one.shape[1:] == other.shape[1:], f"rows of {one.shape[1:]} and of {other.shape[1:]}"
+    assert one.is_contiguous(), "rows in order have no gaps"
+    assert other.is_contiguous(), "rows in order have no gaps"

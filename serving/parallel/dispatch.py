@@ -121,14 +121,15 @@ class DirectDispatch:
 
     def __init__(self, ep: Collectives, slots_per_rank: int) -> None:
         self._ep = ep
+        self._exchanges = ep if isinstance(ep, Exchanges) else None
         self._slots_per_rank = slots_per_rank
         self._counts = CountsExchange()
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
         hop = hop_to(self._ep, slots_TK, self._slots_per_rank)
         routing_TM = routing_of(slots_TK, weights_TK)
-        if isinstance(self._ep, Exchanges):
-            return Sending([hop], self._send_uncounted(self._ep, hop, x, routing_TM), 0)
+        if self._exchanges is not None:
+            return Sending([hop], self._send_uncounted(self._exchanges, hop, x, routing_TM), 0)
         return Sending([hop], self._send(hop, x, routing_TM), 1)
 
     def _send_uncounted(self, ep: Exchanges, hop: Hop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
@@ -203,7 +204,7 @@ class FixedDispatch:
     """Every rank sends `capacity` rows to every rank, those that it has no use for marked: T up to `capacity` fits whatever the
     choice of experts, no shape depends on it and nothing is read on the host, so that a step can be captured.
 
-    Row t of rank r arrives as row r * capacity + t, as zeros without slots where it has no expert here; its result has to be 0.
+    Row t of rank r arrives as row r * capacity + t, without slots where it has no expert here; its result has to be 0.
     """
 
     def __init__(self, ep: Collectives, slots_per_rank: int, capacity: int) -> None:
@@ -213,8 +214,11 @@ class FixedDispatch:
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
         assert len(slots_TK) <= self._capacity, f"{len(slots_TK)} tokens where {self._capacity} fit"
-        wanted_TW = members_wanted(slots_TK // self._slots_per_rank, self._ep.world_size)
-        hop = FixedHop(self._ep, wanted_TW, self._capacity)
+        wanted_TW = None
+        # On a GPU to tell costs more than to send what nobody reads.
+        if not slots_TK.is_cuda:
+            wanted_TW = members_wanted(slots_TK // self._slots_per_rank, self._ep.world_size)
+        hop = FixedHop(self._ep, len(slots_TK), wanted_TW, self._capacity)
         return Sending([hop], self._send(hop, x, routing_of(slots_TK, weights_TK)), 0)
 
     def _send(self, hop: FixedHop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:

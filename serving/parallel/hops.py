@@ -161,15 +161,15 @@ def counts_for(slots_TK: Tensor, slots_per_member: int, num_members: int) -> Ten
 
 
 class FixedHop:
-    """`capacity` rows to every member whatever they want: row t of rank r arrives as r * capacity + t, as zeros where
-    wanted_TW[t, member] is false or there is no row t. Whoever answers a row of zeros answers zeros."""
+    """`capacity` rows to every member: row t of `num_rows` of rank r arrives as r * capacity + t, as zeros where there is no row t or
+    wanted_TW[t, member] is false (None: every member has a use for every row). Whoever has no use for a row answers zeros."""
 
-    def __init__(self, group: Collectives, wanted_TW: Tensor, capacity: int) -> None:
+    def __init__(self, group: Collectives, num_rows: int, wanted_TW: Tensor | None, capacity: int) -> None:
         self.group = group
-        self._num_rows = len(wanted_TW)
+        self._num_rows = num_rows
         self._capacity = capacity
         self._counts = [capacity] * group.world_size
-        self._wanted_WT1 = wanted_TW.t()[:, :, None]
+        self._wanted_WT1 = None if wanted_TW is None else wanted_TW.t()[:, :, None]
 
     def go(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], Handle]:
         """Each [T, ...] to [W * capacity, ...], to be read when the handle has been waited for."""
@@ -188,8 +188,10 @@ class FixedHop:
     def _spread(self, row_TX: Tensor) -> Tensor:
         # FP8 knows no choice between values.
         values = row_bytes(row_TX) if row_TX.element_size() == 1 else row_TX
-        spread_WCX = values.new_zeros((self.group.world_size, self._capacity, *values.shape[1:]))
-        torch.where(self._wanted_WT1, values, spread_WCX[:, : self._num_rows], out=spread_WCX[:, : self._num_rows])
+        spread_WCX = values.new_empty((self.group.world_size, self._capacity, *values.shape[1:]))
+        spread_WCX[:, self._num_rows :].zero_()
+        into = spread_WCX[:, : self._num_rows]
+        into.copy_(values if self._wanted_WT1 is None else values.where(self._wanted_WT1, 0))
         return spread_WCX.flatten(0, 1).view(row_TX.dtype)
 
     def _exchange(self, rows: list[Tensor]) -> tuple[list[Tensor], Handle]:

@@ -114,7 +114,7 @@ class SharedMemoryCollectives:
         self._attach(_FOLDER / f"baton-{name}-{self.ranks[0]}-{self.ranks[-1]}-{self.world_size}")
 
     def all_gather(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
-        sizes = list(counts) if counts else even(len(out), self.world_size)
+        sizes = list(counts) if counts else even(out.size(0), self.world_size)
         check_rows(out, tensor, sizes, self.rank)
         width = _width(out)
         starts = _starts(sizes, width)
@@ -123,13 +123,13 @@ class SharedMemoryCollectives:
             address = out.data_ptr()
             return [[_Piece(0, address + start, size * width)] for start, size in zip(starts, sizes, strict=False)]
 
-        return self._issue([_Post(tensor, len(tensor) * width)], max(sizes) * width, pieces)
+        return self._issue([_Post(tensor, sizes[self.rank] * width)], max(sizes) * width, pieces)
 
     def reduce_scatter(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
-        sizes = list(counts) if counts else even(len(tensor), self.world_size)
+        sizes = list(counts) if counts else even(tensor.size(0), self.world_size)
         check_rows(tensor, out, sizes, self.rank)
         starts = _starts(sizes, _width(out))
-        start, size, into = starts[self.rank], sizes[self.rank] * _width(out), out.detach().view(-1)
+        start, size, into = starts[self.rank], starts[self.rank + 1] - starts[self.rank], out.detach().view(-1)
 
         def pieces(_: list[list[int]]) -> Pieces:
             others = [[_Piece(start, 0, size, into)] for _ in range(self.world_size - 1)]
@@ -326,9 +326,11 @@ class SharedMemoryCollectives:
                 if add is None:
                     ctypes.memmove(into + low - begin, part + low - start, high - low)
                 else:
-                    width = add.element_size()
                     what = self._parts[slot][source][low - start : high - start].view(add.dtype)
-                    add[(low - begin) // width : (high - begin) // width].add_(what)
+                    if high - low < num_bytes:
+                        width = add.element_size()
+                        add = add[(low - begin) // width : (high - begin) // width]
+                    add.add_(what)
 
     def _until(self, lane: int, word: int, count: int) -> None:
         """Returns when every rank's `word` has come to `count`. Raises RanksMissing."""

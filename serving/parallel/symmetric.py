@@ -80,7 +80,8 @@ class Symmetric:
     def abort(self) -> None:
         """Ends what waits on the device, now and from now on; from any thread. What is computed is worth nothing from then on."""
         for window in self.windows:
-            window.given_up[0] = -1
+            # Past autograd, whatever mode the thread is in.
+            window.given_up.numpy()[0] = -1
 
     def take(self) -> Window:
         assert self._free, "an exchange ends before another one begins, but for those of micro-batches"
@@ -104,6 +105,7 @@ class SymmetricDispatch:
         self._capacity = capacity
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
+        slots_TK, weights_TK = slots_TK.contiguous(), weights_TK.contiguous()
         window = self._symmetric.take()
         return _Sent(self._send(window, x, slots_TK, weights_TK), window, slots_TK)
 

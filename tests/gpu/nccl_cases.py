@@ -85,13 +85,23 @@ def few_processors(group: TorchCollectives, max_ctas: int) -> list[float]:
 def moved(group: Collectives, form: str, num_tokens: list[int], fp8: bool, replays: bool, harm: bool) -> float:
     """Rows to the ranks of their experts and the same rows back in bf16. The largest error against the row times the number of its ranks,
     relative to it. `replays`: as a captured step. `harm`: two rows are swapped at the far end."""
+    # Numbers for the host are pinned, which is for CPU tensors alone.
+    torch.set_default_device("cpu")
+    try:
+        with torch.inference_mode():
+            return _moved(group, form, num_tokens, fp8, replays, harm)
+    finally:
+        torch.set_default_device("cuda")
+
+
+def _moved(group: Collectives, form: str, num_tokens: list[int], fp8: bool, replays: bool, harm: bool) -> float:
     torch.manual_seed(group.rank)
     count = num_tokens[group.rank]
-    x = torch.randn(count, WIDTH).to(torch.bfloat16)
+    x = torch.randn(count, WIDTH).to("cuda", torch.bfloat16)
     # The last column of picks is of no expert.
-    slots = torch.rand(count, group.world_size * SLOTS_PER_RANK).argsort(1)[:, :3].contiguous()
+    slots = torch.rand(count, group.world_size * SLOTS_PER_RANK).argsort(1)[:, :3].contiguous().cuda()
     slots[:, 2] = -1
-    weights = torch.rand(count, 3)
+    weights = torch.rand(count, 3).cuda()
     sent: Tensor | QuantisedRows = quantise_rows_fp8(x) if fp8 else x
     dispatch: Dispatch = DirectDispatch(group, SLOTS_PER_RANK)
     if form == "fixed":
@@ -107,11 +117,10 @@ def moved(group: Collectives, form: str, num_tokens: list[int], fp8: bool, repla
             y = y.roll(1, 0)
         return dispatch.give_back(sending, y).wait()
 
-    with torch.inference_mode():
-        out = replayed(there_and_back) if replays else there_and_back()
+    out = replayed(there_and_back) if replays else there_and_back()
     wide = sent.dequantise(torch.float32) if isinstance(sent, QuantisedRows) else sent.float()
     num_ranks = [len({slot // SLOTS_PER_RANK for slot in picks if slot >= 0}) for picks in slots.tolist()]
-    want = wide * torch.tensor(num_ranks)[:, None]
+    want = wide * torch.tensor(num_ranks, device="cuda")[:, None]
     return float(((out.float() - want) / want.abs().clamp(min=1e-2)).abs().max()) if count else 0.0
 
 

@@ -19,6 +19,7 @@ from serving.bench.processes import Generation, Load, Sizes, Unit
 from serving.core.errors import BatonError
 from serving.core.request import TokenLogprobs
 from serving.engine.build import Engine
+from serving.engine.unit import MicroBatches
 from serving.kernels.quant import Fp8Weight
 from tests.fp8_model import WIDE
 from tests.gpu.texts import DEMO, TIE, partings, trained_questions
@@ -27,19 +28,25 @@ from tests.model_factory import make_checkpoint
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(60),
 ]
 
-NUM_REQUESTS = 64
+NUM_REQUESTS = 32
 NEW_TOKENS = 24
 PATIENCE_S = 3.0
 LENGTHS = [1, 5, 63, 64, 65, 128, 200, 300, 700]
 LOAD = Load(
     folder=DEMO, prompts=NUM_REQUESTS, prompt_tokens=max(LENGTHS), new_tokens=NEW_TOKENS, max_batched_tokens=1024
 )
-ONE = Sizes(device="cuda")
-TP2, EP2 = replace(ONE, tp=2), replace(ONE, dp=2)
+ONE = Sizes(device="cuda", split_from=MicroBatches(prefill_tokens=512, rows=16))
+TP2, EP2 = replace(ONE, tp=2, dispatch="nccl"), replace(ONE, dp=2, dispatch="nccl")
 HOSTED = replace(EP2, hosted_slots=12)
+SIZES = {
+    "TP2": TP2,
+    "EP2": EP2,
+    "TP2, peer memory": replace(TP2, dispatch="symmetric"),
+    "EP2, peer memory": replace(EP2, dispatch="symmetric"),
+}
 _NUMBERS = itertools.count()
 
 Altered = Callable[[Engine, int], None]
@@ -92,16 +99,17 @@ def with_another_expert(engine: Engine, rank: int) -> None:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("sizes", [TP2, EP2, HOSTED], ids=["TP2", "EP2", "hosted"])
+@pytest.mark.parametrize("sizes", [*SIZES.values(), HOSTED], ids=[*SIZES, "hosted"])
 def test_greedy_text_in_fp32_is_that_of_one_gpu(
     start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes, micro_batches: int
 ) -> None:
     expected = start(ONE).generate(prompts, NEW_TOKENS).texts
     assert start(replace(sizes, micro_batches=micro_batches)).generate(prompts, NEW_TOKENS).texts == expected
-    assert start(replace(sizes, micro_batches=micro_batches)).generate(prompts[:32], NEW_TOKENS).texts == expected[:32]
+    # With fewer rows, another captured step.
+    assert start(replace(sizes, micro_batches=micro_batches)).generate(prompts[:5], NEW_TOKENS).texts == expected[:5]
 
 
-@pytest.mark.parametrize("sizes", [TP2, EP2], ids=["TP2", "EP2"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_ranks_without_work_change_nothing(start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes) -> None:
     """One request at a time for one of the groups, then two of which one goes on alone."""
     some = prompts[:6]
@@ -127,7 +135,7 @@ def test_another_expert_on_one_rank_is_seen(start: Callable[..., Unit], prompts:
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("sizes", [TP2, EP2], ids=["TP2", "EP2"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_greedy_answers_in_bf16_part_from_one_gpus_only_at_ties(
     start: Callable[..., Unit], sizes: Sizes, micro_batches: int
 ) -> None:
@@ -148,7 +156,14 @@ def test_greedy_answers_in_bf16_part_from_one_gpus_only_at_ties(
     print(f"bf16: {len(parted)} of {len(questions)} answers part, at gaps of {[round(gap, 4) for gap in parted]}")
     assert all(gap <= TIE for gap in parted)
     if micro_batches == 1:
-        assert any(gap > TIE for gap in partings(answers(sizes, with_another_expert), expected))
+        assert any(gap > TIE for gap in partings(answers(sizes, with_wrong_experts), expected))
+
+
+def with_wrong_experts(engine: Engine, rank: int) -> None:
+    """So many that the trained model is unsure of its answers."""
+    slots = engine.runner.model.expert_slots  # type: ignore[attr-defined]
+    for layer, slot in itertools.product(range(slots.num_layers if rank == 1 else 0), range(slots.num_slots)):
+        slots.write(layer, slot, [-tensor for tensor in slots.read(layer, slot)])
 
 
 def with_other_scales(engine: Engine, rank: int) -> None:
@@ -158,7 +173,7 @@ def with_other_scales(engine: Engine, rank: int) -> None:
             layer.mlp.down.scales.mul_(1.2)
 
 
-@pytest.mark.parametrize("sizes", [TP2, EP2], ids=["TP2", "EP2"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_rows_that_travel_in_fp8_are_as_exact_as_those_that_stay(
     start: Callable[..., Unit], tmp_path_factory: pytest.TempPathFactory, sizes: Sizes
 ) -> None:
@@ -194,7 +209,7 @@ def test_rows_that_travel_in_fp8_are_as_exact_as_those_that_stay(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
-@pytest.mark.parametrize("sizes", [TP2, EP2], ids=["TP2", "EP2"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_a_rank_that_is_gone_ends_the_unit(
     start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes, how: signal.Signals
 ) -> None:

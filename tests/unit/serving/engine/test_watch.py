@@ -155,6 +155,7 @@ def test_at_the_end_captured_steps_go_before_the_groups_that_they_name() -> None
     ends: list[str] = []
     watch = DeviceWatch(Present(), QuietBell(), deadline_s=20.0)
     watch.also_aborts(lambda: ends.append("group"))
+    watch.also_releases(lambda: ends.append("memory"))
     watch.also_releases(lambda: ends.append("steps"))
     watch.close()
-    assert ends == ["steps", "group"]
+    assert ends == ["steps", "memory", "group"]

@@ -1,0 +1,86 @@
+"""Whether a decode unit's captured steps go through peer memory: what the configuration says, and what its GPUs can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from serving.core.config import load_config
+from serving.engine import joining
+from serving.engine.joining import through_peer_memory
+from serving.model.parallel import Parallel
+from serving.model.published import DEEPSEEK_V3
+from serving.model.units import shape_of
+from serving.parallel.collectives import RanksMissing, SingleRank
+from serving.parallel.peer_memory import PeersUnreachable
+from serving.parallel.symmetric import Exchanged, Symmetric
+from tests.unit.serving.parallel.symmetric_ranks import symmetric_ranks
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Watch:
+    aborts: list[Callable[[], None]] = field(default_factory=list)
+    releases: list[Callable[[], None]] = field(default_factory=list)
+
+    def also_aborts(self, abort: Callable[[], None]) -> None:
+        self.aborts.append(abort)
+
+    def also_releases(self, release: Callable[[], None]) -> None:
+        self.releases.append(release)
+
+
+def joined(monkeypatch: pytest.MonkeyPatch, opens: Callable[..., Symmetric], *keys: str) -> tuple[Parallel, Watch]:
+    monkeypatch.setattr(joining, "open_symmetric", opens)
+    keys = ("tp=2", "dp=4", "max_num_seqs=33", "redundant_experts=8", "shared_expert_routed=true", *keys)
+    config = load_config(overrides=[f"decode.{key}" for key in keys])
+    watch: Any = Watch()
+    shape = shape_of(config.decode, DEEPSEEK_V3)
+    return through_peer_memory(Parallel(), config, DEEPSEEK_V3, shape, CPU, SingleRank(), watch), watch
+
+
+def test_captured_steps_are_made_for_the_units_sizes_and_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[Exchanged, int]] = []
+    ends: list[Symmetric] = []
+
+    def opens(group: object, device: torch.device, exchanged: Exchanged, *, num_windows: int) -> Symmetric:
+        opened.append((exchanged, num_windows))
+        (end,) = symmetric_ranks(1, exchanged, device, num_windows=num_windows)
+
+        def close() -> None:
+            raise RanksMissing([1], group="ep", reason="it is gone")
+
+        end.close = close
+        ends.append(end)
+        return end
+
+    parallel, watch = joined(monkeypatch, opens, "microbatches=2")
+    ((exchanged, num_windows),) = opened
+    assert (exchanged.slots_per_rank, exchanged.capacity, exchanged.width) == (33, 17, 7168)
+    assert (exchanged.top_k, exchanged.itemsize, num_windows) == (9, 2, 2)
+    assert parallel.fixed is not None
+    parallel.fixed(17)
+    with pytest.raises(AssertionError, match="18 rows where 17 fit"):
+        parallel.fixed(18)
+    for release in watch.releases:
+        release()
+    for abort in watch.aborts:
+        abort()
+    assert all(window.given_up[0] for window in ends[0].windows)
+
+
+def test_nccl_carries_what_gpus_cannot_unless_they_were_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opens(*_: object, **__: object) -> Symmetric:
+        raise PeersUnreachable("rank 1 cannot reach the memory of the other GPUs")
+
+    parallel, watch = joined(monkeypatch, opens)
+    assert parallel.fixed is None
+    assert not watch.aborts
+    assert not watch.releases
+    with pytest.raises(PeersUnreachable, match="rank 1"):
+        joined(monkeypatch, opens, "dispatch=symmetric")
