@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class Sizes:
     """tp x dp processes of `threads` each; their experts are spread over all of them. `traced`: keep what overlapped.
 
     `device`, `dtype`, `dispatch`, `hosted_slots`, `split_from`: the engines are built and joined as the server's are, on "cpu" or on a GPU for
-    each, "cuda". None: over `transport`, in fp32, and what collectives take is measured.
+    each, "cuda", of which a process sees its own alone or not. None: over `transport`, in fp32, and what collectives take is measured.
     """
 
     tp: int = 1
@@ -67,6 +68,7 @@ class Sizes:
     threads: int = 1
     traced: bool = False
     device: str | None = None
+    sees_own_gpu_alone: bool = False
     dtype: str = "float32"
     dispatch: str = "auto"
     hosted_slots: int = 0
@@ -249,7 +251,9 @@ def _rank(
 def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
     """As the server has it."""
     most_jobs, most_tokens = -(-load.prompts // sizes.dp), load.prompt_tokens + load.new_tokens
-    if sizes.device == "cuda":
+    if sizes.device == "cuda" and sizes.sees_own_gpu_alone:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+    elif sizes.device == "cuda":
         torch.cuda.set_device(rank)
     config = Config(
         model=ModelTable(device=sizes.device or "cpu", dtype=sizes.dtype, max_model_len=most_tokens),

@@ -88,7 +88,13 @@ def join(
         raise ConfigError(
             "units of several nodes compute on CPUs as yet; set model.device to cpu, or sizes that one node has GPUs for"
         )
-    opened = _opener(spec, groups)
+    bells: list[Bell] = []
+
+    def alive() -> None:
+        for bell in bells:
+            bell.wait(-1, 0.0)
+
+    opened = _opener(spec, groups, alive)
     world = opened("world", range(groups.world_size), START_DEADLINE_S, _SMALL_BYTES)
 
     def control_of(name: str, ranks: Sequence[int]) -> Collectives:
@@ -96,6 +102,7 @@ def join(
 
     control = control_of("control", world.ranks)
     bell = TcpBell(world, host=spec.host, deadline_s=START_DEADLINE_S)
+    bells.append(bell)
     lockstep = Lockstep(
         control,
         _group(control_of, "control-tp", groups.tp_group(spec.rank)),
@@ -291,8 +298,11 @@ def _group(group_of: GroupOf, name: str, ranks: tuple[int, ...]) -> Collectives:
     return group_of(name, ranks) if len(ranks) > 1 else SingleRank(ranks=ranks)
 
 
-def _opener(spec: WorkerSpec, groups: Groups) -> Callable[[str, Sequence[int], float, int], Collectives]:
-    """(name, ranks, deadline_s, bytes that a rank posts at once) -> this rank's end of a group."""
+def _opener(
+    spec: WorkerSpec, groups: Groups, alive: Callable[[], None]
+) -> Callable[[str, Sequence[int], float, int], Collectives]:
+    """(name, ranks, deadline_s, bytes that a rank posts at once) -> this rank's end of a group. `alive`: for whom the kernel does not
+    tell, as `TorchCollectives`."""
     unit = Path(spec.rendezvous).name
     if groups.num_nodes == 1:
         return lambda name, ranks, deadline_s, part_bytes: SharedMemoryCollectives(
@@ -304,5 +314,11 @@ def _opener(spec: WorkerSpec, groups: Groups) -> Callable[[str, Sequence[int], f
         )
     store = FileStore(spec.rendezvous, groups.world_size)
     return lambda name, ranks, deadline_s, _: TorchCollectives(
-        backend="gloo", store=store, ranks=ranks, rank=list(ranks).index(spec.rank), name=name, deadline_s=deadline_s
+        backend="gloo",
+        store=store,
+        ranks=ranks,
+        rank=list(ranks).index(spec.rank),
+        name=name,
+        deadline_s=deadline_s,
+        alive=alive,
     )

@@ -4,7 +4,7 @@ The backend objects are made here, each over its own part of the store, so that 
 members alone. Everything that is not summed travels as bytes, since gloo knows neither float8 nor most narrow types.
 
 Who is missing is what the backends do not say. A rank that waits longer than a moment notes in the store how far it has come;
-at the deadline those without a note have not come.
+at the deadline those without a note have not come. Who knows earlier that a rank has ended, because a connection did, is asked meanwhile.
 
 On CUDA a wait orders the stream, and the host waits in `attend` alone, within the deadline. Then NCCL is aborted, so that its kernels
 end, with whatever they had; a unit, whose host may wait elsewhere, has a thread that does so (`serving.engine.watch`). NCCL's own watchdog
@@ -30,6 +30,10 @@ from serving.parallel.collectives import Handle, RanksMissing, check_payloads, c
 
 _PATIENCE_S = 0.05
 """A wait that is longer is noted in the store."""
+_LOOK_S = 0.25
+"""How often a longer wait asks whether all are alive."""
+_LAST_CALL_S = 1.0
+"""Who has ended may have done so after this call."""
 _BACKENDS = ("gloo", "nccl")
 _NCCL_LONGER_S = 600.0
 _ABORT_S = 2.0
@@ -54,6 +58,7 @@ class TorchCollectives:
     """Joins the group `name` of `ranks` as its member number `rank`; returns or raises within the deadline.
 
     `store` is one object for the whole unit and of this start alone; its host is best a process that outlives the ranks.
+    `alive` raises RanksMissing when it is known of a rank of the unit that it has ended.
     Of NCCL, which takes the current device: `max_ctas`: SMs that a call may keep busy, 0: as many as NCCL likes. `issued` is called with each call.
     """
 
@@ -66,6 +71,7 @@ class TorchCollectives:
         rank: int,
         name: str,
         deadline_s: float,
+        alive: Callable[[], None] = lambda: None,
         max_ctas: int = 0,
         issued: Callable[[], None] = lambda: None,
     ) -> None:
@@ -78,6 +84,7 @@ class TorchCollectives:
         self._store = store
         self._name = name
         self._deadline_s = deadline_s
+        self._alive = alive
         self._max_ctas = max_ctas
         self._tell_issued = issued
         self._issued = 0
@@ -216,6 +223,7 @@ class TorchCollectives:
             rank=tuple(ranks).index(self.ranks[self.rank]),
             name=name,
             deadline_s=deadline_s or self._deadline_s,
+            alive=self._alive,
             max_ctas=self._max_ctas,
             issued=self._tell_issued,
         )
@@ -259,6 +267,9 @@ class TorchCollectives:
         try:
             for work in works:
                 self._wait(work, begin_s)
+        except RanksMissing as gone:
+            self._broken = gone
+            raise
         except RuntimeError as error:
             self._fail(number, begin_s, error)
 
@@ -266,15 +277,27 @@ class TorchCollectives:
         if self._backend == "nccl":
             work.wait()
             return
-        try:
-            work.wait(timedelta(seconds=min(_PATIENCE_S, self._deadline_s / 4)))
-        except RuntimeError:
-            # Not here yet, or failed; the second wait tells.
-            self._note("came")
-            if self._read("broken") is not None:
-                raise
-            left_s = begin_s + self._deadline_s - time.monotonic()
-            work.wait(timedelta(seconds=max(left_s, 0.001)))
+        most_s, gone = min(_PATIENCE_S, self._deadline_s / 4), None
+        while True:
+            try:
+                work.wait(timedelta(seconds=most_s))
+                return
+            except RuntimeError:
+                self._note("came")
+                left_s = begin_s + self._deadline_s - time.monotonic()
+                if left_s <= 0.0 or self._read("broken") is not None:
+                    raise
+            if work.is_completed():
+                # It has come meanwhile, or failed, and raises again.
+                work.wait()
+                return
+            if gone is not None:
+                raise gone
+            most_s = max(min(_LOOK_S, left_s), 0.001)
+            try:
+                self._alive()
+            except RanksMissing as missing:
+                most_s, gone = min(_LAST_CALL_S, left_s), missing
 
     def _fail(self, number: int, begin_s: float, error: RuntimeError) -> NoReturn:
         self._broken = self._named(number, begin_s)
@@ -283,12 +306,15 @@ class TorchCollectives:
         raise self._broken from error
 
     def _named(self, number: int, begin_s: float) -> RanksMissing:
-        """A connection that broke says nothing of whose process is gone: the others have until the deadline to be heard."""
+        """A connection that broke says nothing of whose process is gone: the others have until the deadline to be heard, if nobody
+        knows who is gone."""
         try:
             self._note("came")
             self._note("failed")
             missing = self._missing(number, begin_s + self._deadline_s)
             self._store.set(self._key("broken"), ",".join(map(str, missing)))
+        except RanksMissing as gone:
+            return gone
         except RuntimeError:
             # The store is gone, and with it the rank that hosts it.
             missing = [0]
@@ -303,6 +329,7 @@ class TorchCollectives:
             if time.monotonic() >= expiry_s:
                 # All came, and one of them ended in the middle: it alone has not seen the call fail.
                 return late or [index for index in range(self.world_size) if self._noted("failed", index) < number]
+            self._alive()
             time.sleep(0.02)
 
     def _note(self, what: str) -> None:

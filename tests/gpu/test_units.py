@@ -120,6 +120,18 @@ def test_ranks_without_work_change_nothing(start: Callable[..., Unit], prompts: 
     assert start(sizes).generate(some[:2], [24, 1]).texts == expected[:2]
 
 
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_ranks_that_see_their_own_gpu_alone_write_the_same_and_end_well(
+    start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes
+) -> None:
+    """As the server starts them."""
+    expected = start(ONE).generate(prompts, NEW_TOKENS).texts
+    unit = start(replace(sizes, sees_own_gpu_alone=True))
+    assert unit.generate(prompts, NEW_TOKENS).texts == expected
+    unit.close()
+    assert [process.exitcode for process in unit.processes] == [0, 0]
+
+
 @pytest.mark.parametrize("sizes", [TP2, EP2], ids=["TP2", "EP2"])
 def test_steps_launched_one_by_one_write_the_same(
     start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -72,3 +73,21 @@ def test_a_rank_that_dies_is_named_by_all_others(unit: UnitProcesses, killed: in
         assert isinstance(error, RanksMissing)
         assert error.ranks == (killed,)
     assert time.monotonic() - begin_s < 2.0
+
+
+@pytest.mark.parametrize("killed", [0, 3])
+def test_over_gloo_too_a_rank_that_dies_in_a_step_is_named_at_once(tmp_path: Path, killed: int) -> None:
+    """Its sockets say that some rank is gone, the bell's connections which: nobody waits for the deadline."""
+    unit = UnitProcesses(f"test-{uuid.uuid4().hex}", gloo=tmp_path / "store")
+    try:
+        assert [unit.hear(rank) for rank in range(4)] == ["ready"] * 4
+        unit.say(2, 10**6)
+        time.sleep(0.3)
+        unit.processes[killed].kill()
+        begin_s = time.monotonic()
+        errors = [unit.hear(rank) for rank in range(4) if rank != killed]
+        assert time.monotonic() - begin_s < 5.0
+    finally:
+        unit.close()
+    assert [type(error) for error in errors] == [RanksMissing] * 3
+    assert [error.ranks for error in errors] == [(killed,)] * 3

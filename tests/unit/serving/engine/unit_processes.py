@@ -7,14 +7,17 @@ import queue
 import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import FileStore
 
 from serving.engine.plan import DecodeRow, Launched, SlotSpec, StepPlan, StepResult, StepShape
 from serving.engine.unit import Follower, Leader, Lockstep
-from serving.parallel.bell import TcpBell
+from serving.parallel.bell import Bell, TcpBell
 from serving.parallel.collectives import Collectives
+from serving.parallel.distributed import TorchCollectives
 from serving.parallel.groups import Groups
 from serving.parallel.shared_memory import SharedMemoryCollectives
 
@@ -53,14 +56,15 @@ class _Runner:
 class UnitProcesses:
     """`say` gives a leader steps to run, or "drain"; `hear` is what a rank says: "ready", then how it ended."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, gloo: Path | None = None) -> None:
+        """`gloo`: the ranks exchange over it, and this is the file of their store; None: through shared memory."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "serving.engine.unit", "serving.parallel.shared_memory"])
         self.processes = []
         self._pipes: list[Connection] = []
         for rank in range(GROUPS.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_live, args=(theirs, rank, name), daemon=True)
+            process = context.Process(target=_live, args=(theirs, rank, name, gloo), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -79,12 +83,28 @@ class UnitProcesses:
             process.join()
 
 
-def _live(pipe: Connection, rank: int, name: str) -> None:
+def _world(rank: int, name: str, gloo: Path | None, bells: list[Bell]) -> Collectives:
+    if gloo is None:
+        return SharedMemoryCollectives(name=name, ranks=range(4), rank=rank, deadline_s=DEADLINE_S)
+
+    def alive() -> None:
+        for bell in bells:
+            bell.wait(-1, 0.0)
+
+    store = FileStore(str(gloo), 4)
+    return TorchCollectives(
+        backend="gloo", store=store, ranks=range(4), rank=rank, name=name, deadline_s=DEADLINE_S, alive=alive
+    )
+
+
+def _live(pipe: Connection, rank: int, name: str, gloo: Path | None) -> None:
     torch.set_num_threads(1)
-    world = SharedMemoryCollectives(name=name, ranks=range(4), rank=rank, deadline_s=DEADLINE_S)
+    bells: list[Bell] = []
+    world = _world(rank, name, gloo, bells)
     tp = world.subgroup(GROUPS.tp_group(rank), "tp")
     model = world.subgroup(range(4), "model")
-    lockstep = Lockstep(world, tp, TcpBell(world, host="127.0.0.1", deadline_s=DEADLINE_S))
+    bells.append(TcpBell(world, host="127.0.0.1", deadline_s=DEADLINE_S))
+    lockstep = Lockstep(world, tp, bells[0])
     runner = _Runner(model)
     pipe.send("ready")
     try:
