@@ -44,8 +44,8 @@ from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.experts import Moe
 from serving.model.parallel import Parallel
 from serving.model.units import UnitShape, shape_of
-from serving.parallel.dispatch import FixedDispatch
 from serving.parallel.rehearsal import Rehearsal
+from serving.parallel.symmetric import Exchanged, rehearse_symmetric
 
 _CONFIGS = Path(__file__).parents[2] / "deploy" / "configs"
 _GREEDY = SamplingParams(temperature=0.0)
@@ -54,6 +54,7 @@ PUBLISHED: dict[str, Any] = SHAPES["slice"] | {"num_hidden_layers": 61, "first_k
 # Rounds in which gates are balanced, tokens of each prompt in one, and by how much a bias moves where an expert gets nothing.
 _NUM_ROUNDS, _ROUND_TOKENS, _GAIN = 10, 1024, 0.03
 _NUM_DECODE_STEPS = 32
+_DEADLINE_S = 10.0
 _NUM_UNCOUNTED = 4
 _PROFILED_KERNELS = 40
 
@@ -160,7 +161,7 @@ def build_rank(
     shape = shape_of(unit_table(load_config(_CONFIGS / f"{case.config}.toml"), step.role), config)
     arrived_bytes: Counter[tuple[str, str]] = Counter()
     world = Rehearsal(range(shape.groups.world_size), 0, arrived_bytes=arrived_bytes)
-    parallel = _parallel(shape, config, world, step)
+    parallel = _parallel(shape, config, world, step, device)
     model = DeepseekV3(config, dtype, device, parallel=parallel)
     fill_random(model, seed)
     pages_each = num_pages_for(step.context + _NUM_DECODE_STEPS)
@@ -187,16 +188,21 @@ def build_rank(
     return rank
 
 
-def _parallel(shape: UnitShape, config: ModelConfig, world: Rehearsal, step: Step) -> Parallel:
+def _parallel(shape: UnitShape, config: ModelConfig, world: Rehearsal, step: Step, device: torch.device) -> Parallel:
     def group_of(name: str, ranks: Sequence[int]) -> Rehearsal:
         return world.subgroup(ranks, name)
 
     parallel = parallel_of(shape, 0, config, group_of, by_nodes=step.role == "prefill")
-    if step.role == "prefill":
+    if step.role == "prefill" or device.type == "cpu":
         return parallel
-    capacity = -(-step.num_seqs // shape.groups.tp)
-    ep = world.subgroup(shape.groups.ep_group(0), "ep")
-    return replace(parallel, experts=FixedDispatch(ep, shape.active_slots, capacity))
+    exchanged = Exchanged(
+        slots_per_rank=shape.hosted_slots,
+        capacity=-(-step.num_seqs // shape.groups.tp),
+        width=config.hidden_size,
+        top_k=config.num_experts_per_token + shape.shared_expert_routed,
+        deadline_s=_DEADLINE_S,
+    )
+    return replace(parallel, fixed=rehearse_symmetric(shape.groups.ep_group(0), device, exchanged).dispatch)
 
 
 def balance_gates(rank: Rank) -> float:
@@ -218,22 +224,38 @@ def balance_gates(rank: Rank) -> float:
 
 
 def timed_steps(rank: Rank, num_steps: int, num_micro_batches: int, *, num_uncounted: int) -> list[float]:
-    """Seconds from one step's end to the next one's; the host is a step ahead, as it is when it serves."""
+    """Seconds from one step's end on the device to the next one's; the host is a step ahead, as it is when it serves."""
     runner = rank.runner
-    ends: list[float] = []
+    ends: list[_End] = []
     in_flight: list[LaunchedStep] = []
     for plan in itertools.islice(rank.plans(), num_uncounted + num_steps):
         shape = StepShape(
             prefill_tokens=plan.num_prefill_tokens, rows=len(plan.rows), num_micro_batches=num_micro_batches
         )
         in_flight.append(runner.launch(plan, shape))
+        ends.append(_End(runner.device))
         if len(in_flight) == 2:
             runner.settle(in_flight.pop(0))
-            ends.append(time.perf_counter())
     for launched in in_flight:
         runner.settle(launched)
-        ends.append(time.perf_counter())
-    return [end - begin for begin, end in itertools.pairwise(ends)][-num_steps:]
+    return [end.seconds_after(before) for before, end in itertools.pairwise(ends)][-num_steps:]
+
+
+class _End:
+    """Of what has been launched so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._s = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def seconds_after(self, other: _End) -> float:
+        if self._event is None or other._event is None:
+            return self._s - other._s
+        self._event.synchronize()
+        return float(other._event.elapsed_time(self._event)) / 1e3
 
 
 def measure_parts(
@@ -264,15 +286,25 @@ def _work(part: Part, captured: bool) -> Work:
 
 
 def profiled(rank: Rank, num_micro_batches: int) -> list[dict[str, Any]]:
-    """Kernels of a step by name: calls and microseconds a layer, the longest first. Those of two streams run at once."""
+    """Kernels of two steps by name, and how long the device idled before each: calls and microseconds a layer, the longest first. Those of
+    two streams run at once."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         timed_steps(rank, 1, num_micro_batches, num_uncounted=1)
         torch.cuda.synchronize()
     layers = 2 * len(rank.model.blocks)
     seen: dict[str, list[float]] = {}
-    for event in profile.events() or ():
-        if event.device_type.name == "CUDA":
-            seen.setdefault(event.name, []).append(event.time_range.end - event.time_range.start)
+    spans = [
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profile.events() or ()
+        if event.device_type.name == "CUDA"
+    ]
+    for begin, end, name in spans:
+        seen.setdefault(name, []).append(end - begin)
+    reached = min((begin for begin, _, _ in spans), default=0.0)
+    for begin, end, name in sorted(spans):
+        if begin > reached:
+            seen.setdefault(f"(idle before {name})", []).append(begin - reached)
+        reached = max(reached, end)
     longest = sorted(seen.items(), key=lambda kernel: -sum(kernel[1]))[:_PROFILED_KERNELS]
     return [
         {"kernel": name[:120], "calls_a_layer": len(times) / layers, "us_a_layer": sum(times) / layers}

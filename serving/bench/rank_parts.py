@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -23,7 +24,6 @@ from kvcache.layout import PAGE_TOKENS
 from serving.bench.kernel_cases import Bound
 from serving.kernels import mla
 from serving.kernels.attention import attend_varlen
-from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear, linear_by_head, per_head
 from serving.kernels.norm_rope import rms_norm, rms_norm_quantise
 from serving.kernels.quant import Fp8Weight, QuantisedRows, quantise_rows_fp8
@@ -31,7 +31,7 @@ from serving.model.deepseek_v3 import Attention, DeepseekV3
 from serving.model.experts import Mlp, Moe
 from serving.model.parallel import gather, local_ids, scatter_sum, shares
 from serving.model.weight import Weight
-from serving.parallel.dispatch import Dispatch, Returning, Sending
+from serving.parallel.dispatch import Arrived, Dispatch, Returning, Sending
 from serving.parallel.hops import X, members_wanted, payloads_of
 
 Role = Literal["prefill", "decode"]
@@ -119,7 +119,8 @@ class Parts:
             return
         num_layers = len(self._model.blocks) - len(dense)
         yield self._gate(num_layers)
-        yield from self._experts(num_layers)
+        with self._as_captured():
+            yield from self._experts(num_layers)
         shared = [moe.shared for moe in self._moes if moe.shared is not None]
         if shared:
             yield self._mlp("shared expert", shared, num_layers)
@@ -314,18 +315,20 @@ class Parts:
         before = self._travelled()
         sending = routing.send(moes[0].layer, rows, *chosen[0])
         routing.dispatch = dispatch
-        arrived = sending.wait()
+        arrived = _kept(sending.wait())
         num_rows = len(payloads_of(arrived.x_RD)[0])
         y_RD = torch.zeros(num_rows, self._config.hidden_size, dtype=model.dtype, device=self._device)
         routing.give_back(sending, y_RD).wait()
         travelled = self._travelled() - before
         here_RK = arrived.slots_RK >= 0
         sent = int(members_wanted(watched.slots_TK // placement.slots_per_gpu, placement.num_gpus).sum())
+        num_used = int(arrived.slots_RK[here_RK].unique().numel())
         self.load = Load(sent=sent, rows=int(here_RK.any(1).sum()), pairs=int(here_RK.sum()))
-        row = sum(payload[0].nbytes for payload in payloads_of(rows)) if self._S else 0
+        row = sum(payload[0].nbytes for payload in payloads_of(rows))
+        result = self._config.hidden_size * model.dtype.itemsize
         if decodes:
             # What is sent to nobody need not travel.
-            travelled = sent * (row + 8 * watched.slots_TK.shape[1] + y_RD[0].nbytes)
+            travelled = sent * (row + 8 * watched.slots_TK.shape[1] + result)
 
         def there_and_back(index: int) -> Tensor:
             sending = routing.send(moes[index].layer, rows, *chosen[index])
@@ -337,15 +340,12 @@ class Parts:
             name="dispatch, combine", layers=layers, call=there_and_back, num_sets=num_sets, num_bytes=2 * travelled
         )
         one = moes[0].expert(0)
-        num_used = int(arrived.slots_RK[here_RK].unique().numel())
         yield Part(
             name="experts",
             layers=layers,
-            call=lambda index: grouped_mlp(
-                arrived.x_RD, moes[index].gate_up, moes[index].down, arrived.slots_RK, arrived.weights_RK
-            ),
+            call=lambda index: moes[index].compute(arrived),
             num_sets=len(moes),
-            num_bytes=_nbytes(one) * num_used + self.load.rows * (row + y_RD[0].nbytes),
+            num_bytes=_nbytes(one) * num_used + self.load.rows * (row + result),
             flops=2.0 * self.load.pairs * 3 * self._config.moe_intermediate_size * self._config.hidden_size,
             bound=_kind(one),
         )
@@ -378,6 +378,12 @@ class Parts:
             bound=_kind(one),
         )
 
+    def _as_captured(self) -> AbstractContextManager[None]:
+        """The dispatch that the step has."""
+        if self._step.role == "prefill" or self._device.type == "cpu":
+            return nullcontext()
+        return self._model.fixed_rows(self._T)
+
     def _travelled(self) -> int:
         return sum(number for (_, operation), number in self._arrived_bytes.items() if operation == "all_to_all")
 
@@ -398,6 +404,15 @@ class _Watched:
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
         return self._dispatch.give_back(sending, y_RD)
+
+
+def _kept(arrived: Arrived[Tensor | QuantisedRows]) -> Arrived[Tensor | QuantisedRows]:
+    """What the next exchange does not write over; FP8 rows as their layout asks."""
+    x = arrived.x_RD
+    kept = (
+        QuantisedRows(values=x.values.clone(), scales=x.scales.clone()) if isinstance(x, QuantisedRows) else x.clone()
+    )
+    return replace(arrived, x_RD=kept, slots_RK=arrived.slots_RK.clone(), weights_RK=arrived.weights_RK.clone())
 
 
 def _multiply(x_TN: Tensor | QuantisedRows, weights: Sequence[Weight], index: int) -> Tensor:

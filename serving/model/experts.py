@@ -149,7 +149,17 @@ class Moe:
         if sending.num_more:
             yield Sent(name="counts", wait=sending.advance, gives_way=False)
         arrived: Arrived[Tensor | QuantisedRows] = yield Sent(name="dispatch", wait=sending.wait)
-        y_RD = grouped_mlp(
+        y_RD = self.compute(arrived)
+        returning = self.routing.give_back(sending, y_RD)
+        # A hop inside the node comes first: it is waited for, so that the one between nodes travels meanwhile.
+        if returning.num_more:
+            yield Sent(name="combine in the node", wait=returning.advance, gives_way=False)
+        routed_TD: Tensor = yield Sent(name="combine", wait=returning.wait)
+        return routed_TD if shared_TD is None else routed_TD.add_(shared_TD)
+
+    def compute(self, arrived: Arrived[Tensor | QuantisedRows]) -> Tensor:
+        """What the experts here make of the rows that came, [R, D]."""
+        return grouped_mlp(
             arrived.x_RD,
             self.gate_up,
             self.down,
@@ -160,12 +170,6 @@ class Moe:
             num_used=arrived.num_used,
             max_used=arrived.max_used,
         )
-        returning = self.routing.give_back(sending, y_RD)
-        # A hop inside the node comes first: it is waited for, so that the one between nodes travels meanwhile.
-        if returning.num_more:
-            yield Sent(name="combine in the node", wait=returning.advance, gives_way=False)
-        routed_TD: Tensor = yield Sent(name="combine", wait=returning.wait)
-        return routed_TD if shared_TD is None else routed_TD.add_(shared_TD)
 
     def choose(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Experts int64 [T, K] and their weights fp32 [T, K]."""

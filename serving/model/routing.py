@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels.quant import QuantisedRows
+from serving.kernels.route import counted
 from serving.model.config import ModelConfig
 from serving.model.hosting import Counting, HostedReplicas
 from serving.model.parallel import Parallel, num_moe_layers
@@ -90,18 +90,12 @@ class Routing:
     ) -> Sending[Rows] | CountedSending:
         """Rows [T, D] of this rank on their way; experts int64 and weights fp32 as the gate has them. Rows with `nobody_T` (bool) go to no
         expert and count for none."""
-        counted_TK = torch.ones_like(experts_TK)
-        if nobody_T is not None:
-            counted_TK.masked_fill_(nobody_T[:, None], 0)
-        self.num_tokens_LE[layer].scatter_add_(0, experts_TK.flatten(), counted_TK.flatten())
-        if self._shared_is_routed:
-            experts_TK = F.pad(experts_TK, (0, 1), value=self._num_experts)
-            weights_TK = F.pad(weights_TK, (0, 1), value=1.0)
-        if nobody_T is not None:
-            experts_TK = experts_TK.masked_fill(nobody_T[:, None], -1)
-        replicas = self._replicas
+        replicas, counts_E = self._replicas, self.num_tokens_LE[layer]
+        shared = self._num_experts if self._shared_is_routed else None
         if isinstance(replicas, Replicas):
-            return self.dispatch.send(x, replicas.slots(layer, experts_TK, self._ep_rank), weights_TK)
+            chosen = experts_TK, weights_TK, nobody_T
+            return self.dispatch.send(x, *replicas.route(layer, *chosen, counts_E, first=self._ep_rank, shared=shared))
+        experts_TK, weights_TK = counted(experts_TK, weights_TK, nobody_T, counts_E, shared)
 
         def send(counts_WE: Tensor) -> Sending[Rows]:
             return self.dispatch.send(x, replicas.slots(layer, experts_TK, counts_WE), weights_TK)

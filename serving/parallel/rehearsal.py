@@ -22,6 +22,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from serving.kernels.part_sums import sum_parts
 from serving.parallel.collectives import Done, Handle, check_payloads, check_rows, even, row_bytes
 
 # A copy of so many bytes is quickest alone; of fewer, those for several ranks share a launch.
@@ -54,7 +55,7 @@ class Rehearsal:
 
     def reduce_scatter(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
         check_rows(tensor, out, list(counts) if counts else even(len(tensor), self.world_size), self.rank)
-        return self._issue("reduce_scatter", [tensor], [out], lambda: _sum_parts(out, tensor, self.world_size))
+        return self._issue("reduce_scatter", [tensor], [out], lambda: sum_parts(tensor, self.world_size, out))
 
     def all_to_all(
         self,
@@ -115,13 +116,6 @@ class _Copying:
         if self._done is not None:
             self._done.wait()
         self._done, self._tensors = None, []
-
-
-def _sum_parts(out: Tensor, whole: Tensor, world_size: int) -> None:
-    """Into `out` W parts of its size, which begin evenly spread over `whole`: where its own parts begin, if all are as large."""
-    step = (len(whole) - len(out)) // max(world_size - 1, 1)
-    parts = whole.as_strided((world_size, *out.shape), (step * whole.stride(0), *whole.stride()))
-    torch.sum(parts, dim=0, out=out)
 
 
 def _spread(out: Tensor, rows: Tensor, counts: Sequence[int]) -> None:

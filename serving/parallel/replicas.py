@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from serving.kernels.route import physical_slots, route
 from serving.parallel.placement import Placement
 
 
@@ -37,16 +38,20 @@ class Replicas:
         ranks give different `first`, so that those with few tokens do not all choose the same copy."""
         return physical_slots(self._slots_LEC[layer], self._copies_LE[layer], experts_TK, first)
 
-
-def physical_slots(slots_EC: Tensor, copies_E: Tensor, experts_TK: Tensor, first: int) -> Tensor:
-    """As `Replicas.slots`. slots_EC: int64, expert e's slots are its first copies_E[e]; the last row is what -1 takes."""
-    if slots_EC.shape[1] == 1:
-        return slots_EC[:, 0][experts_TK]
-    num_tokens, top_k = experts_TK.shape
-    turn_TK = torch.arange(first, first + num_tokens, device=experts_TK.device)[:, None] + torch.arange(
-        top_k, device=experts_TK.device
-    )
-    return slots_EC[experts_TK, turn_TK.remainder_(copies_E[experts_TK])]
+    def route(
+        self,
+        layer: int,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        nobody_T: Tensor | None,
+        counts_E: Tensor,
+        *,
+        first: int,
+        shared: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`slots` and the weights that belong to them, as `serving.kernels.route.route`."""
+        tables = self._slots_LEC[layer], self._copies_LE[layer]
+        return route(experts_TK, weights_TK, nobody_T, *tables, counts_E, first=first, shared=shared)
 
 
 def _tables(placement: Placement, near: range | None, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -36,6 +36,9 @@ _STEP = 64
 _LOOKED_AT, _MOST_ROWS = 2048, 64
 # Where work is dealt out by its amount on the device.
 _PROGRAMS_A_PROCESSOR = 16
+# From so many tokens on a program has a whole row, of up to so many columns.
+_MANY_TOKENS, _WHOLE_ROW, _PART_OF_ROW = 4096, 8192, 1024
+# Bins of a histogram that the device counts in.
 _FEWEST_BINS = 16
 # Tokens up to which shared experts are computed in the launches of the routed ones: each tile of tokens reads their weights again.
 _MOST_BESIDE = 64
@@ -240,16 +243,21 @@ def _add_rows(
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     PARTIAL: tl.constexpr,
+    IN_TURN: tl.constexpr,
 ):
-    """total + the weighted rows of the slots, in the order of K."""
+    """total + the weighted rows of the slots, in the order of K. IN_TURN: one after the other, without registers for all of them."""
     k_K = tl.arange(0, K)
     for k in tl.static_range(TOP_K):
         slot = tl.sum(tl.where(k_K == k, slots_K, 0), axis=0).to(tl.int64)
         weight = tl.sum(tl.where(k_K == k, weights_K, 0.0), axis=0)
-        is_used = mask
-        if PARTIAL:
-            is_used = mask & (slot >= 0)
-        total += weight * tl.load(y_ptr + slot * y_stride + column, mask=is_used, other=0.0).to(tl.float32)
+        if IN_TURN:
+            if slot >= 0:
+                total += weight * tl.load(y_ptr + slot * y_stride + column, mask=mask, other=0.0).to(tl.float32)
+        else:
+            is_used = mask
+            if PARTIAL:
+                is_used = mask & (slot >= 0)
+            total += weight * tl.load(y_ptr + slot * y_stride + column, mask=is_used, other=0.0).to(tl.float32)
     return total
 
 
@@ -288,7 +296,7 @@ def combine_fetched_kernel(
                 column = unit % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
                 mask = column < width
                 total = tl.zeros([BLOCK_D], tl.float32)
-                total = _add_rows(total, y_ptr, y_stride, slots_K, weights_K, column, mask, TOP_K, K, True)
+                total = _add_rows(total, y_ptr, y_stride, slots_K, weights_K, column, mask, TOP_K, K, True, False)
                 out = out_ptr + token.to(tl.int64) * out_stride + column
                 tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -311,6 +319,7 @@ def combine_kernel(
     BLOCK_D: tl.constexpr,
     PARTIAL: tl.constexpr,
     FILL: tl.constexpr,
+    IN_TURN: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """Sum of a token's rows by their routing weights, in the order of K whatever the batch, and of its ADDED rows, `added_rows` apart; fp32.
@@ -329,7 +338,7 @@ def combine_kernel(
     for i in tl.static_range(ADDED):
         added = added_ptr + (token + i * added_rows).to(tl.int64) * added_stride + column
         total += tl.load(added, mask=mask, other=0.0).to(tl.float32)
-    total = _add_rows(total, y_ptr, y_stride, slots_K, weights_K, column, mask, TOP_K, K, PARTIAL)
+    total = _add_rows(total, y_ptr, y_stride, slots_K, weights_K, column, mask, TOP_K, K, PARTIAL, IN_TURN)
     if not FILL:
         mask = mask & (tl.max(slots_K, axis=0) >= 0)
     tl.store(out_ptr + token.to(tl.int64) * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=mask)
@@ -470,6 +479,16 @@ def send(
     return slots, ends.out
 
 
+def _columns_at_once(num_tokens: int, slots: Slots, width: int) -> dict[str, int]:
+    """Columns of a program that copies or adds up rows, and its warps: all of a row where there are many with few slots each, so that those
+    are read once and all its values at a time; else a part, so that there are programs enough."""
+    many = (
+        min(num_tokens, slots.tiles.num_expected * slots.tiles.num_rows) >= _MANY_TOKENS and slots.partial is not None
+    )
+    columns = min(_WHOLE_ROW if many else _PART_OF_ROW, triton.next_power_of_2(width))
+    return {"columns": columns, "num_warps": 8 if columns > _PART_OF_ROW else 4}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Ends:
     """Where rows come from and go to: values and scales of both (absent scales replaced by something to point at)."""
@@ -485,19 +504,25 @@ class _Ends:
         scaled = isinstance(x_TD, QuantisedRows)
         values, x_scales = (x_TD.values, x_TD.scales) if isinstance(x_TD, QuantisedRows) else (x_TD, x_TD)
         assert values.stride(1) == 1, "rows must be contiguous"
-        width, device = values.shape[1], values.device
+        (num_tokens, width), device = values.shape, values.device
         out: Tensor | QuantisedRows
         if scaled or quantise:
             out = empty_rows(slots.num_slots, width, device)
             target, scales = out.values, out.scales
         else:
             target = scales = out = torch.empty(slots.num_slots, width, dtype=values.dtype, device=device)
-        block_g = min(8, triton.next_power_of_2(triton.cdiv(width, BLOCK)))
+        at_once = _columns_at_once(num_tokens, slots, width)
+        block_g = max(1, at_once["columns"] // BLOCK)
         return cls(
             out=out,
             tensors=(values, x_scales, target, scales),
             num_blocks=triton.cdiv(width, BLOCK * block_g),
-            form={"QUANTISE": quantise and not scaled, "SCALED": scaled, "BLOCK_G": block_g},
+            form={
+                "QUANTISE": quantise and not scaled,
+                "SCALED": scaled,
+                "BLOCK_G": block_g,
+                "num_warps": at_once["num_warps"],
+            },
         )
 
 
@@ -544,9 +569,16 @@ def combine(
     num_tokens, top_k = weights_TK.shape
     width = y_SD.shape[1]
     out = torch.empty(num_tokens, width, dtype=y_SD.dtype, device=y_SD.device)
-    block = min(1024, triton.next_power_of_2(width))
+    at_once = _columns_at_once(num_tokens, slots, width)
+    block, warps = at_once["columns"], at_once["num_warps"]
     num_blocks = triton.cdiv(width, block)
-    form = {"TOP_K": top_k, "K": triton.next_power_of_2(top_k), "BLOCK_D": block, **overlap(out.device)}
+    form = {
+        "TOP_K": top_k,
+        "K": triton.next_power_of_2(top_k),
+        "BLOCK_D": block,
+        "num_warps": warps,
+        **overlap(out.device),
+    }
     if slots.source_S is not None and not fill:
         most_units = slots.num_slots * num_blocks
         combine_fetched_kernel[(min(most_units, _PROGRAMS_A_PROCESSOR * num_processors(out.device)),)](
@@ -558,7 +590,8 @@ def combine(
     assert added.stride(1) == 1, "rows must be contiguous"
     combine_kernel[(num_tokens, num_blocks)](
         y_SD, slots.slots_TK, weights_TK, added, out, width, y_SD.stride(0), added.stride(0), added.shape[0] // num_added, out.stride(0),
-        ADDED=0 if added_TD is None else num_added, PARTIAL=slots.partial is not None, FILL=fill, **form,
+        ADDED=0 if added_TD is None else num_added, PARTIAL=slots.partial is not None, FILL=fill,
+        IN_TURN=slots.partial is not None and block > _PART_OF_ROW, **form,
     )  # fmt: skip
     return out
 
