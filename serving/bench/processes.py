@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,6 +32,7 @@ from serving.core.errors import BatonError, ConfigError
 from serving.core.request import SamplingParams, TokenLogprobs
 from serving.core.request import Sequence as Job
 from serving.core.spec import WorkerSpec
+from serving.engine.balancing import Balancing
 from serving.engine.build import Engine, build_engine, build_engine_for
 from serving.engine.joining import parallel_of
 from serving.engine.unit import Alone, Follower, Leader, Lockstep, MicroBatches
@@ -57,7 +58,7 @@ _SPLIT = MicroBatches(prefill_tokens=64, rows=8)
 class Sizes:
     """tp x dp processes of `threads` each; their experts are spread over all of them. `traced`: keep what overlapped.
 
-    `device`, `dtype`, `dispatch`, `hosted_slots`, `split_from`: the engines are built and joined as the server's are, on "cpu" or on a GPU for
+    `device`, `dtype`, `dispatch`, `hosted_slots`, `balances`, `split_from`: the engines are built and joined as the server's are, on "cpu" or on a GPU for
     each, "cuda", of which a process sees its own alone or not. None: over `transport`, in fp32, and what collectives take is measured.
     """
 
@@ -72,6 +73,7 @@ class Sizes:
     dtype: str = "float32"
     dispatch: str = "auto"
     hosted_slots: int = 0
+    balances: bool = False
     split_from: MicroBatches | None = None
 
     @property
@@ -107,15 +109,17 @@ class Group:
     all_since: float
     all_until: float
     logprobs: list[list[TokenLogprobs | None]] = field(default_factory=list)
+    placement_version: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """`logprobs`: of each token, if they were asked for. `decode_tokens_per_s`: while all texts were being decoded. `in_collectives`: each
-    rank's share of `seconds`."""
+    """`logprobs`: of each token, if they were asked for. `placement_version`: of the experts at the end, 0 where they stay where they are.
+    `decode_tokens_per_s`: while all texts were being decoded. `in_collectives`: each rank's share of `seconds`."""
 
     texts: list[list[int]]
     logprobs: list[list[TokenLogprobs | None]]
+    placement_version: int
     seconds: float
     decode_tokens_per_s: float
     in_collectives: list[float]
@@ -178,6 +182,7 @@ class Unit:
         return Generation(
             texts=[groups[index % dp].texts[index // dp] for index in range(len(prompts))],
             logprobs=[groups[index % dp].logprobs[index // dp] for index in range(len(prompts))],
+            placement_version=max(group.placement_version for group in groups),
             seconds=seconds,
             decode_tokens_per_s=decode_rate(groups),
             in_collectives=[(after - was) / seconds for was, after in zip(before, self._seconds, strict=True)],
@@ -267,7 +272,7 @@ def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
             max_num_seqs=most_jobs,
         ),
         kv=KVTable(decode_pages=most_jobs * num_pages_for(most_tokens)),
-        balance=BalanceTable(period_s=0),
+        balance=BalanceTable(threshold=1.0, min_gain=0.001) if sizes.balances else BalanceTable(period_s=0),
     )
     spec = WorkerSpec(
         worker_id=f"both-0.{rank}",
@@ -326,7 +331,7 @@ def _live(pipe: Connection, sizes: Sizes, rank: int, engine: Engine) -> Trace | 
             max_model_len=engine.max_model_len,
             run_ahead=on_gpu,
         )
-        _lead(pipe, unit, loop)
+        _lead(pipe, unit, loop, engine.balancing)
     if lockstep is not None:
         lockstep.close()
     if traced is None:
@@ -382,10 +387,11 @@ def _traced(model: Any, rank: int) -> tuple[float, Timeline]:
     return begin, timeline
 
 
-def _lead(pipe: Connection, unit: LoopUnit, loop: Aggregated) -> None:
+def _lead(pipe: Connection, unit: LoopUnit, loop: Aggregated, balancing: Balancing | None) -> None:
     """Generations until there are no more to come."""
     for prompts, lengths, logprobs in iter(pipe.recv, None):
-        pipe.send(_generate(unit, loop, prompts, lengths, logprobs))
+        generated = _generate(unit, loop, prompts, lengths, logprobs)
+        pipe.send(replace(generated, placement_version=balancing.placement_version if balancing is not None else 0))
     while not unit.turned(stopping=False, drained=True):
         pass
 

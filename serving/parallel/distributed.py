@@ -90,6 +90,7 @@ class TorchCollectives:
         self._issued = 0
         self._issued_s = time.monotonic()
         self._broken: RanksMissing | None = None
+        self._aborted = False
         self._note("came")
         begin_s = time.monotonic()
         try:
@@ -239,7 +240,7 @@ class TorchCollectives:
 
     def abort(self) -> None:
         """NCCL's kernels that wait for other ranks end, with garbage. From any thread."""
-        group = self._group
+        group, self._aborted = self._group, True
         # The thread keeps what it aborts alive for as long as it takes.
         aborting = threading.Thread(target=group.abort, name=f"abort-{self._name}", daemon=True)
         aborting.start()
@@ -300,6 +301,9 @@ class TorchCollectives:
                 most_s, gone = min(_LAST_CALL_S, left_s), missing
 
     def _fail(self, number: int, begin_s: float, error: RuntimeError) -> NoReturn:
+        if self._aborted:
+            # Whoever aborted it knows for whom.
+            raise error
         self._broken = self._named(number, begin_s)
         if self._backend == "nccl":
             self.abort()

@@ -121,6 +121,19 @@ def test_ranks_without_work_change_nothing(start: Callable[..., Unit], prompts: 
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_experts_that_change_places_change_no_text(
+    start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes
+) -> None:
+    expected = start(ONE).generate(prompts, NEW_TOKENS).texts
+    unit = start(replace(sizes, balances=True))
+    generated = [unit.generate(prompts, NEW_TOKENS) for _ in range(8)]
+    assert [each.texts for each in generated] == [expected] * 8
+    versions = [each.placement_version for each in generated]
+    assert versions == sorted(versions)
+    assert versions[-1] > versions[0] + 1
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_ranks_that_see_their_own_gpu_alone_write_the_same_and_end_well(
     start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes
 ) -> None:
@@ -221,11 +234,13 @@ def test_rows_that_travel_in_fp8_are_as_exact_as_those_that_stay(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
+@pytest.mark.parametrize("prompt_tokens", [64, 7000], ids=["in decode", "in prefill"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_a_rank_that_is_gone_ends_the_unit(
-    start: Callable[..., Unit], prompts: list[list[int]], sizes: Sizes, how: signal.Signals
+    start: Callable[..., Unit], sizes: Sizes, prompt_tokens: int, how: signal.Signals
 ) -> None:
-    long = replace(LOAD, prompts=4, prompt_tokens=64, new_tokens=7000)
+    new_tokens = 7064 - prompt_tokens
+    long = replace(LOAD, prompts=16, prompt_tokens=prompt_tokens, new_tokens=new_tokens, max_batched_tokens=128)
     unit = start(sizes, long, altered=impatient)
     victim = unit.processes[1].pid
     assert victim is not None
@@ -237,8 +252,10 @@ def test_a_rank_that_is_gone_ends_the_unit(
 
     timer = threading.Timer(1.0, end)
     timer.start()
+    rng = random.Random(2)
+    prompts = [[rng.randrange(2, 256) for _ in range(prompt_tokens)] for _ in range(16)]
     with pytest.raises(BatonError, match="rank 1 did not come"):
-        unit.generate([prompt[:64] for prompt in prompts[:4]], 7000)
+        unit.generate(prompts, new_tokens)
     took_s = time.monotonic() - began_s[0]
     print(f"{how.name}: named after {took_s:.2f} s")
     assert took_s < (1.0 if how == signal.SIGKILL else 2 * PATIENCE_S)

@@ -93,7 +93,8 @@ def place_kernel(
     tl.store(places + empty, tl.full([ROWS, MOST_PLACES], -1, tl.int32), mask=is_empty)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+# How far columns of scales lie apart follows from the number of rows, which must not ask for another kernel.
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["x_column_stride"])
 def spread_kernel(
     x_ptr,
     places_ptr,
