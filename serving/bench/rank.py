@@ -30,7 +30,7 @@ from kvcache.pool import KVPool
 from serving.bench.filled import fill_random
 from serving.bench.kernel_cases import Bound, Stage, Work, ceilings
 from serving.bench.kernels import OWN, run_case
-from serving.bench.rank_parts import Part, Parts, Step
+from serving.bench.rank_parts import Load, Part, Parts, Step, Watched
 from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES
 from serving.core.config import load_config, unit_table
@@ -42,7 +42,7 @@ from serving.engine.runner import LaunchedStep, Runner
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.experts import Moe
-from serving.model.parallel import Parallel
+from serving.model.parallel import Parallel, shares
 from serving.model.units import UnitShape, shape_of
 from serving.parallel.rehearsal import Rehearsal
 from serving.parallel.symmetric import Exchanged, rehearse_symmetric
@@ -241,6 +241,22 @@ def timed_steps(rank: Rank, num_steps: int, num_micro_batches: int, *, num_uncou
     return [end.seconds_after(before) for before, end in itertools.pairwise(ends)][-num_steps:]
 
 
+def loads_of_a_step(rank: Rank) -> list[Load]:
+    """Of each layer with experts. What a rank of the decode unit sends comes back to it from as many others, so that counts are the same."""
+    step, parallel = rank.case.step, rank.model.parallel
+    routing, num_moe = rank.model.routing, sum(isinstance(block.mlp, Moe) for block in rank.model.blocks)
+    assert routing is not None
+    if step.role == "decode" and rank.runner.device.type == "cuda":
+        share = shares(step.num_tokens, parallel.tp.world_size)[parallel.tp.rank]
+        sent = share * (rank.model.config.num_experts_per_token + parallel.shared_is_routed)
+        return [Load(sent=sent, rows=sent, pairs=sent)] * num_moe
+    watched = Watched(routing.dispatch, parallel)
+    routing.dispatch, dispatch = watched, routing.dispatch
+    timed_steps(rank, 1, 1, num_uncounted=0)
+    routing.dispatch = dispatch
+    return watched.loads()
+
+
 class _End:
     """Of what has been launched so far."""
 
@@ -364,7 +380,9 @@ def measure_rank(
     }
     layers = len(rank.model.blocks)
     kernels = {number: profiled(rank, number) for number in steps} if profiles else {}
-    parts = Parts(rank.model, rank.pool.tensor, case.step, rank.arrived_bytes)
+    loads = loads_of_a_step(rank)
+    load = Load(**{name: statistics.mean(getattr(each, name) for each in loads) for name in ("sent", "rows", "pairs")})
+    parts = Parts(rank.model, rank.pool.tensor, case.step, rank.arrived_bytes, load)
     figures = measure_parts(parts, ceiling, device, repeats, captured=not prefills and device.type == "cuda")
     sum_s = sum(figure.layers * figure.least_us for figure in figures if figure.in_sum) / 1e6
     own_s = sum(figure.layers * figure.own_us for figure in figures) / 1e6
@@ -374,7 +392,8 @@ def measure_rank(
         "case": asdict(case),
         "settings": {"layers": layers, "seed": seed, "repeats": repeats},
         "tokens": {"of_tp_group": case.step.num_tokens, "of_rank": parts.share},
-        "load": asdict(parts.load) | {"balanced_pairs": parts.balanced_pairs},
+        "load": asdict(load)
+        | {"balanced_pairs": parts.balanced_pairs, "pairs_by_layer": [each.pairs for each in loads]},
         "gates_max_over_mean": spread,
         "ceilings": dict(ceiling),
         "built_s": built_s,
@@ -397,7 +416,7 @@ def table(report: Mapping[str, Any]) -> str:
     load, layers = report["load"], report["settings"]["layers"]
     lines = [
         f"{report['tokens']['of_tp_group']} tokens of the TP group, {report['tokens']['of_rank']} of the rank; "
-        f"a layer brings {load['rows']} rows, {load['pairs']} pairs of row and expert (balanced: {load['balanced_pairs']})",
+        f"a layer brings {load['rows']:.0f} rows, {load['pairs']:.0f} pairs of row and expert (balanced: {load['balanced_pairs']})",
         f"{'part':<20}{'layers':>7}{'alone us':>12}{'least us':>12}{'of it':>8}",
     ]
     for part in report["parts"]:

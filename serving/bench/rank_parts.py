@@ -29,7 +29,7 @@ from serving.kernels.norm_rope import rms_norm, rms_norm_quantise
 from serving.kernels.quant import Fp8Weight, QuantisedRows, quantise_rows_fp8
 from serving.model.deepseek_v3 import Attention, DeepseekV3
 from serving.model.experts import Mlp, Moe
-from serving.model.parallel import gather, local_ids, scatter_sum, shares
+from serving.model.parallel import Parallel, gather, local_ids, scatter_sum, shares
 from serving.model.weight import Weight
 from serving.parallel.dispatch import Arrived, Dispatch, Returning, Sending
 from serving.parallel.hops import X, members_wanted, payloads_of
@@ -74,17 +74,20 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What came to this rank's experts in one layer: rows, and pairs of a row and an expert. `sent`: rows that left for others."""
+    """What comes to this rank's experts in a layer: rows, and pairs of a row and an expert. `sent`: copies of rows that leave for experts."""
 
-    sent: int
-    rows: int
-    pairs: int
+    sent: float
+    rows: float
+    pairs: float
 
 
 class Parts:
-    """Of one rank's model and pool. Activations are random; routing is what the gates make of them."""
+    """Of one rank's model and pool. Activations are random; routing is what the gates make of them. `load`: of the step, which the least that
+    experts cost is for."""
 
-    def __init__(self, model: DeepseekV3, kv_pool: Tensor, step: Step, arrived_bytes: Counter[tuple[str, str]]) -> None:
+    def __init__(
+        self, model: DeepseekV3, kv_pool: Tensor, step: Step, arrived_bytes: Counter[tuple[str, str]], load: Load
+    ) -> None:
         self._model, self._config, self._kv_pool, self._step = model, model.config, kv_pool, step
         self._arrived_bytes = arrived_bytes
         self._device = kv_pool.device
@@ -94,8 +97,7 @@ class Parts:
         most = _PREFILL_SETS if step.role == "prefill" else len(model.blocks)
         self._blocks = model.blocks[-most:]
         self._moes = [block.mlp for block in self._blocks if isinstance(block.mlp, Moe)]
-        self.load = Load(sent=0, rows=0, pairs=0)
-        """Of one layer, once its parts have been made."""
+        self._load = load
 
     @property
     def share(self) -> int:
@@ -310,25 +312,21 @@ class Parts:
         x_SD = self._randn(self._S, self._config.hidden_size)
         rows = _rows_for(moes[0].gate_up, x_SD)
         chosen = [moe.choose(x_SD) for moe in moes]
-        watched = _Watched(routing.dispatch)
-        routing.dispatch, dispatch = watched, routing.dispatch
         before = self._travelled()
         sending = routing.send(moes[0].layer, rows, *chosen[0])
-        routing.dispatch = dispatch
         arrived = _kept(sending.wait())
         num_rows = len(payloads_of(arrived.x_RD)[0])
         y_RD = torch.zeros(num_rows, self._config.hidden_size, dtype=model.dtype, device=self._device)
         routing.give_back(sending, y_RD).wait()
         travelled = self._travelled() - before
         here_RK = arrived.slots_RK >= 0
-        sent = int(members_wanted(watched.slots_TK // placement.slots_per_gpu, placement.num_gpus).sum())
         num_used = int(arrived.slots_RK[here_RK].unique().numel())
-        self.load = Load(sent=sent, rows=int(here_RK.any(1).sum()), pairs=int(here_RK.sum()))
         row = sum(payload[0].nbytes for payload in payloads_of(rows))
         result = self._config.hidden_size * model.dtype.itemsize
         if decodes:
             # What is sent to nobody need not travel.
-            travelled = sent * (row + 8 * watched.slots_TK.shape[1] + result)
+            picks = chosen[0][0].shape[1] + model.parallel.shared_is_routed
+            travelled = round(self._load.sent * (row + 8 * picks + result))
 
         def there_and_back(index: int) -> Tensor:
             sending = routing.send(moes[index].layer, rows, *chosen[index])
@@ -345,8 +343,8 @@ class Parts:
             layers=layers,
             call=lambda index: moes[index].compute(arrived),
             num_sets=len(moes),
-            num_bytes=_nbytes(one) * num_used + self.load.rows * (row + result),
-            flops=2.0 * self.load.pairs * 3 * self._config.moe_intermediate_size * self._config.hidden_size,
+            num_bytes=_nbytes(one) * num_used + self._load.rows * (row + result),
+            flops=2.0 * self._load.pairs * 3 * self._config.moe_intermediate_size * self._config.hidden_size,
             bound=_kind(one),
         )
 
@@ -391,19 +389,33 @@ class Parts:
         return torch.randn(shape, generator=self._some, device=self._device, dtype=self._model.dtype)
 
 
-class _Watched:
-    """A dispatch that notes which slots were asked for."""
+class Watched:
+    """A dispatch that notes what leaves, and what comes here if all ranks of the group send what this one does."""
 
-    def __init__(self, dispatch: Dispatch) -> None:
-        self.slots_TK = torch.empty(0)
+    def __init__(self, dispatch: Dispatch, parallel: Parallel) -> None:
+        assert parallel.placement is not None
         self._dispatch = dispatch
+        self._placement = parallel.placement
+        self._ep_rank = parallel.ep_rank
+        self._seen: list[Tensor] = []
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
-        self.slots_TK = slots_TK
+        ranks_TK = torch.where(slots_TK >= 0, slots_TK // self._placement.slots_per_gpu, -1)
+        here_TK = ranks_TK == self._ep_rank
+        sent = members_wanted(ranks_TK, self._placement.num_gpus).sum()
+        self._seen.append(torch.stack([sent, here_TK.any(1).sum(), here_TK.sum()]))
         return self._dispatch.send(x, slots_TK, weights_TK)
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
         return self._dispatch.give_back(sending, y_RD)
+
+    def loads(self) -> list[Load]:
+        """Of each exchange."""
+        number = self._placement.num_gpus
+        return [
+            Load(sent=sent, rows=number * rows, pairs=number * pairs)
+            for sent, rows, pairs in torch.stack(self._seen).tolist()
+        ]
 
 
 def _kept(arrived: Arrived[Tensor | QuantisedRows]) -> Arrived[Tensor | QuantisedRows]:

@@ -16,7 +16,7 @@ Legend: W ranks of the group.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
@@ -26,7 +26,7 @@ from serving.kernels.part_sums import sum_parts
 from serving.parallel.collectives import Done, Handle, check_payloads, check_rows, even, row_bytes
 
 # A copy of so many bytes is quickest alone; of fewer, those for several ranks share a launch.
-_LARGE_BYTES = 1 << 20
+_LARGE_BYTES = 16 << 20
 
 
 class Rehearsal:
@@ -123,26 +123,27 @@ def _spread(out: Tensor, rows: Tensor, counts: Sequence[int]) -> None:
     if not out.numel():
         return
     into, source = _words(out), _words(rows)
-    for segments in _segments(into, counts):
-        whole, rest = divmod(segments.shape[1], len(source)) if len(source) else (0, 0)
-        if not len(source):
-            segments.zero_()
+    if not len(source):
+        into.zero_()
+    elif source.nbytes >= _LARGE_BYTES and max(counts) <= len(source):
+        for segment in into.split(list(counts)):
+            segment.copy_(source if len(segment) == len(source) else source[: len(segment)])
+    else:
+        _spread_small(into, source, counts)
+
+
+def _spread_small(into: Tensor, source: Tensor, counts: Sequence[int]) -> None:
+    """Neighbours of one size together."""
+    first = 0
+    for size, alike in groupby(counts):
+        number = len(list(alike))
+        segments = into[first : first + number * size].unflatten(0, (number, size))
+        first += number * size
+        whole, rest = divmod(size, len(source))
         if whole:
             segments[:, : whole * len(source)].unflatten(1, (whole, len(source))).copy_(source)
         if rest:
             segments[:, -rest:].copy_(source[:rest])
-
-
-def _segments(into: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
-    """[ranks, rows of each, ...]: neighbours of one size together, unless they are large."""
-    first = 0
-    for size, alike in groupby(counts):
-        number = len(list(alike))
-        together = into[first : first + number * size]
-        first += number * size
-        if size:
-            segments = together.unflatten(0, (number, size))
-            yield from segments.split(1 if segments[0].nbytes >= _LARGE_BYTES else number)
 
 
 def _words(rows: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def _chosen(experts_ptr, pair, num_pairs, PARTIAL: tl.constexpr):
     return expert, counts
 
 
-@triton.jit(do_not_specialize=["num_pairs", "x_stride", "x_scale_row", "x_scale_stride", "out_scale_stride"])
+@triton.jit(do_not_specialize=["num_pairs", "x_scale_row", "x_scale_stride", "out_scale_stride"])
 def send_kernel(
     experts_ptr,
     x_ptr,
@@ -127,7 +127,7 @@ def send_kernel(
         store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, token, tl.num_programs(0), NUM_BINS)
 
 
-@triton.jit(do_not_specialize=["x_stride", "x_scale_row", "x_scale_stride", "out_scale_stride"])
+@triton.jit(do_not_specialize=["x_scale_row", "x_scale_stride", "out_scale_stride"])
 def scatter_kernel(
     x_ptr,
     x_scale_ptr,
@@ -169,7 +169,7 @@ def scatter_kernel(
             tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group & (slot >= 0))
 
 
-@triton.jit(do_not_specialize=["num_blocks", "x_stride", "x_scale_row", "x_scale_stride", "out_scale_stride"])
+@triton.jit(do_not_specialize=["num_blocks", "x_scale_row", "x_scale_stride", "out_scale_stride"])
 def fetch_kernel(
     x_ptr,
     x_scale_ptr,

@@ -9,7 +9,7 @@ from torch import Tensor
 _VALUES = 2048
 
 
-@triton.jit(do_not_specialize=["num_values"])
+@triton.jit
 def sum_parts_kernel(whole_ptr, out_ptr, num_values, step, PARTS: tl.constexpr, VALUES: tl.constexpr):
     """VALUES sums, of parts that begin `step` values apart."""
     at = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)

@@ -31,6 +31,7 @@ def test_a_rank_of_the_prefill_unit() -> None:
     assert report["tokens"] == {"of_tp_group": 512, "of_rank": 128}
     assert report["load"]["balanced_pairs"] == 128 * 8
     assert report["load"]["pairs"] == pytest.approx(1024, rel=0.5)
+    assert len(report["load"]["pairs_by_layer"]) == 2
     assert set(report["step_ms"]) == {1, 2}
     # W_kv_b is one matrix on a GPU alone.
     assert {part["name"]: part["layers"] for part in report["parts"]} == {
