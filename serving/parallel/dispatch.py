@@ -126,7 +126,7 @@ class DirectDispatch:
         self._counts = CountsExchange()
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
-        hop = hop_to(self._ep, slots_TK, self._slots_per_rank)
+        hop = hop_to(self._ep, slots_TK, self._slots_per_rank, self._counts.beside(slots_TK.device))
         routing_TM = routing_of(slots_TK, weights_TK)
         if self._exchanges is not None:
             return Sending([hop], self._send_uncounted(self._exchanges, hop, x, routing_TM), 0)
@@ -141,7 +141,7 @@ class DirectDispatch:
         return arrived(x, payloads, routing_RM, self._ep.rank * self._slots_per_rank, self._slots_per_rank)
 
     def _send(self, hop: Hop, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
-        counts, _ = self._counts.go(self._ep, hop.counts_WC)
+        counts = self._counts.go(self._ep, hop.counts_WC)
         hop.load([*payloads_of(x), routing_TM])
         yield [counts]
         sent, received = counts.numbers
@@ -172,23 +172,25 @@ class HierarchicalDispatch:
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
         num_nodes, num_locals = self._rail.world_size, self._node.world_size
-        hops = [hop_to(self._rail, slots_TK, self._slots_per_node)]
+        hops = [hop_to(self._rail, slots_TK, self._slots_per_node, self._counts.beside(slots_TK.device))]
         counts_NLC = counts_for(slots_TK, self._slots_per_rank, num_nodes * num_locals).unflatten(0, (num_nodes, -1))
         return Sending(hops, self._send(hops, counts_NLC, x, routing_of(slots_TK, weights_TK)), 2)
 
     def _send(self, hops: list[Hop], sent_NLC: Tensor, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
         rail, node = self._rail, self._node
         # To each node: the rows, and how many of them each of its ranks gets in the end.
-        counts, received = self._counts.go(rail, torch.cat([hops[0].counts_WC[:, :1], sent_NLC.flatten(1)], dim=1))
+        counts = self._counts.go(rail, torch.cat([hops[0].counts_WC[:, :1], sent_NLC.flatten(1)], dim=1))
         hops[0].load([*payloads_of(x), routing_TM])
         yield [counts]
-        hops[0].sent, hops[0].received = map(_first, counts.numbers)
+        sent, received = counts.numbers
+        hops[0].sent, hops[0].received = _first(sent), _first(received)
+        forwarded_NLC = torch.tensor(received)[:, 1:].view(sent_NLC.shape)
+        counts = self._counts.go_on(node, forwarded_NLC.sum(0), routing_TM.device)
         (*payloads, routing_AM), handle = hops[0].go()
-        counts, _ = self._counts.go(node, received[:, 1:].sum(0).view(sent_NLC.shape[1:]))
         yield [handle, counts]
         forwarded, expected = counts.numbers
         on_node_AK = slots_in(routing_AM, rail.rank * self._slots_per_node, self._slots_per_node)
-        hops.append(hop_to(node, on_node_AK, self._slots_per_rank))
+        hops.append(hop_to(node, on_node_AK, self._slots_per_rank, self._counts.beside(on_node_AK.device)))
         hops[1].sent, hops[1].received = _first(forwarded), _first(expected)
         hops[1].load([*payloads, routing_AM])
         (*payloads, routing_RM), handle = hops[1].go()
@@ -246,13 +248,25 @@ class CountsExchange:
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
 
-    def go(self, group: Collectives, sent_WC: Tensor) -> tuple[HostCounts, Tensor]:
-        """Those sent and those received, on their way to the host; and the latter, to be read when they have been waited for there."""
+    def go(self, group: Collectives, sent_WC: Tensor) -> HostCounts:
+        """Those sent and those received, on their way to the host."""
         received_WC = torch.empty_like(sent_WC)
         ones = [1] * group.world_size
         handle = group.all_to_all([received_WC], [sent_WC], ones, ones)
-        self._stream = self._stream or stream_beside(sent_WC.device)
-        return HostCounts(handle, [sent_WC, received_WC], self._stream), received_WC
+        return HostCounts(handle, [sent_WC, received_WC], self.beside(sent_WC.device))
+
+    def go_on(self, group: Collectives, sent_WC: Tensor, device: torch.device) -> HostCounts:
+        """The same of numbers that the host has. On a GPU they do not wait for what is queued on the stream that computes."""
+        stream = self.beside(device)
+        if stream is None:
+            return self.go(group, sent_WC)
+        with torch.cuda.stream(stream):
+            return self.go(group, sent_WC.pin_memory().to(device, non_blocking=True))
+
+    def beside(self, device: torch.device) -> torch.cuda.Stream | None:
+        """A GPU's stream for what need not wait for products."""
+        self._stream = self._stream or stream_beside(device)
+        return self._stream
 
 
 def _first(counts_WC: list[list[int]]) -> list[int]:

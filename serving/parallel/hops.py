@@ -127,16 +127,34 @@ class DeviceHop(Hop):
     """The same on a GPU, from the members that hold a row's slots; counts_WC also has the picks that the rows have at each member.
 
     Copies are made when rows are loaded, for the device is idle while the host learns how many there are: until that is known,
-    into memory for the most that there may be."""
+    into memory for the most that there may be. They leave when they are made, over the stream `beside` if there is one: what has
+    been queued meanwhile on the stream that computes is not waited for."""
 
-    def __init__(self, group: Collectives, slots_TK: Tensor, slots_per_member: int) -> None:
+    def __init__(
+        self, group: Collectives, slots_TK: Tensor, slots_per_member: int, beside: torch.cuda.Stream | None = None
+    ) -> None:
         self.group = group
+        self._beside = beside
         self._where = copies_for(slots_TK.contiguous(), slots_per_member, group.world_size)
         self.counts_WC = self._where.counts_WC
 
     def load(self, rows: Sequence[Tensor]) -> None:
         most = self._where.places_TP.numel() if self.sent is None else sum(self.sent)
         self._loaded = [spread(row, self._where, most) for row in rows]
+        if self._beside is not None:
+            self._made = torch.cuda.current_stream(self._beside.device).record_event()
+
+    def go(self) -> tuple[list[Tensor], Handle]:
+        if self._beside is None:
+            return super().go()
+        copies = self._copies()
+        self._beside.wait_event(self._made)
+        with torch.cuda.stream(self._beside):
+            outs, handle = self._exchange(copies, self.received, self._sent)
+            issued = self._beside.record_event()
+        for out in outs:
+            out.record_stream(torch.cuda.current_stream(self._beside.device))
+        return outs, _Departed(handle, issued, copies)
 
     def total(self, y_ND: Tensor) -> Tensor:
         return total(y_ND, self._where)
@@ -146,10 +164,24 @@ class DeviceHop(Hop):
         return [copies[: sum(self._sent)] for copies in loaded]
 
 
-def hop_to(group: Collectives, slots_TK: Tensor, slots_per_member: int) -> Hop:
-    """To the members of the picks' slots, of which -1 is none."""
+class _Departed:
+    """Rows that left over another stream than the one that waits for what comes; kept until then."""
+
+    def __init__(self, handle: Handle, issued: torch.cuda.Event, rows: list[Tensor]) -> None:
+        self._handle = handle
+        self._issued = issued
+        self._rows = rows
+
+    def wait(self) -> None:
+        self._handle.wait()
+        self._issued.wait()
+        self._rows = []
+
+
+def hop_to(group: Collectives, slots_TK: Tensor, slots_per_member: int, beside: torch.cuda.Stream | None = None) -> Hop:
+    """To the members of the picks' slots, of which -1 is none. `beside`: of a GPU, for rows that leave."""
     if slots_TK.is_cuda:
-        return DeviceHop(group, slots_TK, slots_per_member)
+        return DeviceHop(group, slots_TK, slots_per_member, beside)
     return Hop(group, members_wanted(slots_TK // slots_per_member, group.world_size))
 
 

@@ -18,7 +18,7 @@ class HostCounts:
     """A collective's numbers on their way; a handle to wait for. `numbers`: of each tensor, to be read after the wait."""
 
     def __init__(self, handle: Handle, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> None:
-        """`stream`: of CUDA tensors, for nothing else; both are kept until the wait."""
+        """`stream`: of CUDA tensors, one on which no products are queued; both are kept until the wait."""
         self._handle = handle
         self._tensors = list(tensors)
         self._came: torch.cuda.Event | None = None
@@ -46,5 +46,5 @@ class HostCounts:
 
 
 def stream_beside(device: torch.device) -> torch.cuda.Stream | None:
-    """For `HostCounts`; before all that is queued elsewhere. None: it needs none."""
+    """For `HostCounts`, and rows that leave while products are queued; before all that is queued elsewhere. None: nothing waits there."""
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None

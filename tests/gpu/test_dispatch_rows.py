@@ -23,10 +23,8 @@ from serving.parallel.collectives import SingleRank
 from serving.parallel.dispatch import DirectDispatch, Dispatch, HierarchicalDispatch
 from serving.parallel.hops import Hop, hop_to, members_wanted, routing_of
 from serving.parallel.rehearsal import Rehearsal
-from serving.parallel.virtual import VirtualCollectives, VirtualUnit
 from tests.gpu.graphs import replayed
 from tests.gpu.test_experts import fp8_stack, randn
-from tests.unit.serving.parallel.dispatch_cases import Layer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -127,50 +125,64 @@ def test_a_dispatch_to_oneself_changes_nothing(form: str) -> None:
     assert want.abs().sum() > 0
 
 
+def rehearsed(form: str) -> tuple[Dispatch, list[Rehearsal], int]:
+    """One rank's dispatch where the others do what it does, its groups, and the ranks that send to it."""
+    if form == "direct":
+        group = Rehearsal(range(4), 1)
+        return DirectDispatch(group, 9), [group], 4
+    rail, node = Rehearsal(range(2), 0, name="rail"), Rehearsal(range(2), 1, name="node")
+    return HierarchicalDispatch(rail, node, 9), [rail, node], 4
+
+
 @pytest.mark.parametrize("form", ["direct", "hierarchical"])
-def test_ranks_on_the_device_get_what_ranks_on_a_cpu_get(form: str) -> None:
-    layer = Layer(num_tokens=(5, 0, 3, 8), slots=tuple(range(12)), top_k=3, routing="partial", dtype="float32")
-
-    def dispatched(group: VirtualCollectives, device: str) -> list[Tensor]:
-        with torch.inference_mode():
-            x, slots, weights = (part.to(device) for part in layer.tokens(group.rank))
-            one: Dispatch = DirectDispatch(group, 3)
-            if form == "hierarchical":
-                rail = group.subgroup(layer.groups.rail_group(group.rank), "rail")
-                one = HierarchicalDispatch(rail, group.subgroup(layer.groups.node_group(group.rank), "node"), 3)
-            sending = one.send(x, slots, weights)
-            came = sending.wait()
-            y_RD = came.x_RD * (came.slots_RK.clamp(min=0) * came.weights_RK).sum(1, keepdim=True)
-            return [part.cpu() for part in (came.x_RD, came.slots_RK, one.give_back(sending, y_RD).wait())]
-
-    want, got = (
-        VirtualUnit(layer.groups).run(lambda group: dispatched(group, device))  # noqa: B023
-        for device in ("cpu", "cuda")
-    )
-    for ours, theirs in zip(got, want, strict=True):
-        assert torch.equal(ours[0], theirs[0])
-        assert torch.equal(ours[1], theirs[1])
-        torch.testing.assert_close(ours[2], theirs[2])
-    assert not torch.equal(got[0][2], got[3][2][:5])
-
-
-def test_the_host_waits_for_counts_and_not_for_what_is_queued_behind_them() -> None:
-    group = Rehearsal(range(4), 1)
-    one = DirectDispatch(group, 9)
+def test_neither_the_host_nor_the_rows_wait_for_what_is_queued_meanwhile(form: str) -> None:
+    """The host for the counts alone, and rows leave as soon as they are known."""
+    one, groups, num_sources = rehearsed(form)
     slots, weights = slots_for(500, 8, 36), torch.rand(500, 8, device="cuda")
-    x = randn(500, 512)
-    one.send(x, slots, weights).wait()
+    rows = quantise_rows_fp8(randn(500, 512))
+    first = one.send(rows, slots, weights)
+    one.give_back(first, randn(len(first.wait().slots_RK), 512)).wait()
     torch.cuda.synchronize()
-    sending = one.send(x, slots, weights)
+    sending = one.send(rows, slots, weights)
     # About a second of another's work on the stream that computes.
     torch.cuda._sleep(2_000_000_000)
     slept = torch.cuda.current_stream().record_event()
     sending.advance()
-    assert not slept.query(), "the host waited for the stream"
+    assert groups[0]._stream is not None
+    groups[0]._stream.synchronize()
+    assert not slept.query(), "the rows waited for the stream"
     came = sending.wait()
-    assert came.max_used == 4 * int(((slots >= 9) & (slots < 18)).sum())
-    assert int((came.slots_RK >= 0).sum()) == came.max_used
+    assert not slept.query(), "the host waited for the stream"
+    here = ((slots >= 9) & (slots < 18)).any(1)
+    want = (rows.values.view(torch.uint8)[here], rows.scales[here], slots[here], weights[here])
+    assert isinstance(came.x_RD, QuantisedRows)
+    got = (came.x_RD.values.view(torch.uint8), came.x_RD.scales)
+    assert all(torch.equal(a, b.repeat(num_sources, 1)) for a, b in zip(got, want[:2], strict=True))
+    want_slots = torch.where((want[2] >= 9) & (want[2] < 18), want[2] - 9, -1).repeat(num_sources, 1)
+    assert torch.equal(came.slots_RK, want_slots)
+    assert torch.equal(came.weights_RK, want[3].repeat(num_sources, 1))
+    assert came.max_used == int((want_slots >= 0).sum()) > 0
     assert slept.query()
+
+
+def test_rows_that_come_early_are_whole_while_others_are_freed_and_computed() -> None:
+    one, _, num_sources = rehearsed("hierarchical")
+    for seed in range(6):
+        slots = slots_for(3000 + 100 * seed, 8, 36)
+        x = randn(len(slots), 512, seed=seed)
+        sending = one.send(x, slots, torch.rand(slots.shape, device="cuda"))
+        # Memory of the stream that computes, given back while it is in use there.
+        for _ in range(8):
+            torch.cuda._sleep(200_000)
+            del_me = torch.full((len(slots), 512), float("nan"), device="cuda", dtype=torch.bfloat16)
+            del_me.add_(1)
+            del del_me
+        came = sending.wait()
+        here = ((slots >= 9) & (slots < 18)).any(1)
+        assert torch.equal(came.x_RD, x[here].repeat(num_sources, 1))
+        sums = one.give_back(sending, came.x_RD.float()).wait()
+        assert torch.isfinite(sums).all()
+        del came, sending
 
 
 def test_sums_of_a_hop_are_in_the_members_order() -> None:

@@ -40,7 +40,7 @@ def on_a_gpu(patch: pytest.MonkeyPatch) -> None:
     def counts_for(slots_TK: Tensor, slots_per_member: int, num_members: int) -> Tensor:
         return hops.copies_for(slots_TK, slots_per_member, num_members).counts_WC
 
-    def hop_to(group: Collectives, slots_TK: Tensor, slots_per_member: int) -> hops.Hop:
+    def hop_to(group: Collectives, slots_TK: Tensor, slots_per_member: int, beside: None) -> hops.Hop:
         return hops.DeviceHop(group, slots_TK, slots_per_member)
 
     patch.setattr(dispatch, "counts_for", counts_for)
