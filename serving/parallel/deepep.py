@@ -3,7 +3,8 @@
     counts, of which this host waits for its own; rows | sums back         on a stream of DeepEP's, which takes 20 processors
 
 What arrives, and in which order, is what `DirectDispatch` brings. The host's wait means that no step of it can be captured: captured
-decode steps dispatch by other means, since DeepEP's way for them needs NVSHMEM and InfiniBand adapters even inside a host.
+decode steps dispatch by other means, since DeepEP's way for them needs NVSHMEM, and in the release that was tried (1.0.0) InfiniBand
+adapters even inside a host.
 A rank that does not come is noticed by DeepEP after 100 s.
 """
 
