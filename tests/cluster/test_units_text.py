@@ -36,7 +36,7 @@ HOSTED = [
 
 @pytest.mark.parametrize(
     ("sizes", "balances"),
-    [(TO_ONE_HEAD, False), (FROM_ONE_HEAD, True), (HOSTED, True)],
+    [(TO_ONE_HEAD, False), (FROM_ONE_HEAD, True), (HOSTED, False)],
     ids=["tp2-to-tp1", "tp1-to-tp2", "hosted"],
 )
 @pytest.mark.timeout(120)

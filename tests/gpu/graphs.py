@@ -13,6 +13,8 @@ T = TypeVar("T")
 def replayed(call: Callable[[], T]) -> T:
     """What `call` returns, as a graph's replay left it. Compiles before it captures."""
     stream = torch.cuda.Stream()
+    # What `call` reads may still be on its way.
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
     stream.synchronize()
