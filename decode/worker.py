@@ -324,7 +324,7 @@ class DecodeWorker(Worker[_Job, WriteDone | bytes]):
             draining=self._draining,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + self._arrivals.num_waiting,
-            waiting_tokens=self._arrivals.num_waiting_tokens,
+            waiting_work=self._arrivals.num_waiting_tokens,
             num_pages=self._manager.num_pages,
             credit_pages=self._arrivals.num_unpromised if may_promise else 0,
             page_states=self._manager.counts(),

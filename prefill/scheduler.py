@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from kvcache.layout import num_pages_for
 from kvcache.manager import KVManager
 from serving.core.errors import PagesExhausted, PeerError, StaleError
+from serving.core.prefill_work import prefill_work
 from serving.core.request import FinishReason, Sequence
 from serving.engine.ending import finish_reason
 from serving.engine.plan import PrefillChunk, SampledToken, StepPlan, StepResult
@@ -124,11 +125,12 @@ class PrefillScheduler:
         """Steps scheduled and not settled."""
         return len(self._in_flight)
 
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Prompt tokens not yet planned, of waiting and running sequences."""
+    def waiting_work(self, pair_cost: float) -> int:
+        """Prompt tokens not yet planned, of waiting and running sequences, with what they attend to: see `prefill_work`."""
         jobs = [*self._waiting.values(), *self._admitted.values()]
-        return sum(job.sequence.num_tokens - job.num_planned for job in jobs if not job.sampling)
+        return sum(
+            prefill_work(job.num_planned, job.sequence.num_tokens, pair_cost) for job in jobs if not job.sampling
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Raises PagesExhausted if the text can never fit, StaleError if the job is here already, PeerError if it has no tokens."""

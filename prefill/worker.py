@@ -264,9 +264,10 @@ class PrefillWorker(Worker[_Job, WriteDone]):
             draining=self._draining,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
-            waiting_tokens=self._scheduler.num_waiting_tokens,
+            waiting_work=self._scheduler.waiting_work(self._pair_cost),
             num_pages=self._manager.num_pages,
             credit_pages=self._manager.num_available,
             page_states=self._manager.counts(),
             step_s=step_s,
+            pair_cost=self._pair_cost,
         )

@@ -26,6 +26,7 @@ from serving.core.messages import (
     TokenBatch,
     WorkerState,
 )
+from serving.core.prefill_work import prefill_work
 from serving.core.request import FinishReason
 
 _MAX_FAILURES = 4
@@ -193,7 +194,7 @@ class Dispatcher:
         life = generation.life
         assert life is not None
         if worker is life.prefill:
-            worker.tokens.drop(life.job_id)
+            worker.work.drop(life.job_id)
         elif worker is not life.decode:
             return
         elif not life.has_first:
@@ -271,7 +272,7 @@ class Dispatcher:
     def _spend(self, placement: Placement, need: Demand) -> Life:
         now_s = self._clock()
         life = Life(job_id=secrets.token_hex(8), prefill=placement.prefill, decode=placement.decode, started_s=now_s)
-        life.prefill.tokens.spend(life.job_id, need.num_tokens, now_s)
+        life.prefill.work.spend(life.job_id, prefill_work(0, need.num_tokens, life.prefill.pair_cost), now_s)
         holder = life.prefill if life.prefill.role == "both" else life.decode
         if holder is not None:
             holder.pages.spend(life.job_id, need.credit_pages, now_s)
@@ -343,7 +344,7 @@ class Dispatcher:
 
     def _forget(self, life: Life) -> None:
         self._jobs.pop(life.job_id, None)
-        life.prefill.tokens.drop(life.job_id)
+        life.prefill.work.drop(life.job_id)
         for worker in life.workers:
             worker.pages.drop(life.job_id)
 

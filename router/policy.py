@@ -1,11 +1,12 @@
 """Which prefill and which decode worker a job goes to, chosen together.
 
-Prefill: the fewest tokens waiting. Decode: the most credit left. Ties go round. Pure; must not know sockets, queues or HTTP.
+Prefill: the least work waiting, which is tokens and what they attend to. Decode: the least share of pages promised and of requests together,
+each measured by who has most. Ties go round. Pure; must not know sockets, queues or HTTP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvcache.layout import PAGE_TOKENS, num_pages_for
@@ -55,14 +56,15 @@ def choose(view: View, need: Demand, turn: int) -> Placement | None:
     prefill = _best(
         (w for w in workers if w.role == "prefill" and w.num_pages >= need.prompt_pages),
         need,
-        lambda w: w.waiting_tokens,
+        lambda w: w.waiting_work,
     )
-    decode = _best((w for w in workers if w.role == "decode" and _has_credit(w, need)), need, lambda w: -w.credit_pages)
+    decodes = [w for w in workers if w.role == "decode" and _has_credit(w, need)]
+    decode = _best(decodes, need, _decode_load(decodes))
     if prefill is not None and not need.wants_decode:
         return Placement(prefill, None)
     if prefill is not None and decode is not None:
         return Placement(prefill, decode)
-    both = _best((w for w in workers if w.role == "both" and _has_credit(w, need)), need, lambda w: w.waiting_tokens)
+    both = _best((w for w in workers if w.role == "both" and _has_credit(w, need)), need, lambda w: w.waiting_work)
     return None if both is None else Placement(both, None)
 
 
@@ -92,6 +94,13 @@ def _rotated(workers: list[Worker], turn: int) -> list[Worker]:
     return workers[start:] + workers[:start]
 
 
-def _best(workers: Iterable[Worker], need: Demand, cost: Callable[[Worker], int]) -> Worker | None:
+def _decode_load(workers: Sequence[Worker]) -> Callable[[Worker], float]:
+    """A step takes longer by every context that it reads and by every row: neither shows in the other."""
+    most_pages = max((w.promised_pages for w in workers), default=0) or 1
+    most_requests = max((w.num_requests for w in workers), default=0) or 1
+    return lambda w: w.promised_pages / most_pages + w.num_requests / most_requests
+
+
+def _best(workers: Iterable[Worker], need: Demand, cost: Callable[[Worker], float]) -> Worker | None:
     """The first of the cheapest; one that is to be avoided is dearer than any other."""
     return min(workers, key=lambda worker: (worker.worker_id in need.avoid, cost(worker)), default=None)

@@ -24,11 +24,15 @@ _STUCK_STEPS = 5.0
 
 
 class Ledger:
-    """Amounts sent to a worker that its last WorkerState cannot contain yet, by job. The unit is the owner's: pages or tokens."""
+    """Amounts sent to a worker that its last WorkerState cannot contain yet, by job. The unit is the owner's: pages or tokens' worth."""
 
     def __init__(self) -> None:
         self._spent: dict[str, tuple[int, float]] = {}
         self.total = 0
+
+    def __len__(self) -> int:
+        """Jobs."""
+        return len(self._spent)
 
     def spend(self, job_id: str, amount: int, now_s: float) -> None:
         self._spent[job_id] = (amount, now_s)
@@ -59,7 +63,7 @@ class Worker:
     step_budget_s: float = 0.0
     moved_s: float = 0.0
     pages: Ledger = field(default_factory=Ledger)
-    tokens: Ledger = field(default_factory=Ledger)
+    work: Ledger = field(default_factory=Ledger)
 
     @property
     def worker_id(self) -> str:
@@ -79,8 +83,23 @@ class Worker:
         return 0 if self.state is None else self.state.credit_pages - self.pages.total
 
     @property
-    def waiting_tokens(self) -> int:
-        return 0 if self.state is None else self.state.waiting_tokens + self.tokens.total
+    def waiting_work(self) -> int:
+        """Tokens to prefill, with what they attend to, in tokens' worth."""
+        return 0 if self.state is None else self.state.waiting_work + self.work.total
+
+    @property
+    def pair_cost(self) -> float:
+        """What attending one token to another costs it."""
+        return 0.0 if self.state is None else self.state.pair_cost
+
+    @property
+    def promised_pages(self) -> int:
+        return self.num_pages - self.credit_pages
+
+    @property
+    def num_requests(self) -> int:
+        """That hold its pages or wait for some."""
+        return 0 if self.state is None else self.state.num_running + self.state.num_waiting + len(self.pages)
 
     @property
     def num_pages(self) -> int:
@@ -109,7 +128,7 @@ class Worker:
 
     def _counted(self, sent_before_s: float) -> None:
         self.pages.absorb(sent_before_s)
-        self.tokens.absorb(sent_before_s)
+        self.work.absorb(sent_before_s)
 
 
 @dataclass(frozen=True)

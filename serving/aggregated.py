@@ -88,9 +88,9 @@ class Aggregated:
     def num_waiting(self) -> int:
         return self._prefill.num_waiting + self._decode.num_waiting
 
-    @property
-    def num_waiting_tokens(self) -> int:
-        return self._prefill.num_waiting_tokens
+    def waiting_work(self, pair_cost: float) -> int:
+        """As `PrefillScheduler.waiting_work`."""
+        return self._prefill.waiting_work(pair_cost)
 
     @property
     def num_running(self) -> int:

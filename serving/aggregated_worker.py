@@ -179,9 +179,10 @@ class AggregatedWorker(Worker[_Job, object]):
             draining=self._draining,
             num_running=aggregated.num_running,
             num_waiting=aggregated.num_waiting,
-            waiting_tokens=aggregated.num_waiting_tokens,
+            waiting_work=aggregated.waiting_work(self._pair_cost),
             num_pages=self._manager.num_pages,
             credit_pages=max(0, min(self._manager.num_available, self._manager.num_pages - promised)),
             page_states=self._manager.counts(),
             step_s=step_s,
+            pair_cost=self._pair_cost,
         )

@@ -31,6 +31,7 @@ from serving.engine.drafting import Drafting
 from serving.engine.unit import Alone, Leader, Unit
 from serving.mailbox import Driver, Mailbox
 from serving.metrics import Metrics
+from serving.model.work import pair_cost
 from serving.reporter import Reporter
 from serving.watched import WatchedExecutor
 
@@ -67,6 +68,7 @@ class Worker(ABC, Generic[J, T]):
         self._role = spec.role
         self._unit_name = spec.unit or spec.worker_id
         self._engine = engine
+        self._pair_cost = pair_cost(engine.model_config)
         self._metrics = Metrics("worker", worker=spec.worker_id)
         self._mailbox: Mailbox[T] = Mailbox(
             worker_id=spec.worker_id,

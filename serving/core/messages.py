@@ -21,7 +21,7 @@ import msgspec
 
 from serving.core.request import FinishReason, SamplingParams, TokenLogprobs
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -255,7 +255,8 @@ class JobFailed(Message, frozen=True):
 class WorkerState(Message, frozen=True):
     """What placement needs to know, sent to every attached router a few times a second while it changes.
 
-    `credit_pages`: pages of a decode pool not yet promised to a job. `page_states`: the eight counts of kvcache.pages.
+    `credit_pages`: pages of a decode pool not yet promised to a job. `page_states`: the eight counts of kvcache.pages. `waiting_work`: the
+    waiting tokens with their attention, and `pair_cost` what that is made of, as `serving.core.prefill_work` has it.
     """
 
     role: str
@@ -263,11 +264,12 @@ class WorkerState(Message, frozen=True):
     draining: bool
     num_running: int
     num_waiting: int
-    waiting_tokens: int
+    waiting_work: int
     num_pages: int
     credit_pages: int
     page_states: dict[str, int]
     step_s: float
+    pair_cost: float = 0.0
 
 
 class MetricsQuery(Message, frozen=True):

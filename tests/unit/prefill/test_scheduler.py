@@ -304,9 +304,9 @@ def test_waiting_tokens_count_what_is_not_planned_yet() -> None:
     prefill = Prefill(max_batched_tokens=128)
     prefill.add("job", TEXT[:300])
     prefill.add("other", TEXT[:10])
-    assert prefill.scheduler.num_waiting_tokens == 310
+    assert prefill.scheduler.waiting_work(0.0) == 310
     prefill.launch()
-    assert prefill.scheduler.num_waiting_tokens == 182
+    assert prefill.scheduler.waiting_work(0.0) == 182
 
 
 class PrefillMachine(RuleBasedStateMachine):

@@ -353,7 +353,7 @@ class ScriptedCluster:
             draining=False,
             num_running=len(worker.jobs),
             num_waiting=0,
-            waiting_tokens=0,
+            waiting_work=0,
             num_pages=worker.num_pages,
             credit_pages=credit,
             page_states={},

@@ -103,7 +103,7 @@ async def test_random_faults_lose_and_repeat_nothing(front: Callable[..., Any], 
         assert all(text == TEXT or "gave up after 4 attempts" in text for text in texts)
         assert (f.ended("finished"), f.ended("failed")) == (finished, 24 - finished)
         await f.until(lambda: f.cluster.num_jobs == 0)
-        assert all(worker.pages.total == worker.tokens.total == 0 for worker in f.view)
+        assert all(worker.pages.total == worker.work.total == 0 for worker in f.view)
 
 
 def streamed(reply: httpx.Response) -> str:

@@ -89,7 +89,7 @@ def job_id(generation: Generation) -> str:
 
 
 def idle_state(role: str) -> WorkerState:
-    load = {"num_running": 0, "num_waiting": 0, "waiting_tokens": 0}
+    load = {"num_running": 0, "num_waiting": 0, "waiting_work": 0}
     pages = {"num_pages": 100, "credit_pages": 100}
     return WorkerState(role=role, ready=True, draining=False, page_states={}, step_s=0.01, **load, **pages)
 

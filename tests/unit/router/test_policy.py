@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from router.policy import Placement, capacity_tokens, choose, demand, missing_role
 from router.view import View
 from serving.core.messages import PeerAddress, Roster, WorkerInfo, WorkerState
+from serving.core.prefill_work import prefill_work
 
 
 def state(
-    role: str, *, waiting_tokens: int = 0, credit_pages: int = 100, ready: bool = True, **more: int
+    role: str,
+    *,
+    waiting_work: int = 0,
+    credit_pages: int = 100,
+    ready: bool = True,
+    pair_cost: float = 0.0,
+    num_running: int = 0,
+    **more: int,
 ) -> WorkerState:
     return WorkerState(
         role=role,
         ready=ready,
         draining=False,
-        num_running=0,
+        num_running=num_running,
         num_waiting=0,
-        waiting_tokens=waiting_tokens,
+        waiting_work=waiting_work,
         num_pages=more.get("num_pages", 100),
         credit_pages=credit_pages,
         page_states={},
         step_s=0.01,
+        pair_cost=pair_cost,
     )
 
 
@@ -40,10 +51,10 @@ def names(placement: Placement | None) -> tuple[str, str | None] | None:
     return placement.prefill.worker_id, placement.decode.worker_id if placement.decode else None
 
 
-def test_prefill_with_the_fewest_waiting_tokens_and_decode_with_the_most_credit() -> None:
+def test_prefill_with_the_least_work_and_decode_with_the_most_credit() -> None:
     view = view_of(
-        p0=state("prefill", waiting_tokens=500),
-        p1=state("prefill", waiting_tokens=20),
+        p0=state("prefill", waiting_work=500),
+        p1=state("prefill", waiting_work=20),
         d0=state("decode", credit_pages=30),
         d1=state("decode", credit_pages=80),
     )
@@ -54,6 +65,32 @@ def test_what_was_just_sent_counts_before_the_worker_says_so() -> None:
     view = view_of(p0=state("prefill"), d0=state("decode", credit_pages=50), d1=state("decode", credit_pages=49))
     view.get("d0").pages.spend("job", 2, 0.0)
     assert names(choose(view, demand(64, 10, 256), 0)) == ("p0", "d1")
+
+
+def test_decode_weighs_requests_beside_pages() -> None:
+    few_long, many_short = (
+        state("decode", credit_pages=50, num_running=2),
+        state("decode", credit_pages=60, num_running=20),
+    )
+    view = view_of(p0=state("prefill"), d0=few_long, d1=many_short)
+    assert names(choose(view, demand(64, 10, 256), 0)) == ("p0", "d0"), "ten pages less, but a tenth of the rows"
+    view = view_of(p0=state("prefill"), d0=replace(few_long, num_running=19), d1=many_short)
+    assert names(choose(view, demand(64, 10, 256), 0)) == ("p0", "d1")
+    view.get("d1").pages.spend("one", 1, 0.0)
+    view.get("d1").pages.spend("other", 11, 0.0)
+    assert names(choose(view, demand(64, 10, 256), 0)) == ("p0", "d0"), "what was just sent are requests too"
+
+
+def test_a_prompt_costs_what_it_attends_to() -> None:
+    assert prefill_work(0, 1000, 0.0) == 1000
+    assert prefill_work(0, 1000, 0.01) == 1000 + 5005
+    whole, parts = (
+        prefill_work(0, 4096, 1e-4),
+        [prefill_work(start, start + 1024, 1e-4) for start in range(0, 4096, 1024)],
+    )
+    assert abs(whole - sum(parts)) <= 2
+    assert parts == sorted(parts)
+    assert parts[-1] > parts[0] + 200
 
 
 def test_ties_go_round() -> None:
@@ -86,7 +123,7 @@ def test_a_worker_of_both_roles_serves_alone_and_needs_credit() -> None:
 
 def test_who_has_just_failed_is_taken_only_when_there_is_nobody_else() -> None:
     avoid = frozenset({"p0"})
-    both = view_of(p0=state("prefill"), p1=state("prefill", waiting_tokens=9999), d0=state("decode"))
+    both = view_of(p0=state("prefill"), p1=state("prefill", waiting_work=9999), d0=state("decode"))
     assert names(choose(both, demand(64, 10, 256, avoid), 0)) == ("p1", "d0")
     assert names(choose(view_of(p0=state("prefill"), d0=state("decode")), demand(64, 10, 256, avoid), 0)) == (
         "p0",
