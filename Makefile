@@ -50,10 +50,9 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	@$(BIN)/baton serve
 
-# Processes of the cluster tests share the machine: one test after the other, and mostly they wait; beside them the virtual units, which compute
-# (their groups are in each folder's conftest). Unit tests are short, use one thread each and sometimes wait.
+# Processes of the cluster tests share the machine: one after the other. Unit tests are short, use one thread each and sometimes wait.
 test: test-unit
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests --ignore=tests/unit -m 'not gpu'
+	$(BIN)/python -m pytest -q tests --ignore=tests/unit -m 'not gpu'
 
 test-unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile tests/unit -m 'not gpu'
