@@ -307,6 +307,9 @@ def test_waiting_tokens_count_what_is_not_planned_yet() -> None:
     assert prefill.scheduler.waiting_work(0.0) == 310
     prefill.launch()
     assert prefill.scheduler.waiting_work(0.0) == 182
+    # The first 128 tokens are planned; the rest attend to them too.
+    pairs = 300 * 301 // 2 - 128 * 129 // 2 + 10 * 11 // 2
+    assert abs(prefill.scheduler.waiting_work(0.5) - (182 + pairs / 2)) <= 1
 
 
 class PrefillMachine(RuleBasedStateMachine):

@@ -93,6 +93,15 @@ def test_a_prompt_costs_what_it_attends_to() -> None:
     assert parts[-1] > parts[0] + 200
 
 
+def test_one_long_prompt_weighs_more_than_two_of_half_its_length() -> None:
+    view = view_of(p0=state("prefill", pair_cost=0.01), p1=state("prefill", pair_cost=0.01), d0=state("decode"))
+    for worker_id, job_id, num_tokens in (("p0", "long", 2000), ("p1", "one", 1000), ("p1", "other", 1000)):
+        worker = view.get(worker_id)
+        assert worker is not None
+        worker.work.spend(job_id, prefill_work(0, num_tokens, worker.pair_cost), 0.0)
+    assert all(names(choose(view, demand(64, 10, 256), turn)) == ("p1", "d0") for turn in range(4))
+
+
 def test_ties_go_round() -> None:
     view = view_of(p0=state("prefill"), p1=state("prefill"), d0=state("decode"))
     chosen = [names(choose(view, demand(64, 10, 256), turn)) for turn in range(6)]
