@@ -4,9 +4,10 @@ Weights are scaled so that activations stay near 1 in every layer and the gate s
 model is as fast as a trained one. The folder is in the published format, so a peer reads the very same files.
 
 Each matrix passes its input's size on: entries of variance 1 / columns, embeddings of variance 1. What is added to the
-residual stream is divided by sqrt(2 x layers), twice a layer, as GPT-2 is initialised. Without that the stream grows with
-depth, tokens come to resemble each other (Noci et al., 2022: rank collapse), which crowds them onto a few experts, and each
-layer amplifies the rounding errors of those before it. docs/PERFORMANCE.md has the figures, of DeepSeek's own 0.006 too.
+residual stream is divided by the layers, twice a layer (Dey et al., 2025). Undivided, the stream grows with depth, tokens
+come to resemble each other (Noci et al., 2022: rank collapse), which crowds them onto a few experts, and each layer amplifies
+the rounding errors of those before it. Divided by sqrt(2 x layers), as GPT-2's, an expert exchanged at a tie is still an error
+that outweighs all rounding, in bf16 too. docs/PERFORMANCE.md has the figures, of DeepSeek's own 0.006 too.
 """
 
 from __future__ import annotations
@@ -298,7 +299,7 @@ def _scales_of(shape: str) -> Scales:
 
 def residual_scale(num_layers: int) -> float:
     """Of what is added to the residual stream, twice a layer."""
-    return float((2 * num_layers) ** -0.5)
+    return 1 / num_layers
 
 
 def random_weight(name: str, shape: torch.Size, generator: torch.Generator, scales: Scales) -> Tensor:

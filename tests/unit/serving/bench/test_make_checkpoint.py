@@ -159,7 +159,7 @@ def test_a_gate_that_spreads_badly_shows() -> None:
     assert uneven.max_over_mean == pytest.approx(4)
 
 
-@pytest.mark.parametrize(("shape", "factor"), [("bf16", 6**-0.5), ("tiny", 1.0)])
+@pytest.mark.parametrize(("shape", "factor"), [("bf16", 1 / 3), ("tiny", 1.0)])
 def test_what_a_block_adds_is_scaled_by_depth_except_where_figures_were_recorded(
     tmp_path: Path, shape: str, factor: float
 ) -> None:
