@@ -5,13 +5,17 @@ Every fault is a BatonError of one line that says what to do.
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from pathlib import Path
 
 from serving.cluster.placement import UnitPlan
-from serving.core.config import Config, unit_table
+from serving.core.config import Config, PrefillTable, unit_table
 from serving.core.errors import ConfigError, ModelFolderError, StartupError
 from serving.model.units import UnitShape
+
+_PREFILL_KEYS_OF_BOTH = ("max_batched_tokens",)
+"""Where one worker prefills and decodes."""
 
 
 def embedded_model_dir() -> Path:
@@ -48,6 +52,7 @@ def check_units(config: Config, folder: Path, units: tuple[UnitPlan, ...], *, nu
     from serving.model.config import ModelConfig
     from serving.model.units import shape_of
 
+    check_mode(config)
     model = ModelConfig.from_folder(folder)
     for role in dict.fromkeys(unit.role for unit in units):
         shape = shape_of(unit_table(config, role), model)
@@ -91,6 +96,22 @@ def _check_replicas(config: Config, role: str, shape: UnitShape, experts_per_tok
                 f"{key} = {num_tokens} with [{name}] hosted_slots: on GPUs replicas are chosen for at most {most} tokens of each of these "
                 f"dp groups at once; set it to {most} or less, or hosted_slots to 0"
             )
+
+
+def check_mode(config: Config) -> None:
+    """Raises ConfigError for what mode `both` would pass over in silence."""
+    if config.engine.mode != "both":
+        return
+    for field in dataclasses.fields(PrefillTable):
+        value = getattr(config.prefill, field.name)
+        if field.name not in _PREFILL_KEYS_OF_BOTH and value != field.default:
+            raise ConfigError(
+                f"[prefill] {field.name} = {value} with [engine] mode = both, where units are as [decode] says; remove it, or set it there"
+            )
+    if config.kv.prefill_pages:
+        raise ConfigError(
+            f"[kv] prefill_pages = {config.kv.prefill_pages} with [engine] mode = both, where there is one pool; give decode_pages instead"
+        )
 
 
 def num_hosts(units: tuple[UnitPlan, ...]) -> int:

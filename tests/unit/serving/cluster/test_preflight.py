@@ -96,6 +96,24 @@ def test_a_dispatch_of_gpus_is_refused_on_cpus(override: str):
         check("decode.dp=2", override)
 
 
+@pytest.mark.parametrize(
+    "override", ["prefill.dispatch=nccl", "prefill.tp=2", "prefill.max_num_seqs=4", "prefill.threads=1"]
+)
+def test_mode_both_refuses_what_it_would_pass_over(override: str):
+    key, value = override.split(".")[1].split("=")
+    check(override, num_gpus=4)
+    with pytest.raises(
+        ConfigError, match=rf"^\[prefill\] {key} = {value} with \[engine\] mode = both, .* set it there$"
+    ):
+        check("engine.mode=both", override, num_gpus=4)
+
+
+def test_mode_both_takes_what_it_goes_by():
+    check("engine.mode=both", "prefill.max_batched_tokens=512", "kv.decode_pages=100", "decode.dp=2", "prefill.units=1")
+    with pytest.raises(ConfigError, match=r"^\[kv\] prefill_pages = 100 .* give decode_pages instead"):
+        check("engine.mode=both", "kv.prefill_pages=100")
+
+
 EXPERTS_PER_TOKEN = ModelConfig.from_folder(embedded_model_dir()).num_experts_per_token
 
 
