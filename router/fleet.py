@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -26,6 +27,7 @@ _TICK_S = 0.25
 
 _METRICS_TIMEOUT_S = 1.0
 _LAST_WORDS_MS = 500
+_END_S = 1.5
 _QUIET_S = 1.0
 # The directory tells its news at once and beats seldom; so do we.
 _DIRECTORY_BEAT_S = 1.5
@@ -90,7 +92,7 @@ class Fleet:
         self._tick()
 
     def close(self) -> None:
-        """What has been sent still leaves, for half a second at most: the last aborts matter."""
+        """What has been sent still leaves, for half a second at most: the last aborts matter. Returns within two, whatever a socket holds."""
         if self._timer is not None:
             self._timer.cancel()
         for link in self._links.values():
@@ -98,7 +100,12 @@ class Fleet:
         if self._directory is not None:
             self._directory.close()
         self._links.clear()
-        self._context.term()
+        # It closes what was left open, and waits for every socket's last words.
+        ending = threading.Thread(target=self._context.destroy, kwargs={"linger": 0}, name="zmq-end", daemon=True)
+        ending.start()
+        ending.join(_END_S)
+        if ending.is_alive():
+            log.warning("ZeroMQ does not let go of a socket; it ends with the process")
 
     def post(self, worker: Worker, message: AnyMessage) -> None:
         """To a worker in this very life; dropped if that is over."""

@@ -26,39 +26,30 @@ from serving.kernels.quant import quantise_block_fp8
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.names import SCALE_SUFFIX, Target, name_table
+from serving.model.published import FIELDS
 from serving.model.weights import Progress
 
 MAX_SHARD_BYTES = 5_000_000_000
 
+# What all of them have as it is published.
 _COMMON: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "hidden_act": "silu",
-    "norm_topk_prob": True,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "num_nextn_predict_layers": 0,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
-
-def _yarn(mscale: float) -> dict[str, Any]:
-    return {
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": mscale,
-        "mscale_all_dim": mscale,
-    }
-
+    key: FIELDS[key]
+    for key in (
+        "architectures",
+        "model_type",
+        "hidden_act",
+        "norm_topk_prob",
+        "rms_norm_eps",
+        "rope_theta",
+        "routed_scaling_factor",
+        "scoring_func",
+        "topk_method",
+        "tie_word_embeddings",
+        "attention_bias",
+        "bos_token_id",
+        "eos_token_id",
+    )
+} | {"num_nextn_predict_layers": 0}
 
 SHAPES: dict[str, dict[str, Any]] = {
     # 34.4 M parameters, head widths of V3: small enough that a step shows what the host costs.
@@ -130,39 +121,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
         "max_position_embeddings": 163840,
-        "rope_scaling": _yarn(0.707),
+        "rope_scaling": FIELDS["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},
     },
     # One dense and four MoE layers of V3, every width and the FP8 format as published: 50 GB.
-    "slice": _COMMON
-    | {
-        "torch_dtype": "bfloat16",
-        "vocab_size": 129280,
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "moe_intermediate_size": 2048,
-        "num_hidden_layers": 5,
-        "first_k_dense_replace": 1,
-        "num_attention_heads": 128,
-        "num_key_value_heads": 128,
-        "q_lora_rank": 1536,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "n_routed_experts": 256,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 8,
-        "n_group": 8,
-        "topk_group": 4,
-        "max_position_embeddings": 163840,
-        "rope_scaling": _yarn(1.0),
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-        },
-    },
+    "slice": FIELDS | {"num_hidden_layers": 5, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
 }
 
 # The counts of the published model, experts, groups and those a token chooses, at a hundredth of its widths and a tenth of its depth:
@@ -193,7 +155,7 @@ SHAPES["paper-scaled"] = _COMMON | {
 # Lite with its weights stored as slice's are. The dense layer is 64 wider: a fused matrix may not part a scale's block.
 SHAPES["lite-fp8"] = SHAPES["lite"] | {
     "intermediate_size": 11008,
-    "quantization_config": SHAPES["slice"]["quantization_config"],
+    "quantization_config": FIELDS["quantization_config"],
 }
 
 

@@ -5,12 +5,17 @@ Every fault is a BatonError of one line that says what to do.
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 from pathlib import Path
 
 from serving.cluster.placement import UnitPlan
-from serving.core.config import Config, unit_table
+from serving.core.config import Config, PrefillTable, unit_table
 from serving.core.errors import ConfigError, ModelFolderError, StartupError
+from serving.model.units import UnitShape
+
+_PREFILL_KEYS_OF_BOTH = ("max_batched_tokens",)
+"""Where one worker prefills and decodes."""
 
 
 def embedded_model_dir() -> Path:
@@ -47,9 +52,12 @@ def check_units(config: Config, folder: Path, units: tuple[UnitPlan, ...], *, nu
     from serving.model.config import ModelConfig
     from serving.model.units import shape_of
 
+    check_mode(config)
     model = ModelConfig.from_folder(folder)
     for role in dict.fromkeys(unit.role for unit in units):
-        shape_of(unit_table(config, role), model)
+        shape = shape_of(unit_table(config, role), model)
+        if num_gpus and shape.chooses:
+            _check_replicas(config, role, shape, model.num_experts_per_token)
     check_served(config)
     for name, dispatch in (("prefill", config.prefill.dispatch), ("decode", config.decode.dispatch)):
         if dispatch != "auto" and not num_gpus:
@@ -62,6 +70,47 @@ def check_units(config: Config, folder: Path, units: tuple[UnitPlan, ...], *, nu
         raise StartupError(
             f"{num_ranks} ranks with a GPU each, on {num_nodes} nodes at least, do not fit this machine of {num_gpus} GPUs; "
             "lower units, tp or dp, or set model.device to cpu"
+        )
+
+
+def _check_replicas(config: Config, role: str, shape: UnitShape, experts_per_token: int) -> None:
+    """Dynamic redundancy on GPUs. A step that we size ourselves is far below the limit."""
+    from serving.kernels.redundancy import MOST_PICKS
+    from serving.model.hosting import check_device
+
+    groups = shape.groups
+    name = "prefill" if role == "prefill" else "decode"
+    try:
+        check_device(groups.ep, shape.hosted_slots)
+    except ConfigError as error:
+        raise ConfigError(f"[{name}] {error}") from None
+    # Of a token: its experts, and where that is routed, the shared one.
+    most = MOST_PICKS // (groups.ep * (experts_per_token + shape.shared_expert_routed)) * groups.tp
+    sizes = {
+        "[prefill] max_batched_tokens": 0 if role == "decode" else config.prefill.max_batched_tokens,
+        "[decode] max_num_seqs": 0 if role == "prefill" else config.decode.max_num_seqs,
+    }
+    for key, num_tokens in sizes.items():
+        if num_tokens > most:
+            raise ConfigError(
+                f"{key} = {num_tokens} with [{name}] hosted_slots: on GPUs replicas are chosen for at most {most} tokens of each of these "
+                f"dp groups at once; set it to {most} or less, or hosted_slots to 0"
+            )
+
+
+def check_mode(config: Config) -> None:
+    """Raises ConfigError for what mode `both` would pass over in silence."""
+    if config.engine.mode != "both":
+        return
+    for field in dataclasses.fields(PrefillTable):
+        value = getattr(config.prefill, field.name)
+        if field.name not in _PREFILL_KEYS_OF_BOTH and value != field.default:
+            raise ConfigError(
+                f"[prefill] {field.name} = {value} with [engine] mode = both, where units are as [decode] says; remove it, or set it there"
+            )
+    if config.kv.prefill_pages:
+        raise ConfigError(
+            f"[kv] prefill_pages = {config.kv.prefill_pages} with [engine] mode = both, where there is one pool; give decode_pages instead"
         )
 
 

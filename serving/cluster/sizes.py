@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvcache.layout import PAGE_TOKENS, PageLayout
 from serving.cluster.placement import UnitPlan, plan_units
-from serving.cluster.preflight import check_served, resolve_model_dir
+from serving.cluster.preflight import check_mode, check_served, resolve_model_dir
 from serving.core.config import Config, UnitTable, unit_table
 from serving.core.errors import ModelFolderError, StartupError
 from serving.model.config import ModelConfig
@@ -37,6 +37,7 @@ def describe_units(config: Config) -> list[str]:
 
     A model whose folder is not on this machine is taken to have DeepSeek-V3's sizes; the table says so.
     """
+    check_mode(config)
     model, known_by = _model(config)
     names = ["both"] if config.engine.mode == "both" else ["prefill", "decode"]
     roles = [_role(config, name, model) for name in names]

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MOST_GPUS = 32
+MOST_PICKS = (1 << 24) - 1
+"""Tokens, each counted once for each of its experts, that all ranks bring to a layer: a load, a place and a rank among equals share 32 bits."""
 NUM_STARTS, MAX_ROUNDS = 8, 48
 HALVINGS, STAGES = 6, 3
 """Tokens to hand over at a time are halved so often, and shares that may be handed on are up to 1, 2, 4 times as large."""
@@ -40,7 +42,7 @@ def assign_replicas(
     """Tokens of each slot, int32 [num_gpus, hosted_slots], at most `active` of a GPU with any; and each source rank's part of them,
     int32 [source ranks, num_gpus, hosted_slots].
 
-    counts: integers [source ranks, experts], in all below 2^24; ranks are spread evenly over the nodes, in order; of one alone no node is
+    counts: integers [source ranks, experts], at most MOST_PICKS in all; ranks are spread evenly over the nodes, in order; of one alone no node is
     known. hosted: expert of each slot, integers [num_gpus <= 32, hosted_slots <= 32], no expert twice on a GPU, and, as `choose_hosted` makes
     them, all experts among the first `active` slots of the rows: a search begins there. Loads of GPUs are made as even as it can; among equals a replica
     on the tokens' own node is taken, and a node's tokens go to its own replicas first.

@@ -16,11 +16,20 @@ import torch
 from torch import Tensor
 
 from serving.core.errors import ConfigError
-from serving.kernels.redundancy import MOST_GPUS, assign_replicas
+from serving.kernels.redundancy import MOST_GPUS, MOST_PICKS, assign_replicas
 from serving.model.parallel import Hosting
 from serving.parallel.collectives import Handle
 from serving.parallel.placement import Placement
 from serving.parallel.redundancy import assign
+
+
+def check_device(ep: int, num_hosted: int) -> None:
+    """Raises ConfigError where a GPU's kernel is too small for an EP group."""
+    if max(ep, num_hosted) > MOST_GPUS:
+        raise ConfigError(
+            f"hosted_slots = {num_hosted} with ep = {ep}: on GPUs replicas are chosen for up to {MOST_GPUS} ranks of up to "
+            f"{MOST_GPUS} hosted slots; lower them, or set hosted_slots to 0"
+        )
 
 
 class Counting:
@@ -35,12 +44,8 @@ class HostedReplicas:
     """The hosts of every expert under a placement, as tables on `device`. Raises ConfigError where the kernel is too small."""
 
     def __init__(self, placement: Placement, hosting: Hosting, device: torch.device) -> None:
-        world_size, num_hosted = placement.num_gpus, placement.slots_per_gpu
-        if device.type == "cuda" and max(world_size, num_hosted) > MOST_GPUS:
-            raise ConfigError(
-                f"hosted_slots = {num_hosted} with ep = {world_size}: on GPUs replicas are chosen for up to {MOST_GPUS} ranks of up to "
-                f"{MOST_GPUS} hosted slots; lower them, or set hosted_slots to 0"
-            )
+        if device.type == "cuda":
+            check_device(placement.num_gpus, placement.slots_per_gpu)
         self._hosting = hosting
         self._num_experts = placement.num_experts
         hosted_LWH, by_expert_LS = _tables(placement)
@@ -55,6 +60,7 @@ class HostedReplicas:
     def count(self, experts_TK: Tensor) -> Counting:
         """experts_TK: int64, this rank's, -1: none. Every rank of the EP group comes."""
         group = self._hosting.counts
+        assert not experts_TK.is_cuda or experts_TK.numel() * group.world_size <= MOST_PICKS, "preflight allows fewer"
         counts = experts_TK.new_zeros(self._num_experts + 1, dtype=torch.int32)
         keys = _keys(experts_TK, self._num_experts).long()
         own_1E = counts.scatter_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))[None, :-1]

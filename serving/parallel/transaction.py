@@ -16,8 +16,15 @@ boundary: each `yield` is one step of computation between issuing the collective
 going on, a step has one all-gather of ballots (four integers a rank) and, while preparing from peers, one all-to-all, on every rank
 and whatever it has to send. There is no coordinator: each rank reads all ballots and goes by them, so all decide alike. A commit takes
 place in the resumption that reads nothing but "prepared" in the ballots, which has the same number on every rank: that is the agreed step.
-An abort that was asked for after the rank's own "prepared" comes too late. A rank that dies before it has said so leaves the ballots
-incomplete: RanksMissing on all others, before any of them has touched a slot, and the unit ends as one.
+An abort that was asked for after the rank's own "prepared" comes too late.
+
+**A rank that dies.** Before it has voted "prepared" nobody reads all ballots, and nobody touches a slot. When it dies, or a deadline passes, in the
+midst of that last vote, some ranks may have read all ballots and others RanksMissing: no exchange of messages can rule that out (it is the two
+generals' problem), and it need not. Ranks without the ballots leave the step loop with that error, on version n; the others have committed
+n + 1 and begin the next step, which none of them can finish: each of its layers with experts is an exchange among all ranks of the EP group,
+in which those that left take no part. So every rank comes to RanksMissing before a token is made of a step on differing versions, the unit
+ends as one, and its next life loads the first placement: a version outlives no rank. A step already in flight was issued by all ranks on version n,
+and what it reads is overwritten behind it.
 
 **Memory.** A slot cannot be written while version n computes with it, so what is to come waits elsewhere. Spare slots in every layer would
 cost a layer's worth of experts each: 58 x 44 MB = 2.6 GB for one slot a GPU at V3 size in FP8, and with one of them only one

@@ -29,6 +29,27 @@ def count_kernel(
 
 
 @triton.jit
+def read_counts(counts_ptr, program, NUM_BINS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Of each expert its tiles, where they end, and the slot of the program's first pair; all int32 [NUM_BINS]. Counts of ROWS programs at a time."""
+    bins = tl.arange(0, NUM_BINS)
+    total = tl.zeros([NUM_BINS], tl.int32)
+    before = tl.zeros([NUM_BINS], tl.int32)
+    for first in range(0, tl.num_programs(0), ROWS):
+        other = first + tl.arange(0, ROWS)
+        counts = tl.load(
+            counts_ptr + other[:, None] * NUM_BINS + bins[None, :],
+            mask=(other < tl.num_programs(0))[:, None],
+            other=0,
+        )
+        total += tl.sum(counts, axis=0)
+        before += tl.sum(tl.where((other < program)[:, None], counts, 0), axis=0)
+    tiles = (total + TILE - 1) // TILE
+    tile_end = tl.cumsum(tiles, axis=0)
+    next_slot = (tile_end - tiles) * TILE + before
+    return tiles, tile_end, next_slot
+
+
+@triton.jit
 def store_tiles(
     tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, num_programs, NUM_BINS: tl.constexpr
 ):  # fmt: skip
@@ -65,22 +86,8 @@ def place_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    bins = tl.arange(0, NUM_BINS)
     program = tl.program_id(0)
-    total = tl.zeros([NUM_BINS], tl.int32)
-    before = tl.zeros([NUM_BINS], tl.int32)
-    for first in range(0, tl.num_programs(0), ROWS):
-        other = first + tl.arange(0, ROWS)
-        counts = tl.load(
-            counts_ptr + other[:, None] * NUM_BINS + bins[None, :],
-            mask=(other < tl.num_programs(0))[:, None],
-            other=0,
-        )
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((other < program)[:, None], counts, 0), axis=0)
-    tiles = (total + TILE - 1) // TILE
-    tile_end = tl.cumsum(tiles, axis=0)
-    next_slot = (tile_end - tiles) * TILE + before
+    tiles, tile_end, next_slot = read_counts(counts_ptr, program, NUM_BINS, ROWS, TILE)
     lane = tl.arange(0, STEP)
     for step in range(steps):
         pair = (program * steps + step) * STEP + lane
@@ -158,20 +165,7 @@ def place_rows_kernel(
         gdc_launch_dependents()
     bins = tl.arange(0, NUM_BINS)
     program = tl.program_id(0)
-    total = tl.zeros([NUM_BINS], tl.int32)
-    before = tl.zeros([NUM_BINS], tl.int32)
-    for first in range(0, tl.num_programs(0), COUNTED):
-        other = first + tl.arange(0, COUNTED)
-        counts = tl.load(
-            counts_ptr + other[:, None] * NUM_BINS + bins[None, :],
-            mask=(other < tl.num_programs(0))[:, None],
-            other=0,
-        )
-        total += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((other < program)[:, None], counts, 0), axis=0)
-    tiles = (total + TILE - 1) // TILE
-    tile_end = tl.cumsum(tiles, axis=0)
-    next_slot = (tile_end - tiles) * TILE + before
+    tiles, tile_end, next_slot = read_counts(counts_ptr, program, NUM_BINS, COUNTED, TILE)
     for step in range(steps):
         row = (program * steps + step) * ROWS + tl.arange(0, ROWS)
         picks = picks_of(experts_ptr, row, num_rows, 1, TOP_K, NUM_BINS, ROWS)

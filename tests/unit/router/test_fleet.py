@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+import zmq
 
 from router.fleet import Fleet
 from router.view import View, Worker
@@ -79,3 +81,25 @@ async def test_an_idle_router_knows_of_a_silent_worker_as_soon_as_a_busy_one(clu
     await asyncio.sleep(2.4)
     assert 1.7 < watcher.lost_s["decode-0"] - killed_s < 2.4
     fleet.close()
+
+
+@pytest.mark.parametrize("linger_ms", [-1, 30_000])
+async def test_closing_is_bounded_whatever_a_socket_holds(
+    cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch, linger_ms: int
+) -> None:
+    """Closed with words for nobody and a long linger, or, with a failed start, not closed at all."""
+    contexts: list[zmq.Context[zmq.Socket[bytes]]] = []
+    made = zmq.Context
+    monkeypatch.setattr(zmq, "Context", lambda: contexts.append(made()) or contexts[0])
+    fleet, _ = await attached(cluster, Watcher())
+    held = contexts[0].socket(zmq.DEALER)
+    held.connect("tcp://127.0.0.1:1")
+    held.send(b"nobody hears this")
+    if linger_ms > 0:
+        held.close(linger=linger_ms)
+    closing = threading.Thread(target=fleet.close, daemon=True)
+    begin_s = time.monotonic()
+    closing.start()
+    await asyncio.to_thread(closing.join, 5.0)
+    assert not closing.is_alive()
+    assert time.monotonic() - begin_s < 2.0

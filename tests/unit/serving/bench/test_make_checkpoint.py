@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from serving.cli import main as baton
 from serving.core.errors import ConfigError
 from serving.kernels.quant import dequantise_block_fp8
 from serving.model.config import ModelConfig
+from serving.model.published import DEEPSEEK_V3
 from serving.model.weights import load_weights
 
 FP8 = SHAPES["slice"] | {
@@ -218,6 +220,8 @@ def test_published_sizes() -> None:
     assert checkpoint_bytes("lite-fp8") == pytest.approx(16.2e9, rel=1e-2)
     assert lite.weight_block_size is None
     assert slice_.weight_block_size == (128, 128)
+    assert slice_ == replace(DEEPSEEK_V3, num_layers=5, num_dense_layers=1, num_mtp_layers=0)
+    assert slice_ != DEEPSEEK_V3
     # Magnitude 1: mscale and mscale_all_dim cancel.
     assert lite.yarn is not None
     assert lite.yarn.attention_factor == 1.0

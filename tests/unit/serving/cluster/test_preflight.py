@@ -11,6 +11,7 @@ from serving.cluster.placement import plan_units
 from serving.cluster.preflight import check_ports, check_units, embedded_model_dir, resolve_model_dir, router_ports
 from serving.core.config import load_config
 from serving.core.errors import ConfigError, ModelFolderError, StartupError
+from serving.model.config import ModelConfig
 
 
 def test_a_free_port_passes_and_one_in_use_is_named():
@@ -93,6 +94,59 @@ def test_a_dispatch_of_gpus_is_refused_on_cpus(override: str):
     check("decode.dp=2", override, num_gpus=4)
     with pytest.raises(ConfigError, match=r"^\[(prefill|decode)\] dispatch = .* is for GPUs"):
         check("decode.dp=2", override)
+
+
+@pytest.mark.parametrize(
+    "override", ["prefill.dispatch=nccl", "prefill.tp=2", "prefill.max_num_seqs=4", "prefill.threads=1"]
+)
+def test_mode_both_refuses_what_it_would_pass_over(override: str):
+    key, value = override.split(".")[1].split("=")
+    check(override, num_gpus=4)
+    with pytest.raises(
+        ConfigError, match=rf"^\[prefill\] {key} = {value} with \[engine\] mode = both, .* set it there$"
+    ):
+        check("engine.mode=both", override, num_gpus=4)
+
+
+def test_mode_both_takes_what_it_goes_by():
+    check("engine.mode=both", "prefill.max_batched_tokens=512", "kv.decode_pages=100", "decode.dp=2", "prefill.units=1")
+    with pytest.raises(ConfigError, match=r"^\[kv\] prefill_pages = 100 .* give decode_pages instead"):
+        check("engine.mode=both", "kv.prefill_pages=100")
+
+
+EXPERTS_PER_TOKEN = ModelConfig.from_folder(embedded_model_dir()).num_experts_per_token
+
+
+@pytest.mark.parametrize(
+    ("role", "size"), [("prefill", "prefill.max_batched_tokens"), ("decode", "decode.max_num_seqs")]
+)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_steps_for_which_a_gpu_cannot_choose_replicas_are_refused(role: str, size: str, tp: int):
+    def checked(num_tokens: int, num_gpus: int = 5, hosted: int = 12) -> None:
+        sizes = f"{role}.tp={tp}", f"{role}.dp={4 // tp}", f"{role}.hosted_slots={hosted}", f"{size}={num_tokens}"
+        check(*sizes, num_gpus=num_gpus)
+
+    most = (2**24 - 1) // (4 * EXPERTS_PER_TOKEN) * tp
+    checked(most)
+    checked(most + 1, num_gpus=0)
+    checked(most + 1, hosted=0)
+    with pytest.raises(ConfigError, match=rf"= {most + 1} with \[{role}\] hosted_slots: .* set it to {most} or less"):
+        checked(most + 1)
+
+
+def test_a_worker_that_prefills_and_decodes_has_both_sizes_checked():
+    sizes = "engine.mode=both", "decode.dp=4", "decode.hosted_slots=12"
+    check(*sizes, num_gpus=4)
+    for size in ("prefill.max_batched_tokens=9999999", "decode.max_num_seqs=9999999"):
+        with pytest.raises(ConfigError, match=r"= 9999999 with \[decode\] hosted_slots"):
+            check(*sizes, size, num_gpus=4)
+
+
+def test_more_ranks_than_a_gpu_chooses_replicas_for_are_refused_before_they_start():
+    sizes = "prefill.dp=64", "prefill.ranks_per_node=64", "prefill.redundant_experts=48", "prefill.hosted_slots=3"
+    with pytest.raises(ConfigError, match=r"^\[prefill\] hosted_slots = 3 with ep = 64: on GPUs .* up to 32 ranks"):
+        check(*sizes, num_gpus=65)
+    check(*sizes)
 
 
 def test_sizes_that_do_not_fit_the_model_are_found_before_it_is_loaded():

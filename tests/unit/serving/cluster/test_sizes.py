@@ -76,6 +76,11 @@ def test_mode_both_has_one_column():
     assert described(None, "engine.mode=both", "decode.dp=2")["ranks a unit"] == ["2 = tp 1 x dp 2"]
 
 
+def test_mode_both_is_told_of_keys_that_it_would_pass_over():
+    with pytest.raises(ConfigError, match=r"^\[prefill\] tp = 2 with \[engine\] mode = both"):
+        described("node.toml", "engine.mode=both", "decode.dp=8")
+
+
 def test_what_does_not_fit_the_model_is_refused():
     with pytest.raises(ConfigError, match=r"^\[prefill\] tp = 16 does not divide the model's 8 attention heads"):
         described(None, "prefill.tp=16", "prefill.ranks_per_node=16")

@@ -547,14 +547,19 @@ def _moe(ep: Collectives, slots: _MoeSlots, placement: Placement, x_TD: Tensor, 
     return out_TD
 
 
-@pytest.mark.parametrize("phase", [None, *PHASES])
-def test_what_a_moe_layer_computes_does_not_change_across_a_swap_or_an_abort(phase: Phase | None) -> None:
+def _moe_case() -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+    """Weights of 8 experts, 12 tokens, each one's 3 experts, and what comes of them."""
     torch.manual_seed(0)
-    shape = _Shape(num_layers=1, budget_bytes=ROW_BYTES)
-    present, target = shape.place(0), shape.place(1)
     weights = torch.randn(8, 10, 6, dtype=torch.float64), torch.randn(8, 6, 5, dtype=torch.float64)
     x_TD, experts_TK = torch.randn(12, 6, dtype=torch.float64), torch.rand(12, 8).topk(3, dim=1).indices
-    expected_TD = grouped_mlp(x_TD, *weights, experts_TK, torch.ones(12, 3))
+    return weights, x_TD, experts_TK, grouped_mlp(x_TD, *weights, experts_TK, torch.ones(12, 3))
+
+
+@pytest.mark.parametrize("phase", [None, *PHASES])
+def test_what_a_moe_layer_computes_does_not_change_across_a_swap_or_an_abort(phase: Phase | None) -> None:
+    shape = _Shape(num_layers=1, budget_bytes=ROW_BYTES)
+    present, target = shape.place(0), shape.place(1)
+    weights, x_TD, experts_TK, expected_TD = _moe_case()
 
     def main(group: VirtualCollectives, is_renewed: bool = True) -> tuple[bool, list[bool]]:
         slots = _MoeSlots(*weights, present.slots.reshape(4, -1)[group.rank].tolist())
@@ -588,6 +593,78 @@ def test_what_a_moe_layer_computes_does_not_change_across_a_swap_or_an_abort(pha
     # Swapped weights under the routing of before are seen at once.
     made_and_same = shape.unit().run(lambda group: main(group, is_renewed=False))
     assert all(not all(same) for made, same in made_and_same if made)
+
+
+@dataclass
+class _Torn:
+    """A group whose `torn` rank does not hear the last vote before the commit, which all others hear."""
+
+    group: VirtualCollectives
+    live: list[LivePlacement]
+    is_torn: bool
+
+    def __post_init__(self) -> None:
+        self.rank, self.ranks, self.world_size = self.group.rank, self.group.ranks, self.group.world_size
+
+    def all_gather(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
+        def lose() -> None:
+            if self.is_torn and self.live and self.live[0].phase is Phase.PREPARED:
+                raise RanksMissing([2], group="control", reason="it died while it sent")
+
+        return _FlippingHandle(self.group.all_gather(out, tensor, counts), lose)
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["ends", "control: goes on"])
+def test_a_vote_that_not_all_survivors_hear_ends_the_unit_before_a_step_is_done_on_two_versions(goes_on: bool) -> None:
+    """Rank 2 dies after its vote has reached ranks 0 and 3, and before it reaches rank 1."""
+    shape = _Shape(num_layers=1, budget_bytes=ROW_BYTES)
+    present, target = shape.place(0), shape.place(1)
+    weights, x_TD, experts_TK, expected_TD = _moe_case()
+    lives: dict[int, LivePlacement] = {}
+    steps: dict[int, list[tuple[int, bool]]] = {rank: [] for rank in range(4)}
+
+    def main(group: VirtualCollectives) -> None:
+        slots = _MoeSlots(*weights, present.slots.reshape(4, -1)[group.rank].tolist())
+        own: list[LivePlacement] = []
+        live = LivePlacement(
+            control=_Torn(group.subgroup(range(4), "control"), own, is_torn=group.rank == 1),  # type: ignore[arg-type]
+            data=group.subgroup(range(4), "weights"),
+            slots=slots,
+            placement=present,
+            budget_bytes=shape.budget_bytes,
+            ranks_per_node=2,
+            on_commit=lambda _: None,
+        )
+        own.append(live)
+        lives[group.rank] = live
+
+        def at_step() -> None:
+            if live.version == 2 and group.rank == 2 and not goes_on:
+                raise RanksMissing([2], group="world", reason="it is dead")
+            mine = slice(3 * group.rank, 3 * group.rank + 3)
+            out_TD = _moe(group, slots, live.placement, x_TD[mine], experts_TK)
+            steps[group.rank].append((live.version, torch.allclose(out_TD, expected_TD[mine], rtol=1e-12, atol=1e-12)))
+
+        try:
+            _drive(live, target, at_step)
+        except RanksMissing:
+            if not (goes_on and group.rank == 1):
+                raise
+            at_step()
+
+    unit = shape.unit()
+    with pytest.raises(RanksMissing):
+        unit.run(main)
+    # Over such collectives the two versions are a fact.
+    assert [lives[rank].version for rank in range(4)] == [2, 1, 2, 2]
+    assert all(isinstance(unit.errors[rank], RanksMissing) for rank in (0, 3))
+    after = [right for done in steps.values() for version, right in done[len(steps[1]) - goes_on :]]
+    if goes_on:
+        assert not all(after), "who went on all the same would have computed with experts of both"
+    else:
+        assert after == []
+        assert all(right for done in steps.values() for _, right in done)
+        assert {version for done in steps.values() for version, _ in done} == {1}
 
 
 # Real processes.
