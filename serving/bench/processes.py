@@ -58,8 +58,9 @@ _SPLIT = MicroBatches(prefill_tokens=64, rows=8)
 class Sizes:
     """tp x dp processes of `threads` each; their experts are spread over all of them. `traced`: keep what overlapped.
 
-    `device`, `dtype`, `dispatch`, `hosted_slots`, `balances`, `split_from`: the engines are built and joined as the server's are, on "cpu" or on a GPU for
-    each, "cuda", of which a process sees its own alone or not. None: over `transport`, in fp32, and what collectives take is measured.
+    `device`, `role`, `dtype`, `dispatch`, `hosted_slots`, `balances`, `split_from`: the engines are built and joined as the server's are, on "cpu" or on
+    a GPU for each, "cuda", of which a process sees its own alone or not; those of role "prefill" generate one token a text. None: over `transport`, in
+    fp32, and what collectives take is measured.
     """
 
     tp: int = 1
@@ -69,6 +70,7 @@ class Sizes:
     threads: int = 1
     traced: bool = False
     device: str | None = None
+    role: str = "both"
     sees_own_gpu_alone: bool = False
     dtype: str = "float32"
     dispatch: str = "auto"
@@ -260,23 +262,26 @@ def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
     elif sizes.device == "cuda":
         torch.cuda.set_device(rank)
+    unit = {
+        "tp": sizes.tp,
+        "dp": sizes.dp,
+        "microbatches": sizes.micro_batches,
+        "dispatch": sizes.dispatch,
+        "hosted_slots": sizes.hosted_slots,
+        "max_num_seqs": most_jobs,
+    }
+    prefills = sizes.role == "prefill"
+    num_pages = most_jobs * num_pages_for(most_tokens)
     config = Config(
         model=ModelTable(device=sizes.device or "cpu", dtype=sizes.dtype, max_model_len=most_tokens),
-        prefill=PrefillTable(max_batched_tokens=load.max_batched_tokens),
-        decode=DecodeTable(
-            tp=sizes.tp,
-            dp=sizes.dp,
-            microbatches=sizes.micro_batches,
-            dispatch=sizes.dispatch,
-            hosted_slots=sizes.hosted_slots,
-            max_num_seqs=most_jobs,
-        ),
-        kv=KVTable(decode_pages=most_jobs * num_pages_for(most_tokens)),
+        prefill=PrefillTable(max_batched_tokens=load.max_batched_tokens, **(unit if prefills else {})),
+        decode=DecodeTable(**({} if prefills else unit)),
+        kv=KVTable(prefill_pages=num_pages, decode_pages=num_pages),
         balance=BalanceTable(threshold=1.0, min_gain=0.001) if sizes.balances else BalanceTable(period_s=0),
     )
     spec = WorkerSpec(
-        worker_id=f"both-0.{rank}",
-        role="both",
+        worker_id=f"{sizes.role}-0.{rank}",
+        role=sizes.role,
         incarnation=1,
         host="127.0.0.1",
         secret=b"",

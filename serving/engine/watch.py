@@ -11,6 +11,7 @@ every rank notes of its progress (`Presence`). Must not know steps.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import threading
@@ -112,5 +113,6 @@ class DeviceWatch:
         while self._due_s is not None:
             if time.monotonic() - begin_s > _LAST_RESORT_S:
                 _log.critical("the device does not come back; the process ends")
+                faulthandler.dump_traceback(all_threads=True)
                 os._exit(_ENDED)
             time.sleep(_LOOK_S)

@@ -38,6 +38,8 @@ _BACKENDS = ("gloo", "nccl")
 _NCCL_LONGER_S = 600.0
 _ABORT_S = 2.0
 """An abort returns when no captured step is left that names the group."""
+_CALL_S = 0.1
+"""A call that takes longer waits for the device."""
 _POLL_S = 1e-4
 
 
@@ -91,6 +93,7 @@ class TorchCollectives:
         self._issued_s = time.monotonic()
         self._broken: RanksMissing | None = None
         self._aborted = False
+        self._calling = threading.Lock()
         self._note("came")
         begin_s = time.monotonic()
         try:
@@ -239,10 +242,14 @@ class TorchCollectives:
         del self._group
 
     def abort(self) -> None:
-        """NCCL's kernels that wait for other ranks end, with garbage. From any thread."""
-        group, self._aborted = self._group, True
+        """NCCL's kernels that wait for other ranks end, with garbage. From any thread; later calls raise RuntimeError."""
+        self._aborted = True
+        # Whoever calls a group while it is being aborted waits as long as that: for ever, if a captured step that names it is his to let go.
+        # A call that has begun is let through, unless it waits for the device itself.
+        if self._calling.acquire(timeout=_CALL_S):
+            self._calling.release()
         # The thread keeps what it aborts alive for as long as it takes.
-        aborting = threading.Thread(target=group.abort, name=f"abort-{self._name}", daemon=True)
+        aborting = threading.Thread(target=self._group.abort, name=f"abort-{self._name}", daemon=True)
         aborting.start()
         aborting.join(_ABORT_S)
 
@@ -257,7 +264,9 @@ class TorchCollectives:
             # Gloo lets a late rank have what the others sent before they gave it up.
             if idle_s > self._deadline_s / 2 and self._read("broken") is not None:
                 raise RuntimeError("the group was given up")
-            return _Handle(self, call(), self._issued, then)
+            with self._calling:
+                self._raise_if_aborted()
+                return _Handle(self, call(), self._issued, then)
         except RuntimeError as error:
             self._fail(self._issued, begin_s, error)
 
@@ -266,6 +275,7 @@ class TorchCollectives:
             raise self._broken
         begin_s = time.monotonic()
         try:
+            self._raise_if_aborted()
             for work in works:
                 self._wait(work, begin_s)
         except RanksMissing as gone:
@@ -273,6 +283,10 @@ class TorchCollectives:
             raise
         except RuntimeError as error:
             self._fail(number, begin_s, error)
+
+    def _raise_if_aborted(self) -> None:
+        if self._aborted:
+            raise RuntimeError(f"the group {self._name} was aborted")
 
     def _wait(self, work: Work, begin_s: float) -> None:
         if self._backend == "nccl":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import random
@@ -231,6 +232,27 @@ def test_rows_that_travel_in_fp8_are_as_exact_as_those_that_stay(
     print(f"mean error of a logarithm: {got:.5f}, allowed {allowed:.5f}")
     assert 0 < got <= allowed
     assert error(logprobs(replace(sizes, dtype="bfloat16"), with_other_scales)) > allowed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deep_ep") is None, reason="DeepEP is not installed")
+def test_first_tokens_over_deepep_are_those_over_nccl(start: Callable[..., Unit]) -> None:
+    """Of a unit for prefill, the one that may dispatch so; in bf16, all that DeepEP sums."""
+    questions = trained_questions(NUM_REQUESTS // 8)
+    load = replace(LOAD, prompt_tokens=max(map(len, questions)), new_tokens=1)
+
+    def firsts(dispatch: str, altered: Altered | None = None) -> list[list[Token]]:
+        sizes = replace(EP2, role="prefill", dtype="bfloat16", dispatch=dispatch)
+        found = start(sizes, load, altered).generate(questions, 1, 20)
+        return [
+            [Token(*first) for first in zip(ids, of_text, strict=True)]
+            for ids, of_text in zip(found.texts, found.logprobs, strict=True)
+        ]
+
+    expected, found = firsts("nccl"), firsts("deepep")
+    same = sum(mine == theirs for mine, theirs in zip(found, expected, strict=True))
+    print(f"deepep: {same} of {len(questions)} first tokens have the same logarithms, to the last bit")
+    assert all(gap <= TIE for gap in partings(found, expected))
+    assert any(gap > TIE for gap in partings(firsts("deepep", with_wrong_experts), expected))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
