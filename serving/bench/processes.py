@@ -262,7 +262,7 @@ def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
     elif sizes.device == "cuda":
         torch.cuda.set_device(rank)
-    unit = {
+    unit: dict[str, Any] = {
         "tp": sizes.tp,
         "dp": sizes.dp,
         "microbatches": sizes.micro_batches,
