@@ -103,7 +103,7 @@ def pull_kernel(
     tl.store(out_ptr + first + word, words, mask=word < number)
 
 
-@triton.jit(do_not_specialize=["world_size", "number", "limit"])
+@triton.jit(do_not_specialize=["world_size", "limit"])
 def pull_sum_kernel(
     memory_ptr,
     out_ptr,
