@@ -132,12 +132,10 @@ def join(
         lockstep.watch is not None
         and groups.tp > 1
         and spec.role != "prefill"
-        and spec.config.decode.dispatch == "symmetric"
+        and spec.config.decode.dispatch != "nccl"
     ):
         peers = control_of("peers-tp", groups.tp_group(spec.rank))
-        shares = open_peer_shares(parallel.tp, peers, device, deadline_s=START_DEADLINE_S)
-        _ends_with(lockstep.watch, shares.abort, shares.close_memory)
-        parallel = replace(parallel, tp=shares)
+        parallel = shares_through_peer_memory(parallel, spec.config, device, peers, lockstep.watch)
     ep = control_of("control-ep", ep_ranks) if groups.ep > 1 else None
     ep_data = group_of("weights", ep_ranks) if groups.ep > 1 and on_gpu else None
     return Place(parallel=parallel, lockstep=lockstep, shape=shape, ep=ep, ep_data=ep_data)
@@ -182,9 +180,23 @@ def through_peer_memory(
             raise
         _log.info("decode dispatches over NCCL: %s", error)
         return parallel
-
     _ends_with(watch, symmetric.abort, symmetric.close)
     return replace(parallel, fixed=symmetric.dispatch)
+
+
+def shares_through_peer_memory(
+    parallel: Parallel, config: Config, device: torch.device, peers: Collectives, watch: DeviceWatch
+) -> Parallel:
+    """The same of the small collectives of the TP group, captured or not. `peers`: that group, in host memory."""
+    try:
+        shares = open_peer_shares(parallel.tp, peers, device, deadline_s=START_DEADLINE_S)
+    except PeersUnreachable as error:
+        if config.decode.dispatch == "symmetric":
+            raise
+        _log.info("a TP group sums over NCCL: %s", error)
+        return parallel
+    _ends_with(watch, shares.abort, shares.close_memory)
+    return replace(parallel, tp=shares)
 
 
 def _ends_with(watch: DeviceWatch, abort: Callable[[], None], close: Callable[[], None]) -> None:
