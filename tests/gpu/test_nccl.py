@@ -15,6 +15,8 @@ from tests.unit.serving.parallel.rank_processes import RankProcesses
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
+    # Its ranks are started once, by one worker.
+    pytest.mark.xdist_group("nccl"),
 ]
 
 WORLD = 2
@@ -114,6 +116,7 @@ def test_rows_find_their_experts_and_back(
     assert max(ranks.run("nccl", nccl_cases.moved, form, num_tokens, fp8, replays, True)) > 0.1
 
 
+@pytest.mark.quiet
 def test_a_rank_that_stays_away_is_named_by_all_within_the_deadline(tmp_path: Path) -> None:
     ranks = RankProcesses(WORLD, tmp_path, on_gpus=True)
     try:
@@ -129,6 +132,7 @@ def test_a_rank_that_stays_away_is_named_by_all_within_the_deadline(tmp_path: Pa
         ranks.close()
 
 
+@pytest.mark.quiet
 def test_a_rank_that_is_killed_is_named_by_who_lives(tmp_path: Path) -> None:
     ranks = RankProcesses(WORLD, tmp_path, on_gpus=True)
     try:
