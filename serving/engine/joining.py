@@ -66,7 +66,7 @@ GroupOf = Callable[[str, Sequence[int]], Collectives]
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """What a rank has joined. No lockstep: it computes alone. `ep`, `ep_data`: its EP group, for what concerns experts between steps, in host
-    memory and, on a GPU, there; None: in host memory too."""
+    memory and, on a GPU whose experts change their places, there."""
 
     parallel: Parallel = SINGLE
     lockstep: Lockstep | None = None
@@ -137,7 +137,8 @@ def join(
         peers = control_of("peers-tp", groups.tp_group(spec.rank))
         parallel = shares_through_peer_memory(parallel, spec.config, device, peers, lockstep.watch)
     ep = control_of("control-ep", ep_ranks) if groups.ep > 1 else None
-    ep_data = group_of("weights", ep_ranks) if groups.ep > 1 and on_gpu else None
+    moves = groups.ep > 1 and on_gpu and spec.config.balance.period_s > 0
+    ep_data = group_of("weights", ep_ranks) if moves else None
     return Place(parallel=parallel, lockstep=lockstep, shape=shape, ep=ep, ep_data=ep_data)
 
 

@@ -116,7 +116,6 @@ def test_rows_find_their_experts_and_back(
     assert max(ranks.run("nccl", nccl_cases.moved, form, num_tokens, fp8, replays, True)) > 0.1
 
 
-@pytest.mark.quiet
 def test_a_rank_that_stays_away_is_named_by_all_within_the_deadline(tmp_path: Path) -> None:
     ranks = RankProcesses(WORLD, tmp_path, on_gpus=True)
     try:
@@ -132,7 +131,6 @@ def test_a_rank_that_stays_away_is_named_by_all_within_the_deadline(tmp_path: Pa
         ranks.close()
 
 
-@pytest.mark.quiet
 def test_a_rank_that_is_killed_is_named_by_who_lives(tmp_path: Path) -> None:
     ranks = RankProcesses(WORLD, tmp_path, on_gpus=True)
     try:
