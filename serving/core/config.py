@@ -108,8 +108,8 @@ class DecodeTable(UnitTable):
     )
     dispatch: str = _key(
         "auto",
-        "how tokens reach experts on other GPUs; symmetric: written into those GPUs' memory; auto: symmetric where ep ranks are on one node "
-        "and can, else nccl",
+        "how tokens reach experts on other GPUs; symmetric: written into those GPUs' memory, and so are a tp group's sums of up to 1 MiB; "
+        "auto: symmetric where ranks are on one node and can, else nccl",
         choices=("auto", "nccl", "symmetric"),
     )
     threads: int = _key(0, "CPU threads of a worker; 0: the cores shared evenly among the workers", low=0)
