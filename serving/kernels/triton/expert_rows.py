@@ -116,13 +116,17 @@ def send_kernel(
         store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, token, tl.num_programs(0), NUM_BINS)
 
 
-@triton.jit(do_not_specialize=["x_scale_row", "x_scale_stride", "out_scale_stride"])
+@triton.jit(do_not_specialize=["num_slots", "x_scale_row", "x_scale_stride", "out_scale_stride"])
 def scatter_kernel(
     x_ptr,
     x_scale_ptr,
     slots_ptr,
+    weights_ptr,
+    place_ptr,
+    factor_ptr,
     out_ptr,
     out_scale_ptr,
+    num_slots,
     width,
     x_stride,
     x_scale_row,
@@ -133,9 +137,11 @@ def scatter_kernel(
     QUANTISE: tl.constexpr,
     SCALED: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    K: tl.constexpr,
+    ALONE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """A token's row to its TOP_K slots, of which -1 is none: as it is, quantised on the way, or already quantised (SCALED)."""
+    """A token's row to its TOP_K slots, of which -1 is none: as it is, quantised on the way, or already quantised (SCALED). ALONE: see `Alone`."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -151,6 +157,13 @@ def scatter_kernel(
         scale = tl.load(
             x_scale_ptr + group * x_scale_stride + token.to(tl.int64) * x_scale_row, mask=has_group, other=0.0
         )
+    if ALONE:
+        k_K = tl.arange(0, K)
+        slots_K = tl.load(slots_ptr + token * TOP_K + k_K, mask=k_K < TOP_K, other=-1)
+        weights_K = tl.load(weights_ptr + token * TOP_K + k_K, mask=k_K < TOP_K, other=0.0)
+        if (tl.sum((slots_K >= 0).to(tl.int32), axis=0) == 1) & (tl.program_id(1) == 0):
+            tl.store(place_ptr + slots_K, num_slots + token, mask=slots_K >= 0)
+            tl.store(factor_ptr + slots_K, weights_K, mask=slots_K >= 0)
     for k in tl.static_range(TOP_K):
         slot = tl.load(slots_ptr + token * TOP_K + k).to(tl.int64)
         tl.store(out_ptr + slot * out_stride + column, x, mask=mask & (slot >= 0))
@@ -309,11 +322,12 @@ def combine_kernel(
     PARTIAL: tl.constexpr,
     FILL: tl.constexpr,
     IN_TURN: tl.constexpr,
+    BUT_ALONE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
     """Sum of a token's rows by their routing weights, in the order of K whatever the batch, and of its ADDED rows, `added_rows` apart; fp32.
 
-    PARTIAL: slots may be -1. Not FILL: a token without slots is not written.
+    PARTIAL: slots may be -1. Not FILL: a token without slots is not written; BUT_ALONE: nor one with one.
     """
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -323,6 +337,10 @@ def combine_kernel(
     slots_K, weights_K = _slots_and_weights(slots_ptr, weights_ptr, token, TOP_K, K, PARTIAL)
     if PDL:
         gdc_wait()
+    if BUT_ALONE:
+        num_slots = tl.sum((slots_K >= 0).to(tl.int32), axis=0)
+        if num_slots == 1:
+            return
     total = tl.zeros([BLOCK_D], tl.float32)
     for i in tl.static_range(ADDED):
         added = added_ptr + (token + i * added_rows).to(tl.int64) * added_stride + column
@@ -359,6 +377,32 @@ def send(
         **ends.form, **overlap(device),
     )  # fmt: skip
     return slots, ends.out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alone:
+    """Tokens with one slot alone, whose weighted row is their sum: `place_S`, int32, of such a slot the number of slots and the token behind it,
+    of any other the slot itself; `factor_S`: of such a slot the weight."""
+
+    weights_TK: Tensor
+    place_S: Tensor
+    factor_S: Tensor
+
+    @classmethod
+    def of(cls, slots: Slots, weights_TK: Tensor) -> Alone:
+        """To be filled by `scatter`."""
+        device = weights_TK.device
+        return cls(
+            weights_TK=weights_TK,
+            place_S=torch.arange(slots.num_slots, dtype=torch.int32, device=device),
+            factor_S=torch.empty(slots.num_slots, dtype=torch.float32, device=device),
+        )
+
+
+def mostly_alone(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial) -> bool:
+    """Whether most of many tokens have one expert each, in tiles of many rows."""
+    num_tokens, (expected, _) = len(experts_TK), partial.bounds(experts_TK, num_experts)
+    return tile == 128 and num_tokens >= _MANY_TOKENS and num_tokens <= 2 * expected <= 3 * num_tokens
 
 
 def _columns_at_once(num_tokens: int, slots: Slots, width: int) -> dict[str, int]:
@@ -408,14 +452,19 @@ class _Ends:
         )
 
 
-def scatter(x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool) -> Tensor | QuantisedRows:
-    """Rows [num_slots, D] by slot: a copy of `x_TD`, or FP8 if it is that already or `quantise`."""
+def scatter(
+    x_TD: Tensor | QuantisedRows, slots: Slots, *, quantise: bool, alone: Alone | None = None
+) -> Tensor | QuantisedRows:
+    """Rows [num_slots, D] by slot: a copy of `x_TD`, or FP8 if it is that already or `quantise`. Fills `alone`."""
     ends = _Ends.of(x_TD, slots, quantise=quantise)
     values, x_scales, target, scales = ends.tensors
-    num_tokens, width = values.shape
+    (num_tokens, width), top_k = values.shape, slots.slots_TK.shape[1]
+    assert alone is None or alone.weights_TK.is_contiguous()
+    filled = [scales] * 3 if alone is None else [alone.weights_TK, alone.place_S, alone.factor_S]
     scatter_kernel[(num_tokens, ends.num_blocks)](
-        values, x_scales, slots.slots_TK, target, scales, width, values.stride(0), x_scales.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
-        TOP_K=slots.slots_TK.shape[1], **ends.form, **overlap(target.device),
+        values, x_scales, slots.slots_TK, *filled, target, scales, slots.num_slots, width,
+        values.stride(0), x_scales.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
+        TOP_K=top_k, K=triton.next_power_of_2(top_k), ALONE=alone is not None, **ends.form, **overlap(target.device),
     )  # fmt: skip
     return ends.out
 
@@ -442,15 +491,16 @@ def combine(
     *,
     num_added: int = 1,
     fill: bool = True,
+    into_TD: Tensor | None = None,
 ) -> Tensor:
     """[T, D] in the dtype of y: the sum over K of weight and row, and of `added_TD`, or of its `num_added` parts.
 
-    Not `fill`: tokens without slots are not written.
+    Not `fill`: tokens without slots are not written. `into_TD`: what is returned, where tokens with one slot have their sums.
     """
     assert weights_TK.is_contiguous()
     num_tokens, top_k = weights_TK.shape
     width = y_SD.shape[1]
-    out = torch.empty(num_tokens, width, dtype=y_SD.dtype, device=y_SD.device)
+    out = torch.empty(num_tokens, width, dtype=y_SD.dtype, device=y_SD.device) if into_TD is None else into_TD
     at_once = _columns_at_once(num_tokens, slots, width)
     block, warps = at_once["columns"], at_once["num_warps"]
     num_blocks = triton.cdiv(width, block)
@@ -473,6 +523,6 @@ def combine(
     combine_kernel[(num_tokens, num_blocks)](
         y_SD, slots.slots_TK, weights_TK, added, out, width, y_SD.stride(0), added.stride(0), added.shape[0] // num_added, out.stride(0),
         ADDED=0 if added_TD is None else num_added, PARTIAL=slots.partial is not None, FILL=fill,
-        IN_TURN=slots.partial is not None and block > _PART_OF_ROW, **form,
+        IN_TURN=slots.partial is not None and block > _PART_OF_ROW, BUT_ALONE=into_TD is not None, **form,
     )  # fmt: skip
     return out

@@ -8,9 +8,9 @@ from torch import Tensor
 from serving.kernels.gemm import linear, linear_silu_mul
 from serving.kernels.libraries import expert_of_rows
 from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows
-from serving.kernels.triton.expert_rows import combine, send
-from serving.kernels.triton.placing import Partial
-from serving.kernels.triton.product import RING_TILE, grouped_tile, has_ring, product
+from serving.kernels.triton.expert_rows import Alone, combine, mostly_alone, scatter, send
+from serving.kernels.triton.placing import Partial, place
+from serving.kernels.triton.product import RING_TILE, grouped_tile, has_ring, placed_product, product
 from serving.kernels.triton.quant import silu_mul_quantise
 
 # Tokens up to which shared experts are computed in the launches of the routed ones: each tile of tokens reads their weights again.
@@ -39,8 +39,11 @@ def grouped_mlp(
     if tile == RING_TILE and has_ring(values):
         return _few(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, shared, tile, partial, fill=fill)
     added_TD = None if shared is None else linear(linear_silu_mul(x_TD, shared[0]), shared[1])
-    slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8, partial=partial)
     library = gate_up_EID.library if isinstance(gate_up_EID, Fp8Weight) else None
+    goes_to_places = values.is_cuda and library is None and added_TD is None and fill
+    if goes_to_places and partial is not None and mostly_alone(experts_TK, num_experts, tile, partial):
+        return _alone(x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, tile, partial)
+    slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8, partial=partial)
     y_SD: Tensor | QuantisedRows
     if (
         library is not None
@@ -57,6 +60,30 @@ def grouped_mlp(
         y_SD = product(product(x_SD, gate_up_EID, silu=True, tiles=slots.tiles), down_EDI, tiles=slots.tiles)
     assert isinstance(y_SD, Tensor)
     return combine(y_SD, slots, weights_TK, added_TD, fill=fill)
+
+
+def _alone(
+    x_TD: Tensor | QuantisedRows,
+    gate_up_EID: Tensor | Fp8Weight,
+    down_EDI: Tensor | Fp8Weight,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    tile: int,
+    partial: Partial,
+) -> Tensor:
+    """Where most of many tokens have one expert here: what that makes of one goes from the product to the token's place, weighted."""
+    from serving.kernels.gluon.gemm import Places
+
+    num_tokens, (num_experts, width, _) = len(experts_TK), down_EDI.shape
+    slots = place(experts_TK, num_experts, tile, partial)
+    alone = Alone.of(slots, weights_TK)
+    x_SD = scatter(x_TD, slots, quantise=isinstance(down_EDI, Fp8Weight), alone=alone)
+    hidden_SI = product(x_SD, gate_up_EID, silu=True, tiles=slots.tiles)
+    dtype = torch.bfloat16 if isinstance(x_SD, QuantisedRows) else x_SD.dtype
+    both = torch.empty(slots.num_slots + num_tokens, width, dtype=dtype, device=experts_TK.device)
+    places = Places(into=both, place_S=alone.place_S, factor_S=alone.factor_S)
+    placed_product(hidden_SI, down_EDI, slots.tiles, places)
+    return combine(both[: slots.num_slots], slots, weights_TK, into_TD=both[slots.num_slots :])
 
 
 def _tile(experts_TK: Tensor, num_experts: int, dtype: torch.dtype, partial: Partial | None) -> int:

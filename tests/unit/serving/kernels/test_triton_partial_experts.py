@@ -210,6 +210,42 @@ def test_fp8_experts_are_the_references(
 
 
 @pytest.mark.parametrize("way", ["by token"], indirect=True)
+@pytest.mark.parametrize(("num_tokens", "top_k", "share"), [*CASES[:2], (30, 8, 0.15)])
+def test_sums_of_one_row_may_come_from_the_product(num_tokens: int, top_k: int, share: float) -> None:
+    experts = choices(num_tokens, top_k, share)
+    weights = weights_for(experts)
+    slots = placing.place(experts, NUM_EXPERTS, 16, placing.Partial())
+    alone = expert_rows.Alone.of(slots, weights)
+    sent = expert_rows.scatter(randn(num_tokens, 200), slots, quantise=False, alone=alone)
+    assert isinstance(sent, Tensor)
+    # What the product leaves at each place.
+    into = torch.full((slots.num_slots + num_tokens, 200), float("nan"))
+    is_alone = alone.place_S >= slots.num_slots
+    into[alone.place_S.long()] = torch.where(is_alone[:, None], sent * alone.factor_S[:, None], sent)
+    got = expert_rows.combine(into[: slots.num_slots], slots, weights, into_TD=into[slots.num_slots :])
+    want = expert_rows.combine(sent, slots, weights)
+    assert torch.equal(got, want)
+    used_T = (experts >= 0).sum(1)
+    assert int(is_alone.sum()) == int((used_T == 1).sum())
+    assert bool((want[used_T == 0] == 0).all())
+    if used_T.any():
+        assert not torch.equal(expert_rows.combine(sent, slots, 2 * weights), got)
+
+
+@pytest.mark.parametrize("way", ["by token"], indirect=True)
+@pytest.mark.parametrize("share", [0.05, 0.12, 0.3])
+def test_places_are_for_many_tokens_of_which_most_have_one_expert(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    experts = choices(100, 8, 1.0, num_experts=8)
+    hint = placing.Partial(num_used=int(800 * share))
+    assert not expert_rows.mostly_alone(experts, 8, 128, hint), "few tokens"
+    monkeypatch.setattr(expert_rows, "_MANY_TOKENS", 100)
+    assert expert_rows.mostly_alone(experts, 8, 128, hint) == (share == 0.12)
+    assert not expert_rows.mostly_alone(experts, 8, 16, hint), "tiles of few rows"
+
+
+@pytest.mark.parametrize("way", ["by token"], indirect=True)
 @pytest.mark.parametrize("silu", [False, True])
 def test_parts_of_rows_in_no_tile_are_not_summed(silu: bool) -> None:
     rows, columns = 48, 130
