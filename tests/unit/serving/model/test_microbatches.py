@@ -6,17 +6,23 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from serving.bench.shapes import SHAPES
 from serving.kernels.triton import device
 from serving.kernels.triton.device import keep_free, num_programs
 from serving.model import timeline
+from serving.model.config import ModelConfig
+from serving.model.experts import Moe
 from serving.model.microbatches import Pass, Sent, run
 from serving.model.timeline import Timeline
 
+SMALL = {"hidden_size": 8, "moe_intermediate_size": 8}
 ROWS_S, EXPERTS_S, HALF_S = 3.0, 2.0, 2.0
 
 
@@ -155,3 +161,45 @@ def test_a_timeline_tells_what_was_hidden(monkeypatch: pytest.MonkeyPatch, tmp_p
     first = next(e for e in events if e["cat"] == "in flight" and e["tid"] == 1)
     inside = [e for e in events if e["cat"] == "compute" and e["tid"] == 2 and e["ts"] >= first["ts"]]
     assert inside[0]["ts"] + inside[0]["dur"] <= first["ts"] + first["dur"]
+
+
+class Queueing:
+    """A dispatch of one rank that writes down what is called, by micro-batch."""
+
+    def __init__(self, called: list[str], *, queues_rest: bool) -> None:
+        self._called, self._queues_rest, self._num_sent = called, queues_rest, 0
+
+    def send(self, _layer: int, x: Tensor, *_: object) -> Any:
+        name = "AB"[self._num_sent]
+        self._num_sent += 1
+        self._called.append(f"send {name}")
+
+        def advance() -> None:
+            self._called.append(f"counts {name}")
+
+        def wait() -> Any:
+            self._called.append(f"rows {name}")
+            return SimpleNamespace(x_RD=x)
+
+        return SimpleNamespace(name=name, num_more=1, queues_rest=self._queues_rest, advance=advance, wait=wait)
+
+    def give_back(self, sending: Any, y_RD: Tensor) -> Any:
+        self._called.append(f"back {sending.name}")
+        return SimpleNamespace(num_more=0, wait=lambda added_TD: y_RD + added_TD)
+
+
+@pytest.mark.parametrize("queues_rest", [False, True])
+def test_counts_are_read_late_where_the_rest_is_queued_at_once(
+    queues_rest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    moe = Moe(ModelConfig.from_dict(SHAPES["slice"] | SMALL), torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(moe, "routing", Queueing(called, queues_rest=queues_rest))
+    monkeypatch.setattr(moe, "choose", lambda _: ())
+    monkeypatch.setattr(moe, "shared", SimpleNamespace(forward=lambda x: 10 * x))
+    monkeypatch.setattr(moe, "compute", lambda arrived: 2 * arrived.x_RD)
+    results = run([moe.forward(torch.full((1, 1), value)) for value in (1.0, 2.0)])
+    assert [float(result) for result in results] == [12.0, 24.0]
+    early = ["send A", "counts A", "send B", "counts B", "rows A", "back A", "rows B", "back B"]
+    late = ["send A", "send B", "counts A", "rows A", "back A", "counts B", "rows B", "back B"]
+    assert called == (late if queues_rest else early)

@@ -36,6 +36,21 @@ def dispatched(group: VirtualCollectives, form: str) -> tuple[Tensor, Tensor, Te
         return came.x_RD, came.slots_RK, came.weights_RK, one.give_back(sending, y_RD).wait(), came.max_used
 
 
+def added_up(group: VirtualCollectives, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums, what is added to them, both together, and what another wait returns."""
+    with torch.inference_mode():
+        x, slots, weights = LAYER.tokens(group.rank)
+        one = make(group, form)
+        sums, both = [], []
+        for into, added in ((sums, None), (both, 3 * x)):
+            sending = one.send(x, slots, weights)
+            came = sending.wait()
+            returning = one.give_back(sending, came.x_RD * (came.slots_RK >= 0).sum(1, keepdim=True))
+            into += [returning.wait(added).clone(), returning.wait(added)]
+        assert torch.equal(*sums)
+        return sums[0], 3 * x, both[0], both[1]
+
+
 def on_a_gpu(patch: pytest.MonkeyPatch) -> None:
     def counts_for(slots_TK: Tensor, slots_per_member: int, num_members: int) -> Tensor:
         return hops.copies_for(slots_TK, slots_per_member, num_members).counts_WC
@@ -58,3 +73,14 @@ def test_they_bring_what_the_cpus_bring(form: str, monkeypatch: pytest.MonkeyPat
         assert unknown is None
     assert not torch.equal(got[0][3], got[3][3][:5])
     assert got[0][3].abs().sum() > 0
+
+
+@pytest.mark.parametrize("form", ["direct", "hierarchical"])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_is_added_to_the_sums_is_added_once(form: str, gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gpu:
+        on_a_gpu(monkeypatch)
+    for sums, added, both, again in VirtualUnit(LAYER.groups).run(lambda group: added_up(group, form)):
+        assert torch.equal(both, sums + added)
+        assert torch.equal(again, both)
+        assert not len(sums) or not torch.equal(both, sums)
