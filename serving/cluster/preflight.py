@@ -52,7 +52,7 @@ def check_units(config: Config, folder: Path, units: tuple[UnitPlan, ...], *, nu
     check_mode(config)
     model = ModelConfig.from_folder(folder)
     for role in dict.fromkeys(unit.role for unit in units):
-        shape = shape_of(unit_table(config, role), model)
+        shape = check_role(config, role, model)
         if num_gpus and shape.chooses:
             check_replicas(config, role, shape, model)
     check_served(config)
@@ -67,6 +67,50 @@ def check_units(config: Config, folder: Path, units: tuple[UnitPlan, ...], *, nu
         raise StartupError(
             f"{num_ranks} ranks with a GPU each, on {num_nodes} nodes at least, do not fit this machine of {num_gpus} GPUs; "
             "lower units, tp or dp, or set model.device to cpu"
+        )
+
+
+def check_role(config: Config, role: str, model: ModelConfig) -> UnitShape:
+    """What the role's sizes come to. Raises ConfigError where they do not fit together or the model."""
+    shape = shape_of(unit_table(config, role), model)
+    _check_placement(config, role, shape, model)
+    if role != "prefill":
+        _check_drafts(config, shape, model)
+    return shape
+
+
+def _check_placement(config: Config, role: str, shape: UnitShape, model: ModelConfig) -> None:
+    """Raises ConfigError where experts do not fit their nodes, or are to follow the load and cannot."""
+    if shape.groups.ep == 1:
+        return
+    from serving.engine.balancing import policy_of
+    from serving.engine.joining import first_placement
+
+    name, table = "prefill" if role == "prefill" else "decode", unit_table(config, role)
+    try:
+        first_placement(shape, model)
+    except ConfigError as error:
+        raise ConfigError(
+            f"[{name}] redundant_experts = {table.redundant_experts}: of the groups of experts that a node has, {error}; lower redundant_experts"
+        ) from None
+    try:
+        if config.balance.period_s:
+            policy_of(shape, model)
+    except ConfigError as error:
+        raise ConfigError(f"[{name}] {error}") from None
+
+
+def _check_drafts(config: Config, shape: UnitShape, model: ModelConfig) -> None:
+    wanted = config.decode.draft_tokens
+    if wanted in ("auto", "0"):
+        return
+    if shape.groups.tp > 1 or shape.groups.ep > 1:
+        raise ConfigError(
+            f"[decode] draft_tokens = {wanted}: units of several ranks make no drafts as yet; set it to 0 or auto, or tp and ep to 1"
+        )
+    if not (model.num_mtp_layers and config.model.mtp):
+        raise ConfigError(
+            f"[decode] draft_tokens = {wanted}: there is no MTP layer to draft with; set it to 0 or auto, or serve a model that has one with model.mtp = true"
         )
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from kvcache.layout import PAGE_TOKENS, PageLayout
 from serving.cluster.placement import UnitPlan, plan_units
-from serving.cluster.preflight import check_mode, check_replicas, check_served, resolve_model_dir
+from serving.cluster.preflight import check_mode, check_replicas, check_role, check_served, resolve_model_dir
 from serving.core.config import Config, UnitTable, unit_table
 from serving.core.errors import ConfigError, ModelFolderError, StartupError
 from serving.model.config import ModelConfig
 from serving.model.footprint import Footprint, fits_fp8, rank_footprint
 from serving.model.published import DEEPSEEK_V3
-from serving.model.units import UnitShape, shape_of
+from serving.model.units import UnitShape
 
 _GIB = 1 << 30
 _GPUS = (("H200", 139), ("H800", 79))
@@ -66,7 +66,7 @@ def _model(config: Config) -> tuple[ModelConfig, str]:
 
 def _role(config: Config, name: str, model: ModelConfig) -> _Role:
     table = unit_table(config, name)
-    shape = shape_of(table, model)
+    shape = check_role(config, name, model)
     wide = config.model.dtype == "float32"
     weights = rank_footprint(model, shape, element_bytes=4 if wide else 2, fp8=fits_fp8(model) and not wide)
     return _Role(name=name, table=table, shape=shape, weights=weights)

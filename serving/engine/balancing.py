@@ -11,6 +11,7 @@ import time
 from serving.core.config import BalanceTable
 from serving.engine.joining import nodes_and_groups
 from serving.metrics import Metrics
+from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.units import UnitShape
 from serving.parallel.collectives import Collectives
@@ -21,6 +22,19 @@ _LOOK_EVERY = 32
 """Steps after which the counts are summed over the group; a quarter of them after which they are read from the device."""
 _SMALLEST_BUDGET_BYTES = 1 << 16
 """More than a layer's slots need not be had at once, but for what exchanges round up."""
+
+
+def policy_of(shape: UnitShape, config: ModelConfig) -> Policy:
+    """How the experts of an EP group are placed anew. Raises ConfigError where that cannot change anything."""
+    num_nodes, num_groups = nodes_and_groups(shape, config)
+    return Policy(
+        num_experts=shape.num_experts,
+        num_slots=shape.num_slots,
+        num_gpus=shape.groups.ep,
+        num_nodes=num_nodes,
+        num_groups=num_groups,
+        active=shape.active_slots if shape.chooses else None,
+    )
 
 
 class Balancing:
@@ -41,15 +55,7 @@ class Balancing:
         assert placement is not None, "a rank of an EP group has a placement"
         assert routing is not None, "a rank of an EP group routes"
         config = model.config
-        num_nodes, num_groups = nodes_and_groups(shape, config)
-        policy = Policy(
-            num_experts=shape.num_experts,
-            num_slots=shape.num_slots,
-            num_gpus=shape.groups.ep,
-            num_nodes=num_nodes,
-            num_groups=num_groups,
-            active=shape.active_slots if shape.chooses else None,
-        )
+        policy = policy_of(shape, config)
         slots = model.expert_slots
         layer_bytes = slots.num_slots * sum(tensor.nbytes for tensor in slots.read(0, 0))
         self._num_tokens_LE = routing.num_tokens_LE

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from serving.core.errors import ConfigError
+from serving.kernels.peer_shares import share_sizes
 from serving.model.config import ModelConfig
 from serving.parallel.collectives import Collectives, SingleRank
 from serving.parallel.dispatch import Dispatch
@@ -97,10 +98,8 @@ def num_moe_layers(config: ModelConfig) -> int:
     return config.num_layers - config.num_dense_layers + config.num_mtp_layers
 
 
-def shares(num_tokens: int, tp: int) -> list[int]:
-    """Tokens of each TP rank."""
-    least, more = divmod(num_tokens, tp)
-    return [least + (rank < more) for rank in range(tp)]
+shares = share_sizes
+"""(tokens, tp) -> tokens of each TP rank."""
 
 
 def own_share(tp: Collectives, x_TX: Tensor) -> Tensor:

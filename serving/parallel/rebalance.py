@@ -76,18 +76,18 @@ class Policy:
     def __post_init__(self) -> None:
         if self.num_gpus == 1:
             raise ConfigError(
-                "experts cannot be balanced with ep = 1: the one GPU holds them all; raise ep, or switch balancing off"
+                "experts cannot be balanced with ep = 1: the one GPU holds them all; raise ep, or set balance.period_s to 0"
             )
         # The functions themselves refuse what does not fit together.
         self.initial(1)
         if self.num_slots == self.num_gpus == self.num_experts:
             raise ConfigError(
                 f"experts cannot be balanced: each of {self.num_gpus} GPUs holds one of {self.num_experts} experts, so no place is better than "
-                "another; give redundant_experts and as many GPUs more, a smaller ep, or switch balancing off"
+                "another; give redundant_experts and as many GPUs more, a smaller ep, or set balance.period_s to 0"
             )
         if self.num_slots == self.num_experts * self.num_gpus:
             raise ConfigError(
-                f"experts cannot be balanced: every GPU holds all {self.num_experts}; give fewer redundant_experts, or switch balancing off"
+                f"experts cannot be balanced: every GPU holds all {self.num_experts}; give fewer redundant_experts, or set balance.period_s to 0"
             )
         if self.max_changes is not None and self.max_changes < 1:
             raise ConfigError(f"with {self.max_changes} changes a layer nothing is balanced; allow at least 1")

@@ -149,6 +149,48 @@ def test_more_ranks_than_a_gpu_chooses_replicas_for_are_refused_before_they_star
     check(*sizes)
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_experts_that_do_not_fit_their_nodes_are_refused_before_they_are_loaded(role: str):
+    sizes = f"{role}.dp=4", f"{role}.ranks_per_node=1"
+    check(*sizes)
+    check(f"{role}.dp=4", f"{role}.redundant_experts=16")
+    with pytest.raises(
+        ConfigError, match=rf"^\[{role}\] redundant_experts = 16: .* 8 slots a GPU for 4 .*; lower redundant"
+    ):
+        check(*sizes, f"{role}.redundant_experts=16")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fix"),
+    [
+        (("dp=2", "redundant_experts=16"), "every GPU holds all 16; give fewer redundant_experts"),
+        (("dp=16", "ranks_per_node=16"), "each of 16 GPUs holds one of 16 experts, .* a smaller ep"),
+    ],
+)
+def test_balancing_that_could_change_nothing_is_refused_with_the_key_that_switches_it_off(
+    sizes: tuple[str, ...], fix: str
+):
+    overrides = [f"decode.{size}" for size in sizes]
+    with pytest.raises(
+        ConfigError, match=rf"^\[decode\] experts cannot be balanced: {fix}, or set balance.period_s to 0$"
+    ):
+        check(*overrides)
+    check(*overrides, "balance.period_s=0")
+    check("decode.dp=2", "decode.ep=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [("decode.dp=2", "set it to 0 or auto, or tp and ep to 1"), ("model.mtp=false", "model.mtp = true")],
+)
+def test_drafts_that_nobody_can_make_are_refused(override: str, fix: str):
+    check("decode.draft_tokens=2")
+    check("decode.draft_tokens=2", "decode.dp=2", "decode.ep=1")
+    check("decode.draft_tokens=auto", override)
+    with pytest.raises(ConfigError, match=rf"^\[decode\] draft_tokens = 2: .* {fix}$"):
+        check("decode.draft_tokens=2", override)
+
+
 def test_sizes_that_do_not_fit_the_model_are_found_before_it_is_loaded():
     with pytest.raises(ConfigError, match=r"^\[decode\] tp = 16"):
         check("decode.tp=16", "decode.ranks_per_node=16")

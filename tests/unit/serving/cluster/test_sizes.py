@@ -91,3 +91,5 @@ def test_mode_both_is_told_of_keys_that_it_would_pass_over():
 def test_what_does_not_fit_the_model_is_refused():
     with pytest.raises(ConfigError, match=r"^\[prefill\] tp = 16 does not divide the model's 8 attention heads"):
         described(None, "prefill.tp=16", "prefill.ranks_per_node=16")
+    with pytest.raises(ConfigError, match=r"^\[decode\] experts cannot be balanced: .* or set balance.period_s to 0$"):
+        described(None, "decode.dp=2", "decode.redundant_experts=16")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from serving.bench.redundancy import ACTIVE, GPUS_PER_NODE, between_nodes, drifting_steps
-from serving.kernels.redundancy import assign_replicas, assign_replicas_reference
+from serving.kernels.redundancy import MOST_PICKS, assign_replicas, assign_replicas_reference
 from serving.parallel.redundancy import balance
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -130,6 +130,23 @@ def test_a_case_done_by_hand_ends_even() -> None:
     tokens, _ = device.assign_replicas(counts, hosted, active=2, gpus_per_node=3, num_starts=8, max_rounds=16)
     assert tokens.sum(dim=1).max() <= 51
     assert tokens[:, 0].tolist()[1:] == [20, 30]
+
+
+def test_as_many_tokens_as_a_number_holds_are_shared_as_by_the_reference() -> None:
+    """Nearly all for one expert, on GPUs of as many slots as there may be; with eight times as many the bits of load, place and rank mix."""
+    _, hosted = unit(2, 34, seed=2, active=18, slots=32, sources=2)
+    settings = {"active": 18, "gpus_per_node": 1, "num_starts": 2, "max_rounds": 6}
+    counts = torch.ones(2, 34, dtype=torch.int64)
+    counts[0, 5] += MOST_PICKS - int(counts.sum())
+    found = device.assign_replicas(counts, hosted, **settings)
+    want = assign_replicas_reference(counts, hosted, **settings)
+    check(counts, hosted, 18, found)
+    assert torch.equal(found[0], want[0])
+    assert torch.equal(found[1], want[1])
+    assert found[0].sum(dim=1).max() < 0.6 * MOST_PICKS
+    counts[0, 5] *= 8
+    want = assign_replicas_reference(counts, hosted, **settings)
+    assert not torch.equal(device.assign_replicas(counts, hosted, **settings)[0], want[0])
 
 
 def test_more_gpus_than_bits_are_refused() -> None:
