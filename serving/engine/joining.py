@@ -120,7 +120,7 @@ def join(
     if lockstep.watch is not None:
         store = FileStore(spec.rendezvous, groups.world_size)
         group_of = nccl_opener(store, spec.rank, lockstep.watch)
-    parallel = parallel_of(shape, spec.rank, config, group_of, by_nodes=spec.role == "prefill")
+    parallel = parallel_of(shape, spec.rank, config, group_of, by_nodes=spec.role == "prefill", counts_apart=on_gpu)
     ep_ranks = groups.ep_group(spec.rank)
     if lockstep.watch is not None and groups.ep > 1:
         if spec.role == "prefill" and spec.config.prefill.dispatch == "deepep":
@@ -257,9 +257,11 @@ def parallel_of(
     group_of: GroupOf,
     *,
     by_nodes: bool = False,
+    counts_apart: bool = False,
     placement: Placement | None = None,
 ) -> Parallel:
-    """`by_nodes`: one copy of a token to each node, where an EP group has several. `placement` None: the first. Raises ConfigError."""
+    """`by_nodes`: one copy of a token to each node, where an EP group has several; `counts_apart`: counts of those go over groups of their
+    own. `placement` None: the first. Raises ConfigError."""
     groups = shape.groups
     tp = _group(group_of, "tp", groups.tp_group(rank))
     if groups.ep == 1:
@@ -267,8 +269,13 @@ def parallel_of(
     dispatch: Dispatch
     fixed: Callable[[int], Dispatch] | None = None
     if by_nodes and groups.ep > groups.ranks_per_node:
-        rail, node = group_of("rail", groups.rail_group(rank)), group_of("node", groups.node_group(rank))
-        dispatch = HierarchicalDispatch(rail, node, shape.hosted_slots)
+        ways = {"rail": groups.rail_group(rank), "node": groups.node_group(rank)}
+        rail, node = (group_of(name, ranks) for name, ranks in ways.items())
+        counted = None
+        if counts_apart:
+            over_nodes, inside = (group_of(f"counts-{name}", ranks) for name, ranks in ways.items())
+            counted = over_nodes, inside
+        dispatch = HierarchicalDispatch(rail, node, shape.hosted_slots, counted)
     else:
         ep = group_of("ep", groups.ep_group(rank))
         dispatch = DirectDispatch(ep, shape.hosted_slots)

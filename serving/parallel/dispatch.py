@@ -178,11 +178,20 @@ class HierarchicalDispatch:
     of that node's ranks; on the way back a node's results are summed before they leave it.
 
     `rail`: the ranks with this local index, by node; `node`: the ranks of this node, by local index. Rank rail.rank *
-    node.world_size + node.rank of the EP group holds slots from slots_per_rank times that on.
+    node.world_size + node.rank of the EP group holds slots from slots_per_rank times that on. `counted`: the same two again, over
+    which counts go; a GPU's group has a queue, in which a micro-batch's rows would wait behind the next one's counts, and those for
+    its gate.
     """
 
-    def __init__(self, rail: Collectives, node: Collectives, slots_per_rank: int) -> None:
+    def __init__(
+        self,
+        rail: Collectives,
+        node: Collectives,
+        slots_per_rank: int,
+        counted: tuple[Collectives, Collectives] | None = None,
+    ) -> None:
         self._rail = rail
+        self._counted = counted or (rail, node)
         self._node = node
         self._slots_per_rank = slots_per_rank
         self._slots_per_node = slots_per_rank * node.world_size
@@ -202,12 +211,12 @@ class HierarchicalDispatch:
     def _send(self, hops: list[Hop], sent_NLC: Tensor, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
         rail, node = self._rail, self._node
         # To each node: the rows, and how many of them each of its ranks gets in the end.
-        counts = self._counts.go(rail, torch.cat([hops[0].counts_WC[:, :1], sent_NLC.flatten(1)], dim=1))
+        counts = self._counts.go(self._counted[0], torch.cat([hops[0].counts_WC[:, :1], sent_NLC.flatten(1)], dim=1))
         hops[0].load([*payloads_of(x), routing_TM])
         yield [counts]
         (hops[0].sent, *_), (hops[0].received, *by_local) = counts.numbers
         forwarded_NLC = torch.tensor(by_local).t().reshape(sent_NLC.shape)
-        counts = self._counts.go(node, forwarded_NLC.sum(0))
+        counts = self._counts.go(self._counted[1], forwarded_NLC.sum(0))
         (*payloads, routing_AM), handle = hops[0].go()
         yield [handle, counts]
         (forwarded, *_), (expected, *picks) = counts.numbers
@@ -226,7 +235,8 @@ class HierarchicalDispatch:
         """On a GPU. The counts of both hops come to the host at one time; then both are queued, on a stream for which products queued
         meanwhile do not count."""
         rail, node = self._rail, self._node
-        counts = self._counts.go_through(rail, node, torch.cat([hops[0].counts_WC[:, :1], sent_NLC.flatten(1)], dim=1))
+        sent_NX = torch.cat([hops[0].counts_WC[:, :1], sent_NLC.flatten(1)], dim=1)
+        counts = self._counts.go_through(*self._counted, sent_NX)
         hops[0].load([*payloads_of(x), routing_TM])
         yield [counts]
         (hops[0].sent, *_), (hops[0].received, *_), (forwarded, *_), (expected, *picks) = counts.numbers
@@ -297,6 +307,7 @@ class CountsExchange:
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
+        self._counting: torch.cuda.Stream | None = None
 
     def go(self, group: Collectives, sent_WC: Tensor) -> HostCounts:
         """Those sent and those received, on their way to the host."""
@@ -311,15 +322,16 @@ class CountsExchange:
         received_NX = torch.empty_like(sent_NX)
         ones = [1] * rail.world_size
         handle = rail.all_to_all([received_NX], [sent_NX], ones, ones)
-        beside = self.beside(sent_NX.device)
-        assert beside is not None
-        with torch.cuda.stream(beside):
+        # Rows of another micro-batch must not wait behind these.
+        counting = self._counting = self._counting or stream_beside(sent_NX.device)
+        assert counting is not None
+        with torch.cuda.stream(counting):
             handle.wait()
             forwarded_LC = received_NX[:, 1:].sum(0).view(node.world_size, -1)
             expected_LC = torch.empty_like(forwarded_LC)
             ones = [1] * node.world_size
             handle = node.all_to_all([expected_LC], [forwarded_LC], ones, ones)
-            return HostCounts(handle, [sent_NX, received_NX, forwarded_LC, expected_LC], beside)
+            return HostCounts(handle, [sent_NX, received_NX, forwarded_LC, expected_LC], counting)
 
     def beside(self, device: torch.device) -> torch.cuda.Stream | None:
         """A GPU's stream for what need not wait for products."""

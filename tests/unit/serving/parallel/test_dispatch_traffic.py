@@ -14,6 +14,7 @@ from torch import Tensor
 from serving.kernels.quant import quantise_rows_fp8
 from serving.kernels.topk import gate_topk
 from serving.parallel.balance import global_placement, hierarchical_placement, single_placement
+from serving.parallel.collectives import Collectives
 from serving.parallel.dispatch import DirectDispatch, Dispatch, FixedDispatch, HierarchicalDispatch
 from serving.parallel.groups import Groups, Link
 from serving.parallel.placement import Placement
@@ -89,12 +90,17 @@ def direct(unit: Unit) -> Callable[[VirtualCollectives], Dispatch]:
     return lambda group: DirectDispatch(group, unit.slots_per_rank)
 
 
-def hierarchical(unit: Unit) -> Callable[[VirtualCollectives], Dispatch]:
-    return lambda group: HierarchicalDispatch(
-        group.subgroup(unit.groups.rail_group(group.rank), "rail"),
-        group.subgroup(unit.groups.node_group(group.rank), "node"),
-        unit.slots_per_rank,
-    )
+def hierarchical(unit: Unit, *, counted: bool = False) -> Callable[[VirtualCollectives], Dispatch]:
+    """`counted`: counts go over groups of their own."""
+
+    def make(group: VirtualCollectives) -> Dispatch:
+        def ways(prefix: str) -> tuple[Collectives, Collectives]:
+            rail, node = unit.groups.rail_group(group.rank), unit.groups.node_group(group.rank)
+            return group.subgroup(rail, prefix + "rail"), group.subgroup(node, prefix + "node")
+
+        return HierarchicalDispatch(*ways(""), unit.slots_per_rank, ways("counts-") if counted else None)
+
+    return make
 
 
 def rows_to_ranks(unit: Unit) -> Rows:
@@ -165,6 +171,17 @@ def test_prefill_routing_and_counts_stand_apart_from_payload(prefill: Unit, pref
         assert traffic.routing_bytes == rows[name, link] * 8 * TOP_K + pairs[name, link] * counts
         assert traffic.padding_bytes == 0
         assert traffic.num_bytes == rows[name, link] * (IN + BACK) + traffic.routing_bytes
+
+
+def test_counts_go_over_groups_of_their_own_where_there_are(prefill: Unit, prefill_sums: Sums) -> None:
+    """No row waits behind them in a group's queue then."""
+    sums = carried(prefill, hierarchical(prefill, counted=True))
+    assert {name for name, _ in sums} == {"rail", "node", "counts-rail", "counts-node"}
+    for (name, link), together in prefill_sums.items():
+        rows, counts = sums[name, link], sums[f"counts-{name}", link]
+        assert (rows.payload_rows, counts.payload_rows) == (together.payload_rows, Counter())
+        assert rows.num_bytes + counts.num_bytes == together.num_bytes
+        assert 0 < counts.num_bytes < rows.num_bytes
 
 
 def test_decode_sends_one_copy_to_the_gpu_of_each_selected_expert() -> None:
