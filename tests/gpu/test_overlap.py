@@ -24,7 +24,7 @@ pytestmark = [
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, WIDTH, INNER = 20, 64, 6, 1024, 256
 REPLAYS = 100
-LAUNCHERS = ("experts", "gemm", "norm_rope", "quant", "thin", "topk")
+LAUNCHERS = ("expert_rows", "gemm", "norm_rope", "placing", "quant", "thin", "topk")
 
 
 class Behind:
