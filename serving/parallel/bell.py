@@ -285,7 +285,11 @@ def _said(connection: socket.socket) -> tuple[_Kind | None, list[int]]:
         return None, []
     kind, count = _HEAD.unpack(head)
     numbers = _received(connection, count * _NUMBER_BYTES) if count else b""
-    return (_Kind(kind), list(struct.unpack(f"<{count}q", numbers))) if len(numbers) == count * _NUMBER_BYTES else (None, [])
+    return (
+        (_Kind(kind), list(struct.unpack(f"<{count}q", numbers)))
+        if len(numbers) == count * _NUMBER_BYTES
+        else (None, [])
+    )
 
 
 def _received(connection: socket.socket, num_bytes: int) -> bytes:

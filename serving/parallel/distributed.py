@@ -117,13 +117,19 @@ class TorchCollectives:
         store.set_timeout(deadline)
         if self._backend == "nccl":
             return self._join_nccl(store)
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = deadline
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
-        group = self._answer(lambda: dist.ProcessGroupGloo(store, self.rank, self.world_size, options))
+        # It ends at the deadline by itself, if the store answers.
+        group = self._answer(lambda: self._gloo(store, deadline), self._deadline_s + _LAST_CALL_S)
         # A call that was given up must end too, but after whoever waits for it has named the missing.
         group._set_default_timeout(given_up)
         return cast(_Backend, group)
+
+    def _gloo(self, store: Store, deadline: timedelta) -> dist.ProcessGroupGloo:
+        if not self._host:
+            return dist.ProcessGroupGloo(store, self.rank, self.world_size, deadline)
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = deadline
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
+        return dist.ProcessGroupGloo(store, self.rank, self.world_size, options)
 
     def _join_nccl(self, store: Store) -> _Backend:
         """Connected: the first call would do it otherwise, and wait for ever for a rank that never joins."""
@@ -394,8 +400,8 @@ class TorchCollectives:
         key = self._key(what)
         return self._answer(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
 
-    def _answer(self, ask: Callable[[], Answer]) -> Answer:
-        """What `ask` has of the store, which itself waits for ever. Raises RuntimeError at the deadline."""
+    def _answer(self, ask: Callable[[], Answer], most_s: float | None = None) -> Answer:
+        """What `ask` has of the store, which itself waits for ever. Raises RuntimeError after `most_s`; None: the deadline."""
         if self._store_is_silent:
             raise RuntimeError("the store does not answer")
         begin_s = time.monotonic()
@@ -415,7 +421,7 @@ class TorchCollectives:
                 if answer.done():
                     raise
             self._alive()
-            if time.monotonic() - begin_s > self._deadline_s:
+            if time.monotonic() - begin_s > (most_s or self._deadline_s):
                 self._store_is_silent = True
                 raise RuntimeError("the store does not answer")
 

@@ -26,7 +26,8 @@ def open_store(rendezvous: str, *, rank: int, world_size: int, listener: int, de
     parts = urlsplit(rendezvous)
     if parts.scheme != _TCP:
         return FileStore(rendezvous, world_size)
-    assert parts.hostname is not None and parts.port is not None, f"{rendezvous} is no address"
+    assert parts.hostname is not None, f"{rendezvous} is no address"
+    assert parts.port is not None, f"{rendezvous} is no address"
     holds = listener >= 0
     try:
         return TCPStore(

@@ -28,9 +28,7 @@ class RankProcesses:
     """Parts of the shared memory are so small that most calls take several rounds. `across_hosts`: they meet as ranks of several hosts do, at an
     address, where rank 0 holds the store."""
 
-    def __init__(
-        self, world_size: int, folder: Path, *, on_gpus: bool = False, across_hosts: bool = False
-    ) -> None:
+    def __init__(self, world_size: int, folder: Path, *, on_gpus: bool = False, across_hosts: bool = False) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "serving.parallel.distributed"])
         # Other tests of this machine have ranks at the same time.

@@ -117,9 +117,7 @@ def test_who_did_not_come_is_told_from_who_waits_for_them(bells: list[TcpBell]) 
 
 
 @pytest.mark.parametrize("silent", [0, 2])
-def test_who_does_not_answer_is_named(
-    bells: list[TcpBell], silent: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_does_not_answer_is_named(bells: list[TcpBell], silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although nobody is behind."""
     monkeypatch.setattr(bells[silent], "_hear", lambda *_, **__: None)
     assert missing_of(bells[1].give_up) == {RANKS[silent]}
