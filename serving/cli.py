@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from serving.core.config import Config, is_secret, load_config, to_dict
+from serving.core.config import Config, help_text, is_secret, load_config, to_dict
 from serving.core.errors import BatonError, ConfigError
 
 _PASSED_ON = ("bench", "chat")
@@ -36,6 +36,7 @@ _BENCHMARKS = {
     "ask": "how often the embedded model answers right through the API",
 }
 """Modules of serving.bench, with dashes."""
+_HELP_COLUMN = 28
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +65,7 @@ def _pass_on(command: str, arguments: list[str]) -> int:
         return chat(arguments)
     what = arguments[0] if arguments else ""
     if what in ("-h", "--help"):
-        lines = [f"{name:<17}{help_text}" for name, help_text in _BENCHMARKS.items()]
+        lines = [f"{name:<17}{what_for}" for name, what_for in _BENCHMARKS.items()]
         print("\n".join([f"usage: baton bench {{{','.join(_BENCHMARKS)}}} [options]", "", *lines]))
         return 0
     if what not in _BENCHMARKS:
@@ -101,7 +102,8 @@ def _check_config(options: argparse.Namespace) -> int:
         print(f"[{table}]")
         for key, value in keys.items():
             hidden = value and is_secret(table, key)
-            print(f"# {key}: {len(value)} in force, not shown" if hidden else f"{key} = {_toml(value)}")
+            setting = f"# {key}: {len(value)} in force, not shown" if hidden else f"{key} = {_toml(value)}"
+            print(f"{setting:<{_HELP_COLUMN}}  # {help_text(table, key)}")
     print("\n".join(["", *(f"# {line}" for line in described)]))
     return 0
 

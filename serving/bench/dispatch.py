@@ -1,7 +1,8 @@
 """`baton bench dispatch`: microseconds of expert dispatch and combine in a captured decode step, without the experts between.
 
 NCCL's fixed exchange beside the one through peer memory, in the same processes, a GPU each, in turn; the slowest rank's time of an
-exchange counts, and the median of rounds. What comes back is compared bit by bit. `--rehearse W`: one GPU in the place of W.
+exchange counts, and the median of rounds. What comes back is compared bit by bit. Then a TP group's shares, gathered and summed, the same
+way. `--rehearse W`: one GPU in the place of W.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from serving.bench.options import count, counts
 from serving.bench.report import provenance, write_report
 from serving.core.errors import ConfigError
 from serving.kernels.quant import QuantisedRows, quantise_rows_fp8
+from serving.parallel.collectives import Collectives
 from serving.parallel.dispatch import Dispatch, FixedDispatch
 from serving.parallel.distributed import TorchCollectives
+from serving.parallel.peer_shares import open_peer_shares
 from serving.parallel.shared_memory import SharedMemoryCollectives
 from serving.parallel.symmetric import Exchanged, Symmetric, open_symmetric, rehearse_symmetric
 
@@ -35,6 +39,8 @@ _DEADLINE_S = 30.0
 _ENDED_S = 10.0
 _EXCHANGES = 40
 """In a graph; a replay before the one that is timed brings the ranks together."""
+_OPERATIONS = ("all_gather", "reduce_scatter")
+_SHARE_WIDTH = 2048
 _SETS = 4
 """Of inputs, in turn, so that what an exchange left behind is no answer of the next."""
 
@@ -89,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
             for fp8 in (True, False)
             for rows in options.rows
         ]
-        points = measure(cases, options.processes, options.rounds)
+        points = measure(cases, options.processes, options.rounds, shares=options.shares)
     for point in points:
         print(*(f"{key} {value}" for key, value in point.items() if not key.endswith("raw_us")), file=sys.stderr)
     device = {"name": torch.cuda.get_device_name(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
@@ -113,15 +119,19 @@ def rehearsed(case: Case, world_size: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure(cases: Sequence[Case], num_processes: int, rounds: int, *, see_all: bool = True) -> list[dict[str, Any]]:
-    """Of each case: median microseconds of an exchange by implementation, those of each round, and whether the sums are equal.
-    `see_all`: whether a process sees the others' GPUs; a server's do not."""
+def measure(
+    cases: Sequence[Case], num_processes: int, rounds: int, *, see_all: bool = True, shares: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """Of each case, then of a TP group's rows of so many bytes gathered and summed: median microseconds of an exchange by implementation,
+    those of each round, and whether the results are equal. `see_all`: whether a process sees the others' GPUs; a server's do not."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
         pipes, processes = [], []
         for rank in range(num_processes):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(theirs, scratch, rank, num_processes, cases, rounds, see_all))
+            process = context.Process(
+                target=_rank, args=(theirs, scratch, rank, num_processes, cases, rounds, see_all, shares)
+            )
             process.start()
             # With the only other end in the child, its death ends the wait for it.
             theirs.close()
@@ -134,9 +144,11 @@ def measure(cases: Sequence[Case], num_processes: int, rounds: int, *, see_all: 
                 process.join(_ENDED_S)
                 process.kill()
     points = []
-    for index, case in enumerate(cases):
+    described = [_described(case) for case in cases]
+    described += [{"operation": operation, "bytes": size} for operation in _OPERATIONS for size in shares]
+    for index, description in enumerate(described):
         found = [of_rank[index] for of_rank in of_ranks]
-        point: dict[str, Any] = {"ranks": num_processes, **_described(case)}
+        point: dict[str, Any] = {"ranks": num_processes, **description}
         for name in ("nccl", "symmetric"):
             slowest = [max(of_round) for of_round in zip(*(one[name] for one in found), strict=True)]
             point[f"{name}_us"] = round(statistics.median(slowest), 1)
@@ -157,6 +169,7 @@ def _rank(
     cases: Sequence[Case],
     rounds: int,
     see_all: bool,
+    shares: Sequence[int],
 ) -> None:
     if not see_all:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -176,7 +189,44 @@ def _rank(
         symmetric.check()
         found.append({"nccl": fixed_us, "symmetric": symmetric_us, "equal": _equal(fixed, ours)})
         symmetric.close()
+    if shares:
+        found += _shares(nccl, control, device, shares, rounds)
     pipe.send(found)
+
+
+def _shares(
+    nccl: TorchCollectives, control: SharedMemoryCollectives, device: torch.device, sizes: Sequence[int], rounds: int
+) -> list[dict[str, Any]]:
+    """Gathered, then summed, of each size."""
+    ours = open_peer_shares(nccl, control, device, deadline_s=_DEADLINE_S)
+    found = []
+    for operation in _OPERATIONS:
+        for num_bytes in sizes:
+            rows = max(nccl.world_size, num_bytes // (2 * _SHARE_WIDTH))
+            some = torch.Generator(device).manual_seed(nccl.rank)
+            mine = rows // nccl.world_size if operation == "all_gather" else rows
+            shape = _SETS, mine, _SHARE_WIDTH
+            inputs = torch.randn(shape, generator=some, device=device, dtype=torch.bfloat16)
+            over_nccl, over_memory = (
+                _replayed(partial(_calls, group, operation, inputs, rows), rounds, control.barrier)
+                for group in (nccl, ours)
+            )
+            equal = _equal(over_nccl[1], over_memory[1])
+            found.append({"nccl": over_nccl[0], "symmetric": over_memory[0], "equal": equal})
+    ours.check()
+    ours.close_memory()
+    return found
+
+
+def _calls(group: Collectives, operation: str, inputs: Tensor, rows: int) -> list[Tensor]:
+    outs = []
+    for index in range(_EXCHANGES):
+        gathers = operation == "all_gather"
+        out = inputs.new_empty(rows if gathers else rows // group.world_size, inputs.shape[2])
+        call = group.all_gather if gathers else group.reduce_scatter
+        call(out, inputs[index % _SETS]).wait()
+        outs.append(out)
+    return outs
 
 
 def _equal(ones: list[Tensor], others: list[Tensor]) -> bool:
@@ -189,7 +239,6 @@ class _OfRank:
     """What one rank sends and gives back in a case, the same of every dispatch."""
 
     def __init__(self, case: Case, rank: int, world_size: int, device: torch.device) -> None:
-        self._device = device
         self._tokens = [case.tokens(rank, world_size, device, seed) for seed in range(_SETS)]
         some = torch.Generator(device).manual_seed(100 + rank)
         shape = world_size * case.rows, case.width
@@ -216,26 +265,33 @@ class _OfRank:
                 totals.append(dispatch.give_back(sending, results[index % _SETS]).wait())
             return totals
 
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            exchanges()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog asks for events meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            totals = exchanges()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        raw_us = []
-        for _ in range(rounds):
-            meet()
-            graph.replay()
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            raw_us.append(begin.elapsed_time(end) * 1e3 / _EXCHANGES)
-        return raw_us, [total.clone() for total in totals]
+        return _replayed(exchanges, rounds, meet)
+
+
+def _replayed(
+    exchanges: Callable[[], list[Tensor]], rounds: int, meet: Callable[[], None]
+) -> tuple[list[float], list[Tensor]]:
+    """Microseconds of each of `exchanges` in each round, captured, and what the last replay left."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        exchanges()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # NCCL's watchdog asks for events meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = exchanges()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    raw_us = []
+    for _ in range(rounds):
+        meet()
+        graph.replay()
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        raw_us.append(begin.elapsed_time(end) * 1e3 / len(results))
+    return raw_us, [result.clone() for result in results]
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -247,6 +303,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=count, default=7168)
     parser.add_argument("--experts", type=count, default=256)
     parser.add_argument("--top-k", type=count, default=8)
+    parser.add_argument(
+        "--shares",
+        type=counts,
+        default=[16 << 10, 64 << 10, 256 << 10, 1 << 20],
+        help="bytes that a tp group gathers, and sums; comma-separated",
+    )
     parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument(
         "--rehearse", type=count, metavar="W", help="one GPU as a rank of W with an expert each, the shared one routed"

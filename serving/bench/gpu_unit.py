@@ -1,7 +1,7 @@
 """Figures of `baton bench ranks --device cuda`: what a unit gains over one GPU, and what two micro-batches hide.
 
 throughput    prompt tokens of all ranks a second, by the slowest rank         TPOT    seconds of a decode step of all rows
-hidden        by kernels' spans, of all ranks: `serving.bench.kernel_spans`
+hidden        by kernels' spans, of all ranks: `serving.bench.kernel_spans`; median, least and most of several profiles
 saved         of what sending costs a step of one micro-batch, the share that it does not cost one of two, against the same
               steps with rows copied on the rank instead
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from serving.bench.gpu_ranks import Decode, Done, Fill, GpuRanks, Prefill, Setup, Way, median_s, slowest
-from serving.bench.kernel_spans import overlap, saved_share, together, trace_events
+from serving.bench.kernel_spans import KernelSpan, overlaps, saved_share, together, trace_events
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +37,31 @@ class PrefillFigure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Of dispatch and combine of a whole prefill, whose time `seconds` is, over all ranks. `waited_s`: of what was in flight, for a rank
+    that had not come. `hidden_moving`: without that. `hidden_by_rank`: of each."""
+
+    seconds: float
+    in_flight_s: float
+    exposed_s: float
+    waited_s: float
+    hidden: float
+    hidden_moving: float
+    hidden_by_rank: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class HiddenFigure:
-    """Of dispatch and combine of a whole prefill, over all ranks. `saved`: None without ways that are local to hold it against. `raw`: `hidden` of each profile."""
+    """Of several profiles: `hidden` and `hidden_moving` are medians. `saved`: None without ways that are local to hold it against."""
 
     name: str
     way: Way
-    in_flight_s: float
-    exposed_s: float
     hidden: float
+    least: float
+    most: float
+    hidden_moving: float
     saved: float | None
-    raw: list[float]
+    profiles: list[Profile]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +79,10 @@ class DecodeFigure:
 Told = Callable[[str], None]
 
 
-def ways_of(step_tokens: Sequence[int], micro_batches: Sequence[int], free_sms: Sequence[int]) -> list[Way]:
-    """One GPU first; then the unit, each way that sends beside the one that copies."""
+def ways_of(
+    step_tokens: Sequence[int], micro_batches: Sequence[int], free_sms: Sequence[int], *, local: bool
+) -> list[Way]:
+    """One GPU first; then the unit, with `local` each way that sends beside the one that copies."""
     alone = [Way(unit=False, step_tokens=tokens) for tokens in step_tokens]
     sends = [
         Way(step_tokens=tokens, counted=counted, micro_batches=number, free_sms=sms)
@@ -74,7 +91,7 @@ def ways_of(step_tokens: Sequence[int], micro_batches: Sequence[int], free_sms: 
         for number in micro_batches
         for sms in (free_sms if number > 1 else (0,))
     ]
-    return [*alone, *(way for sent in sends for way in (sent, _local(sent)))]
+    return [*alone, *(way for sent in sends for way in ((sent, _local(sent)) if local else (sent,)))]
 
 
 def decodes_of(through: Sequence[str], micro_batches: Sequence[int]) -> list[Decode]:
@@ -93,6 +110,7 @@ def measure(
     decodes: Sequence[Decode],
     *,
     repeats: int,
+    profiles: int,
     scratch: Path,
     trace: Path | None,
     told: Told,
@@ -101,7 +119,7 @@ def measure(
     with GpuRanks(setup, scratch) as ranks:
         told("ranks are ready")
         prefill = measure_prefill(ranks, setup, ways, repeats, told)
-        hidden = measure_hidden(ranks, prefill, repeats, trace, told)
+        hidden = measure_hidden(ranks, prefill, profiles, trace, told)
         decode = measure_decode(ranks, setup, decodes, ways[0].step_tokens, repeats, told)
     return {
         "device": torch.cuda.get_device_name() if setup.device == "cuda" else setup.device,
@@ -115,9 +133,11 @@ def measure(
 def measure_prefill(
     ranks: GpuRanks, setup: Setup, ways: Sequence[Way], repeats: int, told: Told
 ) -> list[PrefillFigure]:
+    """Each turn begins with another way: what a GPU has just done tells in how fast it may go on."""
     runs: list[list[list[Done]]] = [[] for _ in ways]
     for turn in range(repeats + 1):
-        for way, of_way in zip(ways, runs, strict=True):
+        for index in range(len(ways)):
+            way, of_way = ways[(index + turn) % len(ways)], runs[(index + turn) % len(ways)]
             done = ranks.run(Prefill(way=way))
             told(f"{'prefill' if turn else 'prefill, not counted'}: {slowest(done):.3f} s, {way.name}")
             # A first run of a shape compiles.
@@ -142,33 +162,54 @@ def measure_prefill(
 
 
 def measure_hidden(
-    ranks: GpuRanks, prefill: Sequence[PrefillFigure], repeats: int, trace: Path | None, told: Told
+    ranks: GpuRanks, prefill: Sequence[PrefillFigure], profiles: int, trace: Path | None, told: Told
 ) -> list[HiddenFigure]:
-    """Of the profile whose share is the median."""
+    """So many profiles of each way, in turns; before them one that is not counted, in which the profiler sets itself up on each rank."""
     seconds = {figure.way: figure.seconds for figure in prefill}
     sends = [figure.way for figure in prefill if figure.way.unit and not figure.way.local]
     quickest = min((way for way in sends if way.micro_batches > 1), key=lambda way: seconds[way], default=None)
-    figures = []
-    for way in sends:
-        profiles = [[each.spans or [] for each in ranks.run(Prefill(way=way, profiled=True))] for _ in range(repeats)]
-        found = [together([overlap(of_rank) for of_rank in spans]) for spans in profiles]
-        median = sorted(range(repeats), key=lambda index: found[index].hidden)[(repeats - 1) // 2]
-        figures.append(
-            HiddenFigure(
-                name=way.name,
-                way=way,
-                in_flight_s=found[median].in_flight_s,
-                exposed_s=found[median].exposed_s,
-                hidden=found[median].hidden,
-                saved=_saved(way, seconds),
-                raw=[each.hidden for each in found],
-            )
+    found: list[list[Profile]] = [[] for _ in sends]
+    for turn in range(profiles + 1):
+        for way, of_way in zip(sends, found, strict=True):
+            done = ranks.run(Prefill(way=way, profiled=True))
+            if not turn:
+                continue
+            spans = [each.spans or [] for each in done]
+            of_way.append(profile_of(slowest(done), spans))
+            if trace is not None and way == quickest and turn == profiles:
+                events = [event for rank, of_rank in enumerate(spans) for event in trace_events(of_rank, rank)]
+                trace.write_text(json.dumps({"traceEvents": events, "otherData": asdict(of_way[-1])}))
+    figures = [
+        HiddenFigure(
+            name=way.name,
+            way=way,
+            hidden=statistics.median(each.hidden for each in of_way),
+            least=min(each.hidden for each in of_way),
+            most=max(each.hidden for each in of_way),
+            hidden_moving=statistics.median(each.hidden_moving for each in of_way),
+            saved=_saved(way, seconds),
+            profiles=of_way,
         )
-        told(f"hidden {figures[-1].hidden:.0%} of {1e3 * figures[-1].in_flight_s:.1f} ms, {way.name}")
-        if trace is not None and way == quickest:
-            events = [event for rank, spans in enumerate(profiles[median]) for event in trace_events(spans, rank)]
-            trace.write_text(json.dumps({"traceEvents": events, "otherData": asdict(figures[-1])}))
+        for way, of_way in zip(sends, found, strict=True)
+    ]
+    for figure in figures:
+        told(f"{_hidden_line(asdict(figure))}  by rank {[_shares(each.hidden_by_rank) for each in figure.profiles]}")
     return figures
+
+
+def profile_of(seconds: float, spans: Sequence[Sequence[KernelSpan]]) -> Profile:
+    """`spans` of every rank, of a prefill that took so long."""
+    ranks = overlaps(spans)
+    unit = together(ranks)
+    return Profile(
+        seconds=seconds,
+        in_flight_s=unit.in_flight_s,
+        exposed_s=unit.exposed_s,
+        waited_s=unit.in_flight_s - unit.moving_s,
+        hidden=unit.hidden,
+        hidden_moving=unit.hidden_moving,
+        hidden_by_rank=[rank.hidden for rank in ranks],
+    )
 
 
 def measure_decode(
@@ -205,10 +246,7 @@ def table(report: dict[str, Any]) -> str:
         f"prefill {figure['tokens_per_s']:8.0f} tok/s ({figure['ratio']:.2f})  {figure['sent_bytes'] / 1e9:6.2f} GB sent  {figure['name']}"
         for figure in report["prefill"]
     ]
-    lines += [
-        f"hidden {figure['hidden']:4.0%} of {1e3 * figure['in_flight_s']:6.1f} ms, {_percent(figure['saved'])} saved  {figure['name']}"
-        for figure in report["hidden"]
-    ]
+    lines += [_hidden_line(figure) for figure in report["hidden"]]
     lines += [
         f"TPOT {1e3 * figure['tpot_s']:7.3f} ms ({figure['ratio']:.2f})  {figure['name']}"
         for figure in report["decode"]
@@ -236,6 +274,21 @@ def _first_tokens(done: Sequence[Done]) -> list[int]:
 
 def _same(tokens: Sequence[int], expected: Sequence[int]) -> float:
     return sum(mine == theirs for mine, theirs in zip(tokens, expected, strict=True)) / len(expected)
+
+
+def _hidden_line(figure: dict[str, Any]) -> str:
+    profiles = figure["profiles"]
+    in_flight, waited, took = (
+        1e3 * statistics.median(each[name] for each in profiles) for name in ("in_flight_s", "waited_s", "seconds")
+    )
+    return (
+        f"hidden {figure['hidden']:4.0%} ({figure['least']:.0%} to {figure['most']:.0%}) of {in_flight:6.1f} ms, {waited:5.1f} of them waiting for the other; "
+        f"{figure['hidden_moving']:4.0%} while rows move; {took:.0f} ms profiled; {_percent(figure['saved'])} saved  {figure['name']}"
+    )
+
+
+def _shares(shares: Sequence[float]) -> str:
+    return ", ".join(f"{share:.0%}" for share in shares)
 
 
 def _percent(share: float | None) -> str:

@@ -1,7 +1,9 @@
 """What a GPU computed and what it had in flight, from the profiler's spans of its kernels.
 
 Communication is in flight while one of NCCL's kernels runs, which begins when it gets SMs and ends when its last byte is here: also while
-it waits for a rank that has not come. The share of that time in which some other kernel runs as well is hidden, the rest is exposed.
+it waits for a rank that has not come, which is time lost if nothing runs meanwhile. The share of that time in which some other kernel
+runs as well is hidden, the rest is exposed. Of a collective the rank that comes last waits for nobody, so that rank's kernel, the
+shortest, takes as long as the rows move, and what another's takes longer it waits, before they do: no clock has to be common.
 Kernels that run beside communication are slower for it, so how much time is saved only a step without communication tells
 (`saved_share`).
 """
@@ -33,15 +35,22 @@ class KernelSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """Of one rank, or of several together."""
+    """Of one rank, or of several together. `moving_s`, `moving_exposed_s`: the same without waits for other ranks."""
 
     in_flight_s: float
     exposed_s: float
+    moving_s: float
+    moving_exposed_s: float
 
     @property
     def hidden(self) -> float:
         """The share of the time in flight in which something was computed; 0 where nothing was sent."""
         return 1.0 - self.exposed_s / self.in_flight_s if self.in_flight_s else 0.0
+
+    @property
+    def hidden_moving(self) -> float:
+        """The same share of the time in which rows moved."""
+        return 1.0 - self.moving_exposed_s / self.moving_s if self.moving_s else 0.0
 
 
 def kernel_spans(profile: Any) -> list[KernelSpan]:
@@ -54,19 +63,33 @@ def kernel_spans(profile: Any) -> list[KernelSpan]:
     return sorted(spans, key=lambda span: span.begin_us)
 
 
-def overlap(spans: Iterable[KernelSpan]) -> Overlap:
-    """What communication and computing had of the same time."""
-    sent: list[Interval] = []
-    computed: list[Interval] = []
-    for span in spans:
-        (sent if span.communicates else computed).append((span.begin_us, span.end_us))
-    in_flight, busy = union(sent), union(computed)
-    total = length(in_flight)
-    return Overlap(in_flight_s=1e-6 * total, exposed_s=1e-6 * (total - common(in_flight, busy)))
+def overlaps(ranks: Sequence[Sequence[KernelSpan]]) -> list[Overlap]:
+    """What communication and computing had of the same time, of each rank of a group; all have issued the same collectives."""
+    sent = [[(span.begin_us, span.end_us) for span in spans if span.communicates] for spans in ranks]
+    moves = [min(end - begin for begin, end in one) for one in zip(*sent, strict=True)]
+    found = []
+    for spans, of_rank in zip(ranks, sent, strict=True):
+        busy = union((span.begin_us, span.end_us) for span in spans if not span.communicates)
+        in_flight = union(of_rank)
+        moving = union((end - move, end) for (_, end), move in zip(of_rank, moves, strict=True))
+        found.append(
+            Overlap(
+                in_flight_s=1e-6 * length(in_flight),
+                exposed_s=1e-6 * (length(in_flight) - common(in_flight, busy)),
+                moving_s=1e-6 * length(moving),
+                moving_exposed_s=1e-6 * (length(moving) - common(moving, busy)),
+            )
+        )
+    return found
 
 
 def together(ranks: Sequence[Overlap]) -> Overlap:
-    return Overlap(in_flight_s=sum(rank.in_flight_s for rank in ranks), exposed_s=sum(rank.exposed_s for rank in ranks))
+    return Overlap(
+        in_flight_s=sum(rank.in_flight_s for rank in ranks),
+        exposed_s=sum(rank.exposed_s for rank in ranks),
+        moving_s=sum(rank.moving_s for rank in ranks),
+        moving_exposed_s=sum(rank.moving_exposed_s for rank in ranks),
+    )
 
 
 def saved_share(one_s: float, two_s: float, local_one_s: float, local_two_s: float) -> float:

@@ -136,9 +136,10 @@ def _run_on_gpus(options: argparse.Namespace, argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as scratch:
         report |= measure_gpus(
             setup,
-            ways_of(options.step_tokens, options.microbatches, options.free_sms),
+            ways_of(options.step_tokens, options.microbatches, options.free_sms, local=options.local),
             decodes_of(options.through, options.microbatches),
             repeats=options.repeats,
+            profiles=options.profiles,
             scratch=Path(scratch),
             trace=options.timeline,
             told=lambda text: print(text, file=sys.stderr, flush=True),
@@ -295,6 +296,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default=[0, 8, 16],
         metavar="N,...",
         help="SMs that two micro-batches leave to NCCL",
+    )
+    gpus.add_argument("--profiles", type=count, default=5, help="of each way, for what is hidden")
+    gpus.add_argument(
+        "--local", action="store_true", help="also with rows copied on the rank instead of sent: what sending costs"
     )
     gpus.add_argument("--rows", type=count, default=64, help="sequences that decode")
     gpus.add_argument("--context", type=count, default=4096, help="tokens before them")

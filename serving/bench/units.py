@@ -12,8 +12,10 @@ a page crosses between units once.
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from serving.engine.plan import SlotSpec
 from serving.engine.runner import Runner
 from serving.engine.slots import Slots
 from serving.engine.unit import Follower, Leader, Lockstep, MicroBatches
+from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.parallel import Parallel, num_moe_layers
@@ -114,6 +117,7 @@ class Unit:
         self.managers = [KVManager(num_pages) for _ in range(sizes.groups.dp)]
         self._wrap = wrap
         self._folder = folder
+        self._entries = read_entries(folder)
         self._num_tokens_LE: list[Tensor] = []
         self.chosen: list[tuple[int, Ints]] = []
         """Where replicas are chosen for each layer's tokens: of every choice of an EP group, the layer and the tokens of each slot [GPUs, slots]."""
@@ -145,7 +149,8 @@ class Unit:
                     return
                 lead(Leader(runner, lockstep), self.managers[at.dp_rank], at.dp_rank)
 
-        self.virtual.run(main)
+        with _collector_paused():
+            self.virtual.run(main)
 
     def _runner(self, world: VirtualCollectives) -> Runner:
         sizes = self.sizes
@@ -162,7 +167,7 @@ class Unit:
         if parallel.hosting is not None and parallel.ep_rank == 0:
             # All ranks of the group find the same.
             parallel = replace(parallel, hosting=replace(parallel.hosting, watch=self._note))
-        model = load_weights(self._folder, self.config, DTYPE, parallel=parallel)
+        model = load_weights(self._folder, self.config, DTYPE, parallel=parallel, entries=self._entries)
         assert model.routing is not None
         self._num_tokens_LE.append(model.routing.num_tokens_LE)
         pool = self.pools[world.rank]
@@ -177,6 +182,18 @@ class Unit:
 
     def _note(self, layer: int, tokens: Tensor) -> None:
         self.chosen.append((layer, tokens.numpy()))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Its rounds over the objects of hundreds of ranks, which make no cycles meanwhile, would take a third of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def generate(

@@ -12,7 +12,8 @@ from pathlib import Path
 from serving.cluster.placement import UnitPlan
 from serving.core.config import Config, PrefillTable, unit_table
 from serving.core.errors import ConfigError, ModelFolderError, StartupError
-from serving.model.units import UnitShape
+from serving.model.config import ModelConfig
+from serving.model.units import UnitShape, shape_of
 
 _PREFILL_KEYS_OF_BOTH = ("max_batched_tokens",)
 """Where one worker prefills and decodes."""
@@ -39,7 +40,6 @@ def resolve_model_dir(config: Config) -> Path:
 
 def check_model_folder(folder: Path, config: Config) -> None:
     """Configuration, tokenizer, and the header of every weight file. Raises ModelFolderError. Reads no weights."""
-    from serving.model.config import ModelConfig
     from serving.model.weights import check_weights
     from serving.text.tokenizer import Tokenizer
 
@@ -49,15 +49,12 @@ def check_model_folder(folder: Path, config: Config) -> None:
 
 def check_units(config: Config, folder: Path, units: tuple[UnitPlan, ...], *, num_gpus: int) -> None:
     """Sizes that the model in `folder` does not fit (ConfigError), more ranks than GPUs here, sizes that are not served yet (StartupError)."""
-    from serving.model.config import ModelConfig
-    from serving.model.units import shape_of
-
     check_mode(config)
     model = ModelConfig.from_folder(folder)
     for role in dict.fromkeys(unit.role for unit in units):
         shape = shape_of(unit_table(config, role), model)
         if num_gpus and shape.chooses:
-            _check_replicas(config, role, shape, model.num_experts_per_token)
+            check_replicas(config, role, shape, model)
     check_served(config)
     for name, dispatch in (("prefill", config.prefill.dispatch), ("decode", config.decode.dispatch)):
         if dispatch != "auto" and not num_gpus:
@@ -73,8 +70,8 @@ def check_units(config: Config, folder: Path, units: tuple[UnitPlan, ...], *, nu
         )
 
 
-def _check_replicas(config: Config, role: str, shape: UnitShape, experts_per_token: int) -> None:
-    """Dynamic redundancy on GPUs. A step that we size ourselves is far below the limit."""
+def check_replicas(config: Config, role: str, shape: UnitShape, model: ModelConfig) -> None:
+    """Raises ConfigError for more than GPUs can choose replicas for. A step that we size ourselves is far below that."""
     from serving.kernels.redundancy import MOST_PICKS
     from serving.model.hosting import check_device
 
@@ -85,7 +82,7 @@ def _check_replicas(config: Config, role: str, shape: UnitShape, experts_per_tok
     except ConfigError as error:
         raise ConfigError(f"[{name}] {error}") from None
     # Of a token: its experts, and where that is routed, the shared one.
-    most = MOST_PICKS // (groups.ep * (experts_per_token + shape.shared_expert_routed)) * groups.tp
+    most = MOST_PICKS // (groups.ep * (model.num_experts_per_token + shape.shared_expert_routed)) * groups.tp
     sizes = {
         "[prefill] max_batched_tokens": 0 if role == "decode" else config.prefill.max_batched_tokens,
         "[decode] max_num_seqs": 0 if role == "prefill" else config.decode.max_num_seqs,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from kvcache.layout import PAGE_TOKENS, PageLayout
 from serving.cluster.placement import UnitPlan, plan_units
-from serving.cluster.preflight import check_mode, check_served, resolve_model_dir
+from serving.cluster.preflight import check_mode, check_replicas, check_served, resolve_model_dir
 from serving.core.config import Config, UnitTable, unit_table
-from serving.core.errors import ModelFolderError, StartupError
+from serving.core.errors import ConfigError, ModelFolderError, StartupError
 from serving.model.config import ModelConfig
 from serving.model.footprint import Footprint, fits_fp8, rank_footprint
 from serving.model.published import DEEPSEEK_V3
@@ -48,7 +48,7 @@ def describe_units(config: Config) -> list[str]:
     units = plan_units(config, num_cores=1, num_gpus=0)
     num_ranks = sum(len(unit.ranks) for unit in units)
     total = f"In all {num_ranks} ranks, a GPU each, on {_counted(_num_nodes(units), 'node')}."
-    return [f"Units for {known_by}.", *_aligned(rows), total, *_not_served(config)]
+    return [f"Units for {known_by}.", *_aligned(rows), total, *_not_served(config, roles, model)]
 
 
 def _model(config: Config) -> tuple[ModelConfig, str]:
@@ -131,10 +131,13 @@ def _num_nodes(units: tuple[UnitPlan, ...]) -> int:
     return whole + math.ceil(parts)
 
 
-def _not_served(config: Config) -> list[str]:
+def _not_served(config: Config, roles: list[_Role], model: ModelConfig) -> list[str]:
     try:
         check_served(config)
-    except StartupError as error:
+        for role in roles:
+            if role.shape.chooses:
+                check_replicas(config, role.name, role.shape, model)
+    except (StartupError, ConfigError) as error:
         return [f"Not yet to be served: {error}"]
     return []
 

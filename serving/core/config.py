@@ -71,7 +71,13 @@ class UnitTable:
     shared_expert_routed: bool = _key(
         False, "the shared expert as one more routed one that every token takes, its copies among the redundant"
     )
-    microbatches: int = _key(1, "parts of a step, one computed while the other communicates", low=1, high=2)
+    microbatches: int = _key(
+        1,
+        "parts of a large step, one computed while the other communicates: on a CPU from 64 tokens of prompts or 8 rows of a dp group on, on "
+        "GPUs from 16384 tokens of prompts on",
+        low=1,
+        high=2,
+    )
     kv_sharding: bool = _key(False, "each page on one of its tp ranks; false: on every one")
 
 
@@ -102,8 +108,8 @@ class DecodeTable(UnitTable):
     )
     dispatch: str = _key(
         "auto",
-        "how tokens reach experts on other GPUs; symmetric: written into those GPUs' memory; auto: symmetric where ep ranks are on one node "
-        "and can, else nccl",
+        "how tokens reach experts on other GPUs; symmetric: written into those GPUs' memory, and so are a tp group's sums of up to 1 MiB; "
+        "auto: symmetric where ranks are on one node and can, else nccl",
         choices=("auto", "nccl", "symmetric"),
     )
     threads: int = _key(0, "CPU threads of a worker; 0: the cores shared evenly among the workers", low=0)
@@ -143,7 +149,11 @@ class KernelsTable:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineTable:
-    mode: str = _key("disaggregated", "both: prefill and decode in one worker", choices=("disaggregated", "both"))
+    mode: str = _key(
+        "disaggregated",
+        "both: prefill and decode in one worker, as large as [decode] says, with prefill.max_batched_tokens",
+        choices=("disaggregated", "both"),
+    )
     run_ahead: bool = _key(True, "launch a step before the tokens of the one before are read back")
 
 
@@ -245,8 +255,19 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def is_secret(table: str, key: str) -> bool:
     """Its value must not be shown."""
+    return bool(_metadata(table, key)["secret"])
+
+
+def help_text(table: str, key: str) -> str:
+    """What it is, and what may stand there, in one line."""
+    metadata = _metadata(table, key)
+    choices = f"; one of {', '.join(metadata['choices'])}" if metadata["choices"] else ""
+    return f"{metadata['help']}{choices}"
+
+
+def _metadata(table: str, key: str) -> Mapping[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(getattr(Config(), table))}
-    return bool(fields[key].metadata["secret"])
+    return fields[key].metadata
 
 
 def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:

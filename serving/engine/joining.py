@@ -3,7 +3,7 @@
     rendezvous -> world -> control, control-tp       of the lockstep, in host memory        bell, and on GPUs what watches the device
                         -> tp | ep | rail, node      of tensors where the model is
                         -> counts                    of the tokens of each expert, where replicas are chosen for them
-                        -> peers                     of decode's ranks on GPUs, which write each other's memory, in host memory
+                        -> peers, peers-tp           of decode's ranks on GPUs, which write each other's memory, in host memory
                         -> control-ep, weights       of experts that change their places, in host memory and where the model is
 
 Tensors of GPUs go over NCCL; each rank has its own, which is the process's current device. In host memory the ranks of one node exchange
@@ -39,6 +39,7 @@ from serving.parallel.dispatch import DirectDispatch, Dispatch, FixedDispatch, H
 from serving.parallel.distributed import TorchCollectives
 from serving.parallel.groups import Groups
 from serving.parallel.peer_memory import PeersUnreachable
+from serving.parallel.peer_shares import open_peer_shares
 from serving.parallel.placement import Floats, Placement
 from serving.parallel.redundancy import hosted_placement
 from serving.parallel.rendezvous import name_of, open_store
@@ -65,7 +66,7 @@ GroupOf = Callable[[str, Sequence[int]], Collectives]
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """What a rank has joined. No lockstep: it computes alone. `ep`, `ep_data`: its EP group, for what concerns experts between steps, in host
-    memory and, on a GPU, there; None: in host memory too."""
+    memory and, on a GPU whose experts change their places, there."""
 
     parallel: Parallel = SINGLE
     lockstep: Lockstep | None = None
@@ -127,8 +128,17 @@ def join(
         elif spec.role != "prefill" and writes_peers(spec.config.decode, groups):
             peers = control_of("peers", ep_ranks)
             parallel = through_peer_memory(parallel, spec.config, config, shape, device, peers, lockstep.watch)
+    if (
+        lockstep.watch is not None
+        and groups.tp > 1
+        and spec.role != "prefill"
+        and spec.config.decode.dispatch != "nccl"
+    ):
+        peers = control_of("peers-tp", groups.tp_group(spec.rank))
+        parallel = shares_through_peer_memory(parallel, spec.config, device, peers, lockstep.watch)
     ep = control_of("control-ep", ep_ranks) if groups.ep > 1 else None
-    ep_data = group_of("weights", ep_ranks) if groups.ep > 1 and on_gpu else None
+    moves = groups.ep > 1 and on_gpu and spec.config.balance.period_s > 0
+    ep_data = group_of("weights", ep_ranks) if moves else None
     return Place(parallel=parallel, lockstep=lockstep, shape=shape, ep=ep, ep_data=ep_data)
 
 
@@ -177,15 +187,33 @@ def through_peer_memory(
             raise
         _log.info("decode dispatches over NCCL: %s", error)
         return parallel
+    _ends_with(watch, symmetric.abort, symmetric.close)
+    return replace(parallel, fixed=symmetric.dispatch)
 
+
+def shares_through_peer_memory(
+    parallel: Parallel, config: Config, device: torch.device, peers: Collectives, watch: DeviceWatch
+) -> Parallel:
+    """The same of the small collectives of the TP group, captured or not. `peers`: that group, in host memory."""
+    try:
+        shares = open_peer_shares(parallel.tp, peers, device, deadline_s=START_DEADLINE_S)
+    except PeersUnreachable as error:
+        if config.decode.dispatch == "symmetric":
+            raise
+        _log.info("a TP group sums over NCCL: %s", error)
+        return parallel
+    _ends_with(watch, shares.abort, shares.close_memory)
+    return replace(parallel, tp=shares)
+
+
+def _ends_with(watch: DeviceWatch, abort: Callable[[], None], close: Callable[[], None]) -> None:
     def release() -> None:
         # Memory that a rank which is gone might still write is left to the end of the process.
         with suppress(RanksMissing):
-            symmetric.close()
+            close()
 
-    watch.also_aborts(symmetric.abort)
+    watch.also_aborts(abort)
     watch.also_releases(release)
-    return replace(parallel, fixed=symmetric.dispatch)
 
 
 def _element_bytes(config: Config) -> int:

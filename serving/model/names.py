@@ -58,20 +58,21 @@ def name_table(model: DeepseekV3) -> dict[str, Target]:
     return {name: target for _, targets in name_tables(model) for name, target in targets.items()}
 
 
-def name_tables(model: DeepseekV3) -> Iterator[Part]:
-    """`name_table` in parts: once a part's tensors are loaded, what stands before them is to be called.
+def name_tables(model: DeepseekV3, *, kept: bool = False) -> Iterator[Part]:
+    """`name_table` in parts: once a part's tensors are loaded, what stands before them is to be called. `kept`: without experts that are
+    on other ranks alone.
 
     It packs the part into its final layout, after which its targets no longer point at the model's memory.
     """
     yield None, {"model.embed_tokens.weight": _vocabulary(model, model.embed)}
     for layer, block in enumerate(model.blocks):
-        yield from _block(f"model.layers.{layer}.", block)
+        yield from _block(f"model.layers.{layer}.", block, kept)
     yield None, {"model.norm.weight": Target(into=model.norm)}
     yield model.head.pack, {"lm_head.weight": _vocabulary(model, model.head.weight)}
     if model.mtp is not None:
         prefix = f"model.layers.{model.config.num_layers}."
         yield model.mtp.pack, dict(_mtp(prefix, model.mtp))
-        yield from _block(prefix, model.mtp.block)
+        yield from _block(prefix, model.mtp.block, kept)
         yield None, dict(_repeated(prefix, model))
 
 
@@ -97,7 +98,7 @@ def _vocabulary(model: DeepseekV3, weight: Tensor) -> Target:
     return Target(into=weight[: min(rows, vocab_size - start)], whole=(vocab_size, hidden), at=(start, 0))
 
 
-def _block(prefix: str, block: Block) -> Iterator[Part]:
+def _block(prefix: str, block: Block, kept: bool) -> Iterator[Part]:
     norms = {
         prefix + "input_layernorm.weight": Target(into=block.attention_norm),
         prefix + "post_attention_layernorm.weight": Target(into=block.mlp_norm),
@@ -105,7 +106,7 @@ def _block(prefix: str, block: Block) -> Iterator[Part]:
     yield None, norms
     yield block.attention.pack, dict(_attention(prefix + "self_attn.", block.attention))
     if isinstance(block.mlp, Moe):
-        yield from _moe(prefix + "mlp.", block.mlp)
+        yield from _moe(prefix + "mlp.", block.mlp, kept)
     else:
         yield block.mlp.pack, dict(_mlp(prefix + "mlp.", block.mlp.gate_up, block.mlp.down))
 
@@ -127,28 +128,38 @@ def _attention(prefix: str, attention: Attention) -> Iterator[tuple[str, Target]
     yield prefix + "o_proj.weight", replace(out, whole=(hidden, tp * columns), at=(0, rank * columns))
 
 
-def _moe(prefix: str, moe: Moe) -> Iterator[Part]:
+def _moe(prefix: str, moe: Moe, kept: bool) -> Iterator[Part]:
     gate = {
         prefix + "gate.weight": Target(into=moe.gate),
         prefix + "gate.e_score_correction_bias": Target(into=moe.gate_bias),
     }
     yield moe.pack_gate, gate
-    for expert in range(moe.config.num_routed_experts):
-        yield _expert(f"{prefix}experts.{expert}.", moe, expert)
+    num_routed = moe.config.num_routed_experts
+    prefixes = {expert: f"{prefix}experts.{expert}." for expert in range(num_routed)}
     if moe.shared is None:
-        yield _expert(prefix + "shared_experts.", moe, moe.config.num_routed_experts)
-    else:
+        prefixes[num_routed] = prefix + "shared_experts."
+    here = set(moe.experts_here)
+    elsewhere = _elsewhere(moe)
+    for expert, of_expert in prefixes.items():
+        if expert in here:
+            yield _expert(of_expert, moe, moe.slots_of(expert))
+        elif not kept:
+            yield None, {of_expert + name: target for name, target in elsewhere.items()}
+    if moe.shared is not None:
         yield moe.shared.pack, dict(_mlp(prefix + "shared_experts.", moe.shared.gate_up, moe.shared.down))
 
 
-def _expert(prefix: str, moe: Moe, expert: int) -> Part:
-    """A logical expert, into the first of its slots here; of one that others hold, nothing."""
-    if slots := moe.slots_of(expert):
-        return partial(moe.pack_expert, *slots), dict(_mlp(prefix, *moe.expert(slots[0])))
+def _expert(prefix: str, moe: Moe, slots: list[int]) -> Part:
+    """A logical expert, into the first of its slots here."""
+    return partial(moe.pack_expert, *slots), dict(_mlp(prefix, *moe.expert(slots[0])))
+
+
+def _elsewhere(moe: Moe) -> dict[str, Target]:
+    """Of an expert that others hold: nothing."""
     hidden, inner = moe.config.hidden_size, moe.config.moe_intermediate_size
     shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    return None, {
-        f"{prefix}{name}.weight": Target(into=moe.gate_bias.new_empty(0, shape[1]), whole=shape, quantised=True)
+    return {
+        f"{name}.weight": Target(into=moe.gate_bias.new_empty(0, shape[1]), whole=shape, quantised=True)
         for name, shape in shapes.items()
     }
 

@@ -85,7 +85,7 @@ def shape_of(table: UnitTable, model: ModelConfig) -> UnitShape:
     if table.hosted_slots and hosted <= active:
         raise ConfigError(
             f"{_name(table)} hosted_slots = {hosted} leaves no choice where every step uses {active} a rank "
-            f"((routed + redundant) / ep); choose {active + 1} to {num_experts}, or 0"
+            f"((routed + redundant) / ep); {_choice(active, num_experts)}"
         )
     return UnitShape(
         groups=groups,
@@ -95,6 +95,12 @@ def shape_of(table: UnitTable, model: ModelConfig) -> UnitShape:
         hosted_slots=hosted,
         shared_expert_routed=table.shared_expert_routed,
     )
+
+
+def _choice(active: int, num_experts: int) -> str:
+    if active == num_experts:
+        return "set it to 0, or raise ep, so that a rank does not hold every expert"
+    return f"choose {active + 1} to {num_experts}, or 0"
 
 
 def _name(table: UnitTable) -> str:

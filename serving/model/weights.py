@@ -55,20 +55,23 @@ def load_weights(
     *,
     kernels: KernelChoices = OURS,
     parallel: Parallel = SINGLE,
+    entries: dict[str, TensorEntry] | None = None,
     progress: Progress | None = None,
 ) -> DeepseekV3:
     """Read the folder's weights into a new model of compute dtype `dtype` on `device`, which computes with `kernels`.
 
-    Of a unit of many ranks only what this one keeps is read; the whole folder is checked all the same. Raises
-    ModelFolderError, before reading any weight, with one line that counts the faults and then a line for each group of
-    tensors that is missing, unexpected or of a wrong shape or dtype; ConfigError where the model does not divide as asked.
+    Of a unit of many ranks only what this one keeps is read; the whole folder is checked all the same. `entries`: what it holds, where
+    that has been read. Raises ModelFolderError, before reading any weight, with one line that counts the faults and then a line for
+    each group of tensors that is missing, unexpected or of a wrong shape or dtype; ConfigError where the model does not divide as asked.
     """
     with blocks_returned():
-        return _load(Path(folder), config, dtype, device, kernels, parallel, progress)
+        found = read_entries(Path(folder)) if entries is None else entries
+        return _load(Path(folder), found, config, dtype, device, kernels, parallel, progress)
 
 
 def _load(
     folder: Path,
+    entries: dict[str, TensorEntry],
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -76,7 +79,6 @@ def _load(
     parallel: Parallel,
     progress: Progress | None,
 ) -> DeepseekV3:
-    entries = read_entries(folder)
     model = _new_model(folder, config, dtype, device, kernels, parallel)
     table = name_table(model)
     _check(folder, entries, config, table)
@@ -88,7 +90,7 @@ def _load(
         progress.start(total_bytes)
     with ShardReader(entries, mapped_bytes=in_flight_bytes) as reader:
         files = _Files(entries=entries, reader=reader, config=config, piece_elements=in_flight_bytes // 8)
-        for pack, targets in name_tables(model):
+        for pack, targets in name_tables(model, kept=True):
             while targets:
                 name = next(iter(targets))
                 # The views die before the part takes its final layout: only one part exists twice.
@@ -214,6 +216,8 @@ class _Files:
 
 def _kept_bytes(entries: dict[str, TensorEntry], name: str, target: Target) -> int:
     """What the part takes of the files, its scales included."""
+    if not target.into.numel():
+        return 0
     found = [entries[each].num_bytes for each in (name, name + SCALE_SUFFIX) if each in entries]
     return sum(found) * target.into.numel() // max(math.prod(target.shape), 1)
 

@@ -144,12 +144,11 @@ class DirectDispatch:
         counts = self._counts.go(self._ep, hop.counts_WC)
         hop.load([*payloads_of(x), routing_TM])
         yield [counts]
-        sent, received = counts.numbers
-        hop.sent, hop.received = _first(sent), _first(received)
+        (hop.sent, *_), (hop.received, *picks) = counts.numbers
         (*payloads, routing_RM), handle = hop.go()
         yield [handle]
         first = self._ep.rank * self._slots_per_rank
-        return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(received))
+        return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(picks))
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
         return Returning(_return(sending.hops, y_RD), 0)
@@ -182,21 +181,20 @@ class HierarchicalDispatch:
         counts = self._counts.go(rail, torch.cat([hops[0].counts_WC[:, :1], sent_NLC.flatten(1)], dim=1))
         hops[0].load([*payloads_of(x), routing_TM])
         yield [counts]
-        sent, received = counts.numbers
-        hops[0].sent, hops[0].received = _first(sent), _first(received)
-        forwarded_NLC = torch.tensor(received)[:, 1:].view(sent_NLC.shape)
+        (hops[0].sent, *_), (hops[0].received, *by_local) = counts.numbers
+        forwarded_NLC = torch.tensor(by_local).t().reshape(sent_NLC.shape)
         counts = self._counts.go_on(node, forwarded_NLC.sum(0), routing_TM.device)
         (*payloads, routing_AM), handle = hops[0].go()
         yield [handle, counts]
-        forwarded, expected = counts.numbers
+        (forwarded, *_), (expected, *picks) = counts.numbers
         on_node_AK = slots_in(routing_AM, rail.rank * self._slots_per_node, self._slots_per_node)
         hops.append(hop_to(node, on_node_AK, self._slots_per_rank, self._counts.beside(on_node_AK.device)))
-        hops[1].sent, hops[1].received = _first(forwarded), _first(expected)
+        hops[1].sent, hops[1].received = forwarded, expected
         hops[1].load([*payloads, routing_AM])
         (*payloads, routing_RM), handle = hops[1].go()
         yield [handle]
         first = rail.rank * self._slots_per_node + node.rank * self._slots_per_rank
-        return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(expected))
+        return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(picks))
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
         return Returning(_return(sending.hops, y_RD), 1)
@@ -269,14 +267,9 @@ class CountsExchange:
         return self._stream
 
 
-def _first(counts_WC: list[list[int]]) -> list[int]:
-    """Rows for each member."""
-    return [counts_C[0] for counts_C in counts_WC]
-
-
-def _num_picks(counts_WC: list[list[int]]) -> int | None:
+def _num_picks(picks_CW: list[list[int]]) -> int | None:
     """Of the rows from all members, where they say so."""
-    return sum(counts_C[1] for counts_C in counts_WC) if len(counts_WC[0]) > 1 else None
+    return sum(picks_CW[0]) if picks_CW else None
 
 
 def _return(hops: Sequence[Hop | FixedHop], y: Tensor) -> Steps[Tensor]:

@@ -15,7 +15,7 @@ from serving.parallel.collectives import Handle
 
 
 class HostCounts:
-    """A collective's numbers on their way; a handle to wait for. `numbers`: of each tensor, to be read after the wait."""
+    """A collective's numbers on their way; a handle to wait for. `numbers`: of each tensor [W, C], to be read after the wait."""
 
     def __init__(self, handle: Handle, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> None:
         """`stream`: of CUDA tensors, one on which no products are queued; both are kept until the wait."""
@@ -42,7 +42,8 @@ class HostCounts:
 
     @property
     def numbers(self) -> list[list[list[int]]]:
-        return [tensor.tolist() for tensor in self._tensors]
+        """Of each tensor its columns: few lists, where a unit's ranks are many rows."""
+        return [tensor.t().tolist() for tensor in self._tensors]
 
 
 def stream_beside(device: torch.device) -> torch.cuda.Stream | None:

@@ -28,6 +28,8 @@ TO_ONE_HEAD = [
 ]
 FROM_ONE_HEAD = [*_sizes("prefill", 1, 4, "microbatches=2"), *_sizes("decode", 2, 2, "redundant_experts=8")]
 
+# Hosts are seldom placed anew, since replicas chosen in every step are even already; that they change is tested where a look is two steps
+# away and not 32 (test_unit_model).
 HOSTED = [
     *_sizes("prefill", 2, 2, "redundant_experts=4", "hosted_slots=5", "ranks_per_node=2"),
     *_sizes("decode", 1, 4, "redundant_experts=4", "hosted_slots=4", "microbatches=2"),

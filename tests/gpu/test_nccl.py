@@ -15,6 +15,8 @@ from tests.unit.serving.parallel.rank_processes import RankProcesses
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs"),
+    # Its ranks are started once, by one worker.
+    pytest.mark.xdist_group("nccl"),
 ]
 
 WORLD = 2

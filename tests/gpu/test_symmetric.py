@@ -185,9 +185,12 @@ def test_a_rank_of_320_rehearses_alone() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("see_all", [True, False])
 def test_two_gpus_come_to_what_nccl_brings(see_all: bool) -> None:
+    """Rows to experts and back, and a TP group's shares gathered and summed."""
     cases = [
         Case(rows=rows, slots_per_rank=128, top_k=8, width=7168, fp8=fp8) for rows in (8, 33) for fp8 in (True, False)
     ]
-    for point in measure(cases, 2, rounds=2, see_all=see_all):
+    points = measure(cases, 2, rounds=2, see_all=see_all, shares=[8 << 10, 1 << 20])
+    assert len(points) == len(cases) + 4
+    for point in points:
         assert point["equal"]
         assert 0 < point["symmetric_us"] < 10_000

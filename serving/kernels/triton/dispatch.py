@@ -25,7 +25,7 @@ _WORDS = 1024
 _RESULT_WORDS = 2048
 """The same, at once, of a result."""
 _ROUTED_ROWS = 32
-_LOOK = 256
+LOOK = 256
 _COLUMNS = 1024
 _MOST_ROWS = 32
 """That a program looks at for those in use."""
@@ -33,7 +33,7 @@ _PROGRAMS_A_PROCESSOR = 8
 
 
 @triton.jit
-def _end(bases_ptr, places_ptr, state_ptr, step, flags, world_size, RANKS: tl.constexpr, DEVICE: tl.constexpr):
+def end(bases_ptr, places_ptr, state_ptr, step, flags, world_size, RANKS: tl.constexpr, DEVICE: tl.constexpr):
     """Of every program, after its writes: the last one to come raises `step` in this rank's flag of each."""
     rank = tl.arange(0, RANKS)
     known = rank < world_size
@@ -155,26 +155,24 @@ def send_kernel(
             weight_C = tl.sum(tl.where(mine_CK, weight_CK, 0.0), axis=1)
             tl.store(slots_there + at_C + column, slot_C, mask=row_C < capacity)
             tl.store(weights_there + at_C + column, weight_C, mask=row_C < capacity)
-    _end(bases_ptr, places_ptr, state_ptr, step, sent_at, world_size, RANKS, DEVICE)
+    end(bases_ptr, places_ptr, state_ptr, step, sent_at, world_size, RANKS, DEVICE)
 
 
-@triton.jit(do_not_specialize=["world_size", "limit"])
-def wait_kernel(
+@triton.jit
+def await_flags(
     flags_ptr,
     state_ptr,
     given_up_ptr,
-    world_size,
+    first,
+    last,
     limit,
     RANKS: tl.constexpr,
     LOOK: tl.constexpr,
     DEVICE: tl.constexpr,
-    PDL: tl.constexpr = False,
 ):
-    """`limit` is in ns; without a DEVICE there is no clock, and it is in rounds. Every LOOK of those it sees whether the host gave up."""
-    if PDL:
-        gdc_wait()
-    rank = tl.arange(0, RANKS)
-    known = rank < world_size
+    """Until the flags from `first` to before `last` show this exchange, which is returned; or somebody gave up."""
+    rank = first + tl.arange(0, RANKS)
+    known = rank < last
     nothing = tl.zeros([RANKS], tl.int64)
     step = tl.load(state_ptr)
     given_up = tl.load(state_ptr + 2)
@@ -197,6 +195,25 @@ def wait_kernel(
             tl.store(state_ptr + 2, step)
             tl.store(given_up_ptr + 1 + rank, (seen < step).to(tl.int64), mask=known)
             tl.store(given_up_ptr, step)
+    return step
+
+
+@triton.jit(do_not_specialize=["world_size", "limit"])
+def wait_kernel(
+    flags_ptr,
+    state_ptr,
+    given_up_ptr,
+    world_size,
+    limit,
+    RANKS: tl.constexpr,
+    LOOK: tl.constexpr,
+    DEVICE: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    """`limit` is in ns; without a DEVICE there is no clock, and it is in rounds. Every LOOK of those it sees whether the host gave up."""
+    if PDL:
+        gdc_wait()
+    await_flags(flags_ptr, state_ptr, given_up_ptr, 0, world_size, limit, RANKS, LOOK, DEVICE)
     if PDL:
         gdc_launch_dependents()
 
@@ -241,7 +258,7 @@ def give_back_kernel(
             word = first + tl.arange(0, WORDS)
             words = tl.load(y_ptr + row.to(tl.int64) * y_stride + word, mask=word < row_words, other=0)
             tl.store(there + at * row_words + word, words, mask=word < row_words)
-    _end(bases_ptr, places_ptr, state_ptr, step, returned_at, world_size, RANKS, DEVICE)
+    end(bases_ptr, places_ptr, state_ptr, step, returned_at, world_size, RANKS, DEVICE)
 
 
 @triton.jit(do_not_specialize=["capacity", "world_size"])
@@ -332,7 +349,7 @@ def send(
         SPLIT=split,
         BLOCKS=1 if scales is None else triton.next_power_of_2(scales.shape[1]),
         ROUTED=routed,
-        RANKS=_lanes(window.world_size, 4),
+        RANKS=lanes(window.world_size, 4),
         DEVICE=window.own.is_cuda,
         num_warps=4,
         **overlap(slots_TK.device),
@@ -347,8 +364,8 @@ def wait(window: Window, flags: int, *, limit_ns: int) -> None:
         window.given_up,
         window.world_size,
         limit_ns,
-        RANKS=_lanes(window.world_size, num_warps),
-        LOOK=_LOOK,
+        RANKS=lanes(window.world_size, num_warps),
+        LOOK=LOOK,
         DEVICE=window.own.is_cuda,
         num_warps=num_warps,
         **overlap(window.own.device),
@@ -379,7 +396,7 @@ def give_back(window: Window, layout: Layout, y_RD: Tensor, *, capacity: int) ->
         COLUMNS=layout.columns,
         ROWS=rows,
         WORDS=min(_RESULT_WORDS, triton.next_power_of_2(words.shape[1])),
-        RANKS=_lanes(window.world_size, 4),
+        RANKS=lanes(window.world_size, 4),
         DEVICE=window.own.is_cuda,
         num_warps=4,
         **overlap(y_RD.device),
@@ -418,7 +435,7 @@ def add_up(
     return out
 
 
-def _lanes(world_size: int, num_warps: int) -> int:
+def lanes(world_size: int, num_warps: int) -> int:
     """A thread a rank at least, so that no two threads do the same atomic."""
     lanes: int = max(32 * num_warps, triton.next_power_of_2(world_size))
     return lanes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -160,6 +161,7 @@ def test_check_config_prints_what_is_in_force_and_reads_it_again(tmp_path: Path)
     done = baton("check-config", str(path))
     assert done.returncode == 0
     assert "port = 81" in done.stdout
+    assert re.search(r"^tp = 1 +# ranks that share a batch", done.stdout, re.MULTILINE)
     again = tmp_path / "again.toml"
     again.write_text(done.stdout)
     assert baton("check-config", str(again)).stdout == done.stdout

@@ -24,12 +24,13 @@ def test_a_unit_stands_beside_one_rank(tmp_path: Path) -> None:
         free_sms=(8,),
     )
     told: list[str] = []
-    ways = ways_of([128], [1, 2], [0, 8])
+    ways = ways_of([128], [1, 2], [0, 8], local=True)
     report = measure(
         setup,
         ways,
         decodes_of(["nccl"], [1]),
         repeats=1,
+        profiles=2,
         scratch=tmp_path,
         trace=tmp_path / "trace.json",
         told=told.append,
@@ -50,6 +51,7 @@ def test_a_unit_stands_beside_one_rank(tmp_path: Path) -> None:
         assert figure["tokens_per_s"] == pytest.approx(8 * 48 / figure["seconds"])
     assert [figure["way"]["micro_batches"] for figure in report["hidden"]] == 2 * [1, 2, 2]
     assert all(figure["saved"] is not None for figure in report["hidden"][1:])
+    assert [len(figure["profiles"]) for figure in report["hidden"]] == [2] * 6
     alone, both = report["decode"]
     assert (alone["ratio"], both["ratio"]) == (1.0, pytest.approx(both["tpot_s"] / alone["tpot_s"]))
     assert len(table(report).splitlines()) == 13 + 6 + 2
@@ -80,9 +82,10 @@ def test_the_slowest_rank_is_what_a_run_takes() -> None:
 
 
 def test_every_way_that_sends_stands_beside_one_that_copies() -> None:
-    ways = ways_of([8192], [1, 2], [0, 16])
+    ways = ways_of([8192], [1, 2], [0, 16], local=True)
     assert [way.unit for way in ways] == [False, *[True] * 12]
     assert [(way.micro_batches, way.free_sms, way.local) for way in ways[1:7]] == [
         (1, 0, False), (1, 0, True), (2, 0, False), (2, 0, True), (2, 16, False), (2, 16, True),
     ]  # fmt: skip
+    assert ways_of([8192], [1, 2], [0, 16], local=False) == [way for way in ways if not way.local]
     assert Way(step_tokens=64, micro_batches=2, free_sms=8).name.endswith("2 micro-batches, 8 SMs kept free")

@@ -14,7 +14,7 @@ from serving.bench.kernel_spans import (
     common,
     kernel_spans,
     length,
-    overlap,
+    overlaps,
     saved_share,
     together,
     trace_events,
@@ -29,15 +29,33 @@ def span(name: str, begin_us: float, end_us: float) -> KernelSpan:
 def test_communication_is_hidden_where_another_kernel_runs() -> None:
     sent = [span("ncclDevKernel_SendRecv(x)", 10, 30), span("ncclDevKernel_SendRecv(x)", 25, 40)]
     computed = [span("product_kernel", 0, 15), span("attend_kernel", 12, 20), span("combine_kernel", 35, 60)]
-    found = overlap([*sent, *computed])
+    [found] = overlaps([[*sent, *computed]])
     # In flight from 10 to 40, computed until 20 and from 35 on.
     assert [found.in_flight_s, found.exposed_s] == pytest.approx([30e-6, 15e-6])
     assert found.hidden == pytest.approx(0.5)
     # What nobody computes beside is exposed, and nothing sent is nothing hidden.
-    assert overlap(sent).hidden == 0.0
-    assert overlap(computed) == Overlap(in_flight_s=0.0, exposed_s=0.0)
-    assert overlap(computed).hidden == 0.0
-    assert together([found, overlap(sent)]).hidden == pytest.approx(15 / 60)
+    [exposed] = overlaps([sent])
+    assert exposed.hidden == 0.0
+    [nothing] = overlaps([computed])
+    assert nothing == Overlap(in_flight_s=0.0, exposed_s=0.0, moving_s=0.0, moving_exposed_s=0.0)
+    assert nothing.hidden == nothing.hidden_moving == 0.0
+    assert together([found, exposed]).hidden == pytest.approx(15 / 60)
+
+
+def test_rows_move_when_the_last_rank_has_come() -> None:
+    name = "ncclDevKernel_SendRecv(x)"
+    # Of the first collective rank 0 waits 20 us for rank 1 with nothing to compute, of the second rank 1 waits 5, computing. Clocks differ.
+    early = [span("product_kernel", 0, 10), span(name, 10, 40), span("product_kernel", 35, 60), span(name, 50, 55)]
+    late = [span("product_kernel", 990, 1020), span(name, 1010, 1020), span(name, 1030, 1040)]
+    one, other = overlaps([early, late])
+    assert [one.in_flight_s, one.exposed_s] == pytest.approx([35e-6, 25e-6])
+    assert [one.moving_s, one.moving_exposed_s] == pytest.approx([15e-6, 5e-6])
+    assert [other.in_flight_s, other.exposed_s] == pytest.approx([20e-6, 10e-6])
+    assert [other.moving_s, other.moving_exposed_s] == pytest.approx([15e-6, 5e-6])
+    assert [one.hidden_moving, other.hidden_moving] == pytest.approx([2 / 3, 2 / 3])
+    assert together([one, other]).hidden == pytest.approx(20 / 55)
+    with pytest.raises(ValueError, match="shorter"):
+        overlaps([early, late[:2]])
 
 
 def test_unions_and_what_they_share_are_those_of_points() -> None:
@@ -72,7 +90,7 @@ def test_the_profiler_s_kernels_are_a_trace() -> None:
     events = [event("ncclDevKernel", "CUDA", 130, 150), event("aten::mm", "CPU", 0, 1), event("mm", "CUDA", 100, 140)]
     spans = kernel_spans(SimpleNamespace(events=lambda: events))
     assert [each.name for each in spans] == ["mm", "ncclDevKernel"]
-    assert overlap(spans).hidden == pytest.approx(0.5)
+    assert overlaps([spans])[0].hidden == pytest.approx(0.5)
     *threads, mm, nccl = trace_events(spans, 1)
     assert {thread["args"]["name"] for thread in threads} == {"computes", "communicates"}
     assert (mm["ts"], mm["dur"], mm["tid"]) == (0.0, 40.0, 0)

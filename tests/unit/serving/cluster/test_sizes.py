@@ -72,6 +72,13 @@ def test_what_is_not_served_yet_is_said_and_what_is_served_is_not():
     assert "Not" not in described("node.toml")
 
 
+def test_hosts_that_gpus_cannot_choose_among_are_said_not_to_be_served():
+    hosting = "prefill.hosted_slots=16"
+    assert "Not" not in described("paper-32-320.toml", hosting)
+    assert "up to 32 ranks" in described("paper-32-320.toml", "decode.hosted_slots=2")["Not"][0]
+    assert "at most 262140" in described("paper-32-320.toml", hosting, "prefill.max_batched_tokens=999999")["Not"][0]
+
+
 def test_mode_both_has_one_column():
     assert described(None, "engine.mode=both", "decode.dp=2")["ranks a unit"] == ["2 = tp 1 x dp 2"]
 

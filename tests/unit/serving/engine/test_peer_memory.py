@@ -1,4 +1,4 @@
-"""Whether a decode unit's captured steps go through peer memory: what the configuration says, and what its GPUs can."""
+"""Whether a decode unit's captured steps, and the sums of its TP groups, go through peer memory: what the configuration says, and what its GPUs can."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 
 from serving.core.config import load_config
 from serving.engine import joining
-from serving.engine.joining import through_peer_memory, writes_peers
+from serving.engine.joining import shares_through_peer_memory, through_peer_memory, writes_peers
 from serving.model.parallel import Parallel
 from serving.model.published import DEEPSEEK_V3
 from serving.model.units import groups_of, shape_of
 from serving.parallel.collectives import RanksMissing, SingleRank
 from serving.parallel.peer_memory import PeersUnreachable
-from serving.parallel.symmetric import Exchanged, Symmetric
+from serving.parallel.peer_shares import PeerShares, layout_of
+from serving.parallel.symmetric import Exchanged, Symmetric, new_window
 from tests.unit.serving.parallel.symmetric_ranks import symmetric_ranks
 
 CPU = torch.device("cpu")
@@ -84,6 +85,46 @@ def test_nccl_carries_what_gpus_cannot_unless_they_were_named(monkeypatch: pytes
     assert not watch.releases
     with pytest.raises(PeersUnreachable, match="rank 1"):
         joined(monkeypatch, opens, "dispatch=symmetric")
+
+
+def shared(monkeypatch: pytest.MonkeyPatch, opens: Callable[..., PeerShares], *keys: str) -> tuple[Parallel, Watch]:
+    monkeypatch.setattr(joining, "open_peer_shares", opens)
+    config = load_config(overrides=[f"decode.{key}" for key in keys])
+    watch: Any = Watch()
+    return shares_through_peer_memory(Parallel(), config, CPU, SingleRank(), watch), watch
+
+
+def test_a_tp_group_sums_through_peer_memory_and_ends_with_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    def opens(group: SingleRank, control: SingleRank, device: torch.device, *, deadline_s: float) -> PeerShares:
+        own = torch.zeros(layout_of(1).num_bytes, dtype=torch.uint8, device=device)
+        window = new_window(own, [own.data_ptr()], [0], members=[own])
+        return PeerShares(group, window, deadline_s=deadline_s, close_memory=lambda: closed.append(True))
+
+    parallel, watch = shared(monkeypatch, opens)
+    out = torch.zeros(2, 8)
+    parallel.tp.reduce_scatter(out, torch.ones(2, 8)).wait()
+    assert (out == 1).all()
+    assert isinstance(parallel.tp, PeerShares)
+    assert int(parallel.tp.window.state[0]) == 1
+    (release,), (abort,) = watch.releases, watch.aborts
+    release()
+    assert closed
+    assert not parallel.tp.window.given_up[0]
+    abort()
+    assert parallel.tp.window.given_up[0]
+
+
+def test_a_tp_group_sums_over_nccl_where_gpus_cannot_unless_they_were_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opens(*_: object, **__: object) -> PeerShares:
+        raise PeersUnreachable("rank 1 cannot reach the memory of the other GPUs")
+
+    parallel, watch = shared(monkeypatch, opens)
+    assert parallel.tp == SingleRank()
+    assert not watch.aborts
+    with pytest.raises(PeersUnreachable, match="rank 1"):
+        shared(monkeypatch, opens, "dispatch=symmetric")
 
 
 @pytest.mark.parametrize(

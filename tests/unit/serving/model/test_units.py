@@ -63,6 +63,7 @@ def test_ep_is_the_whole_unit_unless_it_is_given():
             ["dp=8", "hosted_slots=32"],
             "hosted_slots = 32 leaves no choice .* uses 32 a rank .*; choose 33 to 256, or 0",
         ),
+        (["hosted_slots=256"], "hosted_slots = 256 leaves no choice .* uses 256 a rank .*; set it to 0, or raise ep"),
         (["dp=8", "hosted_slots=257"], "hosted_slots = 257 gives a rank 257 slots .* choose hosted_slots up to 256"),
         (["kv_sharding=true"], "set tp above 1, or kv_sharding to false"),
         (
