@@ -17,7 +17,7 @@ class WorkerSpec:
 
     `unit` and `rank` say which rank of which unit this is; the unit's sizes are those of its table in `config` (`serving.model.units.groups_of`
     makes the groups of them). `rendezvous`: where the ranks of a unit of several find each other, new in every life of it
-    (`serving.parallel.rendezvous`): the path of a file that is not there yet, in a folder of the server's own, or, of a unit on several nodes, an
+    (`serving.parallel.rendezvous`): the path of a file that is not there yet, in a folder of the server's own, or, of a server of several nodes, an
     address. `listener`: of the rank that holds it, the file descriptor of the socket that listens there; -1: another does.
     """
 
