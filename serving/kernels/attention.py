@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.mla import attend, attend_reference
+from serving.kernels.quant import QuantisedRows, quantise_rows_fp8
 
 
 def attend_varlen(
@@ -41,6 +42,26 @@ def attend_varlen(
 
         return device.attend_varlen(q_THQ, k_SHN, k_rope_SR, v_SHV, cu_q, cu_k, scale=scale, causal=causal)
     return _attend_each(attend, q_THQ, k_SHN, k_rope_SR, v_SHV, cu_q, cu_k, scale=scale, causal=causal)
+
+
+def attend_varlen_quantised(
+    q_THQ: Tensor,
+    k_SHN: Tensor,
+    k_rope_SR: Tensor,
+    v_SHV: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+) -> QuantisedRows:
+    """Out of `attend_varlen`, rounded to its dtype and then quantised, heads side by side: rows [T, H V]."""
+    if q_THQ.is_cuda and _has_hopper_kernel(q_THQ, k_SHN, k_rope_SR, v_SHV):
+        from serving.kernels.gluon import attention as hopper
+
+        return hopper.attend_varlen_quantised(q_THQ, k_SHN, k_rope_SR, v_SHV, cu_q, cu_k, scale=scale, causal=causal)
+    out_THV, _ = attend_varlen(q_THQ, k_SHN, k_rope_SR, v_SHV, cu_q, cu_k, scale=scale, causal=causal)
+    return quantise_rows_fp8(out_THV.flatten(1))
 
 
 def attend_varlen_reference(

@@ -73,22 +73,25 @@ def spread_reference(x_TX: Tensor, copies: Copies, num_copies: int) -> Tensor:
     return out_NX
 
 
-def total(y_ND: Tensor, copies: Copies) -> Tensor:
-    """[T, D] in the dtype of y: of each row its copies, added in the members' order in fp32 (fp64 of fp64); without any, zeros."""
+def total(y_ND: Tensor, copies: Copies, added_TD: Tensor | None = None) -> Tensor:
+    """[T, D] in the dtype of y: of each row its copies, added in the members' order in fp32 (fp64 of fp64), and `added_TD` at the end;
+    rounded once."""
     if y_ND.is_cuda:
         from serving.kernels.triton import dispatch_rows as device
 
-        return device.total(y_ND, copies)
-    return total_reference(y_ND, copies)
+        return device.total(y_ND, copies, added_TD)
+    return total_reference(y_ND, copies, added_TD)
 
 
-def total_reference(y_ND: Tensor, copies: Copies) -> Tensor:
+def total_reference(y_ND: Tensor, copies: Copies, added_TD: Tensor | None = None) -> Tensor:
     """As `total`."""
     wide = torch.promote_types(y_ND.dtype, torch.float32)
     total_TD = torch.zeros(len(copies.places_TP), y_ND.shape[1], dtype=wide, device=y_ND.device)
     for places_T in copies.places_TP.t():
         has_copy_T = places_T >= 0
         total_TD[has_copy_T] += y_ND[places_T[has_copy_T].long()].to(wide)
+    if added_TD is not None:
+        total_TD += added_TD.to(wide)
     return total_TD.to(y_ND.dtype)
 
 

@@ -48,12 +48,13 @@ def grouped_mlp(
     assert fill or (partial and shared is None), "every token has a result"
     if weights_TK.is_cuda:
         from serving.kernels.triton import experts
+        from serving.kernels.triton.placing import Partial
 
         assert not isinstance(gate_up_EID, list)
         assert not isinstance(down_EDI, list)
         return experts.grouped_mlp(
             x_TD, gate_up_EID, down_EDI, experts_TK, weights_TK, shared,
-            partial=experts.Partial(num_used=num_used, max_used=max_used) if partial else None, fill=fill,
+            partial=Partial(num_used=num_used, max_used=max_used) if partial else None, fill=fill,
         )  # fmt: skip
     if isinstance(gate_up_EID, Fp8Weight):
         assert isinstance(down_EDI, Fp8Weight)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels import mla
-from serving.kernels.attention import attend_varlen, has_kernel, merge_into
+from serving.kernels.attention import attend_varlen, attend_varlen_quantised, has_kernel, merge_into
 from serving.kernels.gemm import linear, linear_by_head, per_head
 from serving.kernels.kv_store import norm_rope_store
 from serving.kernels.norm_rope import (
@@ -146,7 +146,11 @@ class Attention:
         q_THQ, latent_TW = self._query_and_latent(x_TD, rope_T, slots_T, kv_pool, keep=True)
         assert latent_TW is not None
         scale, starts = self.config.softmax_scale, batch.starts
-        out_THV, lse_TH = attend_varlen(q_THQ, *self._expand(latent_TW), starts, starts, scale=scale, causal=True)
+        own_keys = self._expand(latent_TW)
+        if isinstance(self.out, Fp8Weight) and not any(seq.context_len for seq in batch.seqs):
+            rows = attend_varlen_quantised(q_THQ, *own_keys, starts, starts, scale=scale, causal=True)
+            return scatter_sum(self.tp, linear(rows, self.out))
+        out_THV, lse_TH = attend_varlen(q_THQ, *own_keys, starts, starts, scale=scale, causal=True)
         for index, seq in enumerate(batch.seqs):
             own = slice(seq.offset, seq.offset + seq.num_tokens)
             for start in range(0, seq.context_len, self._prefix_piece):

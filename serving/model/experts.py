@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,18 +145,20 @@ class Moe:
             shared = self.shared.gate_up, self.shared.down
             return grouped_mlp(x, self.gate_up, self.down, *self.choose(x_TD), shared)
         sending = self.routing.send(self.layer, x, *self.choose(x_TD), nobody_T)
-        # While counts travel, where rows have to wait for them; they go before the pass gives way.
+        # While counts travel, where rows have to wait for them; they go before the pass gives way, or where the host then queues all
+        # the rest when it has queued another's work too, lest the device wait for the host.
         shared_TD = None if self.shared is None else self.shared.forward(x)
+        late = sending.num_more > 0 and sending.queues_rest
         if sending.num_more:
-            yield Sent(name="counts", wait=sending.advance, gives_way=False)
-        arrived: Arrived[Tensor | QuantisedRows] = yield Sent(name="dispatch", wait=sending.wait)
+            yield Sent(name="counts", wait=sending.advance, gives_way=late)
+        arrived: Arrived[Tensor | QuantisedRows] = yield Sent(name="dispatch", wait=sending.wait, gives_way=not late)
         y_RD = self.compute(arrived)
         returning = self.routing.give_back(sending, y_RD)
         # A hop inside the node comes first: it is waited for, so that the one between nodes travels meanwhile.
         if returning.num_more:
             yield Sent(name="combine in the node", wait=returning.advance, gives_way=False)
-        routed_TD: Tensor = yield Sent(name="combine", wait=returning.wait)
-        return routed_TD if shared_TD is None else routed_TD.add_(shared_TD)
+        sum_TD: Tensor = yield Sent(name="combine", wait=partial(returning.wait, shared_TD))
+        return sum_TD
 
     def compute(self, arrived: Arrived[Tensor | QuantisedRows]) -> Tensor:
         """What the experts here make of the rows that came, [R, D]."""

@@ -29,6 +29,8 @@ Rows = Tensor | QuantisedRows
 class CountedSending:
     """A `Sending` whose rows go when the counts of all ranks have come: `advance` waits for them and issues the first rows."""
 
+    queues_rest = False
+
     def __init__(self, counting: Counting, send: Callable[[Tensor], Sending[Rows]]) -> None:
         self.num_more = 1
         self._counting = counting

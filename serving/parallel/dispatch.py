@@ -9,6 +9,7 @@ collectives whatever their tokens. Which experts are where is not known here: sl
     DirectDispatch        counts, rows | rows back                       each row to the ranks of its experts
                           rows | rows back                               where rows bring their number along (`Exchanges`)
     HierarchicalDispatch  counts, rail, node | node back, rail back      to their nodes, there to their ranks
+                          counts, rail and node | the same               on a GPU: the host learns both hops' counts at one time
     FixedDispatch         rows | rows back                               as many rows to every rank, nothing counted
     SymmetricDispatch     the same, through peer memory, and only what is wanted moves (`symmetric`)
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from serving.kernels.dispatch_rows import routing_here
 from serving.parallel.collectives import Collectives, Exchanges, Handle
 from serving.parallel.hops import (
+    DeviceHop,
     FixedHop,
     Hop,
     X,
@@ -93,15 +95,32 @@ class Arrived(Generic[X]):
 
 
 class Sending(InFlight[Arrived[X]]):
-    """`hops`: the ways that its rows took."""
+    """`hops`: the ways that its rows took. `queues_rest`: what `advance` waits for comes whatever else is queued, and behind it the host has
+    nothing to wait for, so that it may queue other work before and none between."""
 
-    def __init__(self, hops: Sequence[Hop | FixedHop], steps: Steps[Arrived[X]], num_more: int) -> None:
+    def __init__(
+        self, hops: Sequence[Hop | FixedHop], steps: Steps[Arrived[X]], num_more: int, *, queues_rest: bool = False
+    ) -> None:
         super().__init__(steps, num_more)
         self.hops = hops
+        self.queues_rest = queues_rest
 
 
-Returning = InFlight[Tensor]
-"""Of the sums [T, D]."""
+class Returning(InFlight[Tensor]):
+    """Of the sums [T, D]. `last`: the hop that makes them, if it can add something to them on the way."""
+
+    def __init__(self, steps: Steps[Tensor], num_more: int, last: DeviceHop | None = None) -> None:
+        super().__init__(steps, num_more)
+        self._last = last
+
+    def wait(self, added_TD: Tensor | None = None) -> Tensor:
+        """The sums and, at the first wait, what is `added_TD` to them: on a GPU before they are rounded. Raises RanksMissing."""
+        if added_TD is None or self._results:
+            return super().wait()
+        if self._last is None:
+            return super().wait().add_(added_TD)
+        self._last.added_TD = added_TD
+        return super().wait()
 
 
 class Dispatch(Protocol):
@@ -151,7 +170,7 @@ class DirectDispatch:
         return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(picks))
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
-        return Returning(_return(sending.hops, y_RD), 0)
+        return _returning(sending.hops, y_RD)
 
 
 class HierarchicalDispatch:
@@ -171,9 +190,14 @@ class HierarchicalDispatch:
 
     def send(self, x: X, slots_TK: Tensor, weights_TK: Tensor) -> Sending[X]:
         num_nodes, num_locals = self._rail.world_size, self._node.world_size
-        hops = [hop_to(self._rail, slots_TK, self._slots_per_node, self._counts.beside(slots_TK.device))]
+        beside = self._counts.beside(slots_TK.device)
+        hops = [hop_to(self._rail, slots_TK, self._slots_per_node, beside)]
         counts_NLC = counts_for(slots_TK, self._slots_per_rank, num_nodes * num_locals).unflatten(0, (num_nodes, -1))
-        return Sending(hops, self._send(hops, counts_NLC, x, routing_of(slots_TK, weights_TK)), 2)
+        routing_TM = routing_of(slots_TK, weights_TK)
+        if beside is not None:
+            steps = self._send_beside(beside, hops, counts_NLC, x, routing_TM)
+            return Sending(hops, steps, 1, queues_rest=True)
+        return Sending(hops, self._send(hops, counts_NLC, x, routing_TM), 2)
 
     def _send(self, hops: list[Hop], sent_NLC: Tensor, x: X, routing_TM: Tensor) -> Steps[Arrived[X]]:
         rail, node = self._rail, self._node
@@ -183,7 +207,7 @@ class HierarchicalDispatch:
         yield [counts]
         (hops[0].sent, *_), (hops[0].received, *by_local) = counts.numbers
         forwarded_NLC = torch.tensor(by_local).t().reshape(sent_NLC.shape)
-        counts = self._counts.go_on(node, forwarded_NLC.sum(0), routing_TM.device)
+        counts = self._counts.go(node, forwarded_NLC.sum(0))
         (*payloads, routing_AM), handle = hops[0].go()
         yield [handle, counts]
         (forwarded, *_), (expected, *picks) = counts.numbers
@@ -196,8 +220,36 @@ class HierarchicalDispatch:
         first = rail.rank * self._slots_per_node + node.rank * self._slots_per_rank
         return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(picks))
 
+    def _send_beside(
+        self, beside: torch.cuda.Stream, hops: list[Hop], sent_NLC: Tensor, x: X, routing_TM: Tensor
+    ) -> Steps[Arrived[X]]:
+        """On a GPU. The counts of both hops come to the host at one time; then both are queued, on a stream for which products queued
+        meanwhile do not count."""
+        rail, node = self._rail, self._node
+        counts = self._counts.go_through(rail, node, torch.cat([hops[0].counts_WC[:, :1], sent_NLC.flatten(1)], dim=1))
+        hops[0].load([*payloads_of(x), routing_TM])
+        yield [counts]
+        (hops[0].sent, *_), (hops[0].received, *_), (forwarded, *_), (expected, *picks) = counts.numbers
+        computes = torch.cuda.current_stream(beside.device)
+        with torch.cuda.stream(beside):
+            (*payloads, routing_AM), handle = hops[0].go()
+            handle.wait()
+            on_node_AK = slots_in(routing_AM, rail.rank * self._slots_per_node, self._slots_per_node)
+            hop = DeviceHop(node, on_node_AK, self._slots_per_rank)
+            hop.sent, hop.received = forwarded, expected
+            hop.load([*payloads, routing_AM])
+            hop.keep_for(computes)
+            outs, handle = hop.go()
+        for out in outs:
+            out.record_stream(computes)
+        hops.append(hop)
+        yield [handle]
+        *payloads, routing_RM = outs
+        first = rail.rank * self._slots_per_node + node.rank * self._slots_per_rank
+        return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(picks))
+
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
-        return Returning(_return(sending.hops, y_RD), 1)
+        return _returning(sending.hops, y_RD)
 
 
 class FixedDispatch:
@@ -229,7 +281,7 @@ class FixedDispatch:
         return replace(came, num_used=self._capacity * top_k)
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
-        return Returning(_return(sending.hops, y_RD), 0)
+        return _returning(sending.hops, y_RD)
 
 
 def arrived(
@@ -253,13 +305,21 @@ class CountsExchange:
         handle = group.all_to_all([received_WC], [sent_WC], ones, ones)
         return HostCounts(handle, [sent_WC, received_WC], self.beside(sent_WC.device))
 
-    def go_on(self, group: Collectives, sent_WC: Tensor, device: torch.device) -> HostCounts:
-        """The same of numbers that the host has. On a GPU they do not wait for what is queued on the stream that computes."""
-        stream = self.beside(device)
-        if stream is None:
-            return self.go(group, sent_WC)
-        with torch.cuda.stream(stream):
-            return self.go(group, sent_WC.pin_memory().to(device, non_blocking=True))
+    def go_through(self, rail: Collectives, node: Collectives, sent_NX: Tensor) -> HostCounts:
+        """Of a GPU. Those to the nodes and from them, and what comes of those behind the first of each, over the ranks of this node: to
+        its ranks and from them. The host has no part in it, and what is queued behind it meanwhile is not waited for."""
+        received_NX = torch.empty_like(sent_NX)
+        ones = [1] * rail.world_size
+        handle = rail.all_to_all([received_NX], [sent_NX], ones, ones)
+        beside = self.beside(sent_NX.device)
+        assert beside is not None
+        with torch.cuda.stream(beside):
+            handle.wait()
+            forwarded_LC = received_NX[:, 1:].sum(0).view(node.world_size, -1)
+            expected_LC = torch.empty_like(forwarded_LC)
+            ones = [1] * node.world_size
+            handle = node.all_to_all([expected_LC], [forwarded_LC], ones, ones)
+            return HostCounts(handle, [sent_NX, received_NX, forwarded_LC, expected_LC], beside)
 
     def beside(self, device: torch.device) -> torch.cuda.Stream | None:
         """A GPU's stream for what need not wait for products."""
@@ -270,6 +330,11 @@ class CountsExchange:
 def _num_picks(picks_CW: list[list[int]]) -> int | None:
     """Of the rows from all members, where they say so."""
     return sum(picks_CW[0]) if picks_CW else None
+
+
+def _returning(hops: Sequence[Hop | FixedHop], y_RD: Tensor) -> Returning:
+    last = hops[0]
+    return Returning(_return(hops, y_RD), len(hops) - 1, last if isinstance(last, DeviceHop) else None)
 
 
 def _return(hops: Sequence[Hop | FixedHop], y: Tensor) -> Steps[Tensor]:

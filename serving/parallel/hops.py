@@ -128,7 +128,9 @@ class DeviceHop(Hop):
 
     Copies are made when rows are loaded, for the device is idle while the host learns how many there are: until that is known,
     into memory for the most that there may be. They leave when they are made, over the stream `beside` if there is one: what has
-    been queued meanwhile on the stream that computes is not waited for."""
+    been queued meanwhile on the stream that computes is not waited for. `added_TD`: what `total` adds to the sums."""
+
+    added_TD: Tensor | None = None
 
     def __init__(
         self, group: Collectives, slots_TK: Tensor, slots_per_member: int, beside: torch.cuda.Stream | None = None
@@ -144,10 +146,18 @@ class DeviceHop(Hop):
         if self._beside is not None:
             self._made = torch.cuda.current_stream(self._beside.device).record_event()
 
+    def keep_for(self, stream: torch.cuda.Stream) -> None:
+        """Of a hop that was made and loaded on another stream than `stream`, which will wait for what it brings and use it for `total`."""
+        for tensor in (*self._loaded, self._where.places_TP):
+            tensor.record_stream(stream)
+
     def go(self) -> tuple[list[Tensor], Handle]:
         if self._beside is None:
             return super().go()
         copies = self._copies()
+        for rows in copies:
+            # Whoever waits for what comes may do so there alone.
+            rows.record_stream(self._beside)
         self._beside.wait_event(self._made)
         with torch.cuda.stream(self._beside):
             outs, handle = self._exchange(copies, self.received, self._sent)
@@ -157,7 +167,7 @@ class DeviceHop(Hop):
         return outs, _Departed(handle, issued, copies)
 
     def total(self, y_ND: Tensor) -> Tensor:
-        return total(y_ND, self._where)
+        return total(y_ND, self._where, self.added_TD)
 
     def _copies(self) -> list[Tensor]:
         loaded, self._loaded = self._loaded, []

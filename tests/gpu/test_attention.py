@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.kernels.attention import attend_varlen, attend_varlen_reference, merge_into, merge_into_reference
+from serving.kernels.attention import (
+    attend_varlen,
+    attend_varlen_quantised,
+    attend_varlen_reference,
+    merge_into,
+    merge_into_reference,
+)
+from serving.kernels.quant import quantise_rows_fp8
 from tests.gpu.graphs import replayed
 
 pytestmark = pytest.mark.gpu
@@ -57,6 +64,19 @@ def test_graph_and_eager_equal_the_reference(
     assert torch.equal(again_lse, lse)
     other, _ = attend_varlen(*x, scale=2 * SCALE, causal=causal)
     assert not torch.allclose(other.double(), want_out, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize(("heads", "widths"), [(16, V3), (3, V3), (8, SMALL)])
+def test_quantised_output_is_the_outputs_own(heads: int, widths: tuple[int, int, int]) -> None:
+    x = inputs([1, 128, 130, 700], [1, 128, 130, 700], heads, torch.bfloat16, widths)
+    want = quantise_rows_fp8(attend_varlen(*x, scale=SCALE, causal=True)[0].flatten(1))
+    got = attend_varlen_quantised(*x, scale=SCALE, causal=True)
+    assert torch.equal(got.scales, want.scales)
+    assert torch.equal(got.values.view(torch.uint8), want.values.view(torch.uint8))
+    again = replayed(lambda: attend_varlen_quantised(*x, scale=SCALE, causal=True).values.view(torch.uint8))
+    assert torch.equal(again, want.values.view(torch.uint8))
+    other = attend_varlen_quantised(*x, scale=2 * SCALE, causal=True)
+    assert not torch.equal(other.values.view(torch.uint8), want.values.view(torch.uint8))
 
 
 def test_rows_of_other_sequences_do_not_leak() -> None:

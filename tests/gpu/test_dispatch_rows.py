@@ -84,6 +84,10 @@ def test_rows_are_copied_and_summed_to_the_bit(case: tuple[int, int, int, int]) 
         assert torch.equal(got, want)
         assert torch.equal(replayed(lambda: total(y, copies)), want)  # noqa: B023
         assert not torch.equal(total(-y, copies), want)
+        added = randn(case[0], y.shape[1], seed=1).to(y.dtype)
+        both = total_reference(y, copies, added)
+        assert torch.equal(total(y, copies, added), both)
+        assert not torch.equal(total(y, copies, added.flip(0)), both)
     if case[2] <= 32:
         slots = slots_for(case[0], case[1], case[2] * case[3]).cpu()
         hop = Hop(SingleRank(), members_wanted(slots // case[3], case[2]))

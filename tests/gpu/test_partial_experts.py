@@ -43,6 +43,8 @@ CASES = [
     Case(400, 64, 8, 512, 256, 500),
     Case(3000, 12, 8, 1024, 384, 9000),
     Case(3000, 12, 8, 1024, 384, 0),
+    # Most tokens that have an expert have one.
+    Case(6000, 12, 8, 1024, 384, 6400),
     # By slot: a fixed dispatch to many ranks with one or two experts each; the parts of K are summed of few rows alone.
     Case(8320, 1, 9, 1024, 512, 230, 230),
     Case(8320, 1, 9, 1024, 512, 0, 230),
@@ -145,6 +147,18 @@ def test_fp8_experts(case: Case) -> None:
             assert torch.equal(call(other, fill)[used_T], got[used_T])
         again = replayed(lambda: call(arrived, fill))  # noqa: B023
         assert torch.equal(again.nan_to_num(7.0), got.nan_to_num(7.0))
+    num_used = int((experts >= 0).sum())
+
+    def exact(weights: Tensor) -> Tensor:
+        return grouped_mlp(
+            arrived, gate_up_fp8, down_fp8, experts, weights, partial=True, num_used=num_used, max_used=num_used
+        )
+
+    check(exact(weights), want, used_T, fill=True, limit=1e-2)
+    if case.num_tokens == 6000:
+        assert torch.equal(exact(weights), call(rows, True)), "sums of one row"
+        assert torch.equal(replayed(lambda: exact(weights)), exact(weights))
+        assert not torch.equal(exact(weights.flip(0).nan_to_num(0.5)), exact(weights))
     if used_T.any():
         gate_up_fp8.scales[:, -1] *= 2
         assert error(call(rows, True)[used_T], want[used_T]) > 0.05

@@ -23,11 +23,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from serving.kernels import quant
+from serving.kernels.quant import QuantisedRows, empty_rows
 from serving.kernels.triton.attention import head_group
 from serving.kernels.triton.device import num_programs
 
 BLOCK = 128
 _HALF = 64
+FP8_MAX = gl.constexpr(448.0)
 _STAGES = 2
 _LOG2_E = 1.4426950408889634
 
@@ -44,10 +47,51 @@ def attend_varlen(
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `serving.kernels.attention.attend_varlen`: bf16, N = V = 128, R = 64, at least one query and one key."""
-    num_queries, num_heads = q_THQ.shape[:2]
-    nope, rope, v_width = k_SHN.shape[2], k_rope_SR.shape[1], v_SHV.shape[2]
+    num_queries, num_heads, v_width = len(q_THQ), q_THQ.shape[1], v_SHV.shape[2]
     out_THV = torch.empty(num_queries, num_heads, v_width, dtype=q_THQ.dtype, device=q_THQ.device)
     lse_TH = torch.empty(num_queries, num_heads, dtype=torch.float32, device=q_THQ.device)
+    _launch(q_THQ, k_SHN, k_rope_SR, v_SHV, cu_q, cu_k, out_THV, lse_TH, scale=scale, causal=causal, quantise=False)
+    return out_THV, lse_TH
+
+
+def attend_varlen_quantised(
+    q_THQ: Tensor,
+    k_SHN: Tensor,
+    k_rope_SR: Tensor,
+    v_SHV: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+) -> QuantisedRows:
+    """As `attend_varlen`; a head's values share a scale."""
+    num_queries, num_heads, v_width = len(q_THQ), q_THQ.shape[1], v_SHV.shape[2]
+    assert v_width == quant.BLOCK
+    rows = empty_rows(num_queries, num_heads * v_width, q_THQ.device)
+    _launch(
+        q_THQ, k_SHN, k_rope_SR, v_SHV, cu_q, cu_k, rows.values, rows.scales, scale=scale, causal=causal, quantise=True
+    )
+    return rows
+
+
+def _launch(
+    q_THQ: Tensor,
+    k_SHN: Tensor,
+    k_rope_SR: Tensor,
+    v_SHV: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    out: Tensor,
+    beside_TH: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    quantise: bool,
+) -> None:
+    """`beside_TH`: the log-sum-exps, or the scales."""
+    num_queries, num_heads = q_THQ.shape[:2]
+    nope, rope, v_width = k_SHN.shape[2], k_rope_SR.shape[1], v_SHV.shape[2]
     num_seqs = cu_q.shape[0] - 1
     max_tiles = num_queries // BLOCK + num_seqs
     group = head_group(num_heads, k_SHN.shape[0] // num_seqs)
@@ -57,8 +101,8 @@ def attend_varlen(
         _blocks(k_SHN, BLOCK, nope),
         _blocks(k_rope_SR[:, None], BLOCK, rope),
         _blocks(v_SHV, BLOCK, v_width),
-        out_THV,
-        lse_TH,
+        out,
+        beside_TH,
         cu_q,
         cu_k,
         torch.zeros(1, dtype=torch.int32, device=q_THQ.device),
@@ -70,6 +114,8 @@ def attend_varlen(
         num_heads,
         group,
         scale * _LOG2_E,
+        beside_TH.stride(0),
+        beside_TH.stride(1),
         NOPE=nope,
         ROPE=rope,
         V_WIDTH=v_width,
@@ -77,9 +123,9 @@ def attend_varlen(
         STAGES=_STAGES,
         SEQS=max(32, 1 << (num_seqs - 1).bit_length()),
         CAUSAL=causal,
+        QUANTISE=quantise,
         num_warps=4,
     )
-    return out_THV, lse_TH
 
 
 def _blocks(x_THW: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -216,10 +262,12 @@ def _keep_own(values, num_own, half: gl.constexpr):
 
 
 @gluon.jit
-def _attend(smem, bars, told, outputs, num_heads, scale_log2, half: gl.constexpr, CAUSAL: gl.constexpr):
+def _attend(
+    smem, bars, told, outputs, num_heads, scale_log2, half: gl.constexpr, CAUSAL: gl.constexpr, QUANTISE: gl.constexpr
+):  # fmt: skip
     q, _q_rope, keys, _ropes, values = smem
     q_full, q_empty, _k_full, k_empty, v_full, v_empty, fixed, told_full, told_empty = bars
-    out_ptr, lse_ptr = outputs
+    out_ptr, beside_ptr, beside_stride_t, beside_stride_h = outputs
     STAGES: gl.constexpr = keys.shape[0]
     BLOCK_N: gl.constexpr = keys.shape[1]
     HALF: gl.constexpr = q.shape[1]
@@ -297,15 +345,23 @@ def _attend(smem, bars, told, outputs, num_heads, scale_log2, half: gl.constexpr
         # Without keys: output 0, log-sum-exp -inf, which a merge ignores.
         weight = 1.0 / gl.where(total > 0, total, 1.0)
         acc = acc * gl.convert_layout(weight, out_row_layout)[:, None]
-        query = first_query + half * HALF + gl.arange(0, HALF, layout=row_layout)
-        lse = (largest + gl.log2(total)) * 0.6931471805599453
-        row = (q_start + query).to(gl.int64) * num_heads + head
-        gl.store(lse_ptr + row, lse, mask=query < num_queries)
+        if QUANTISE:
+            acc = acc.to(gl.bfloat16).to(gl.float32)
+            most = gl.max(gl.abs(acc), axis=1)
+            fp8_scale = gl.where(most > 0, most / FP8_MAX, 1.0)
+            acc = acc / fp8_scale[:, None]
+        else:
+            query = first_query + half * HALF + gl.arange(0, HALF, layout=row_layout)
+            row = (q_start + query).to(gl.int64)
+            lse = (largest + gl.log2(total)) * 0.6931471805599453
+            gl.store(beside_ptr + row * beside_stride_t + head, lse, mask=query < num_queries)
         query = first_query + half * HALF + gl.arange(0, HALF, layout=out_row_layout)
-        row = (q_start + query).to(gl.int64) * num_heads + head
+        row = (q_start + query).to(gl.int64)
+        if QUANTISE:
+            gl.store(beside_ptr + row * beside_stride_t + head * beside_stride_h, fp8_scale, mask=query < num_queries)
         column = gl.arange(0, V_WIDTH, layout=gl.SliceLayout(0, o_layout))
-        places = out_ptr + row[:, None] * V_WIDTH + column[None, :]
-        gl.store(places, acc.to(gl.bfloat16), mask=(query < num_queries)[:, None])
+        places = out_ptr + (row * num_heads + head)[:, None] * V_WIDTH + column[None, :]
+        gl.store(places, acc.to(out_ptr.dtype.element_ty), mask=(query < num_queries)[:, None])
         mbarrier.wait(told_full, told_phase)
         head = _hear(told, 0)
 
@@ -318,12 +374,12 @@ def _barriers(num: gl.constexpr, count: gl.constexpr):
     return bars
 
 
-@gluon.jit(do_not_specialize=["num_seqs", "max_tiles", "group"])
+@gluon.jit(do_not_specialize=["num_seqs", "max_tiles", "group", "beside_stride_h"])
 def attend_kernel(
-    q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, next_ptr,
-    q_stride, k_stride, v_stride, num_seqs, max_tiles, num_heads, group, scale_log2,
+    q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, out_ptr, beside_ptr, cu_q_ptr, cu_k_ptr, next_ptr,
+    q_stride, k_stride, v_stride, num_seqs, max_tiles, num_heads, group, scale_log2, beside_stride_t, beside_stride_h,
     NOPE: gl.constexpr, ROPE: gl.constexpr, V_WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SEQS: gl.constexpr, CAUSAL: gl.constexpr,
+    SEQS: gl.constexpr, CAUSAL: gl.constexpr, QUANTISE: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 queries of one head: a few heads at a time, so that tiles that run together share keys, longest first."""
     HALF: gl.constexpr = BLOCK_N // 2
@@ -345,14 +401,14 @@ def attend_kernel(
     lens = (cu_q_ptr, cu_k_ptr)
     sizes = (num_seqs, max_tiles, group)
     strides = (q_stride, k_stride, v_stride)
-    outputs = (out_ptr, lse_ptr)
+    outputs = (out_ptr, beside_ptr, beside_stride_t, beside_stride_h)
     num_tiles = max_tiles * num_heads
     first: gl.constexpr = 0
     second: gl.constexpr = 1
     gl.warp_specialize(
         [
-            (_attend, (smem, bars, told, outputs, num_heads, scale_log2, first, CAUSAL)),
-            (_attend, (smem, bars, told, outputs, num_heads, scale_log2, second, CAUSAL)),
+            (_attend, (smem, bars, told, outputs, num_heads, scale_log2, first, CAUSAL, QUANTISE)),
+            (_attend, (smem, bars, told, outputs, num_heads, scale_log2, second, CAUSAL, QUANTISE)),
             (_load, (descs, smem, bars, told, lens, sizes, strides, next_ptr, num_tiles, SEQS, CAUSAL)),
         ],
         [4, 1],

@@ -117,6 +117,23 @@ def _scale_pointers(
 
 
 @gluon.jit
+def _times(total, factor, dtype: gl.constexpr):
+    """Rounded before and after, as rows that are stored and multiplied later."""
+    return (total.to(dtype).to(gl.float32) * factor).to(dtype)
+
+
+@gluon.jit
+def _store_rows(smem, out_ptr, place_ptr, out_stride, first_column, num_columns):
+    """[64, 128] to rows that lie apart, 16 bytes at a time."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    column = first_column + gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
+    place = gl.load(place_ptr + row).to(gl.int64)
+    values = smem.load(layout)
+    gl.store(out_ptr + place[:, None] * out_stride + column[None, :], values, mask=(column < num_columns)[None, :])
+
+
+@gluon.jit
 def _multiply(
     half: gl.constexpr,
     out_desc,
@@ -129,6 +146,8 @@ def _multiply(
     w_scale_ptr,
     out_ptr,
     out_scale_ptr,
+    place_ptr,
+    factor_ptr,
     tile_expert_ptr,
     num_rows,
     num_columns,
@@ -145,6 +164,7 @@ def _multiply(
     FP8: gl.constexpr,
     SILU: gl.constexpr,
     SPLIT: gl.constexpr,
+    PLACED: gl.constexpr,
     WIDE: gl.constexpr,
     GROUPED: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -245,6 +265,18 @@ def _multiply(
             out_smem.index(half).store(hidden.to(out_desc.dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(out_desc, [first_row, done_n * 128], out_smem.index(half))
+        elif PLACED:
+            place = gl.load(place_ptr + done_rows)
+            factor = gl.load(factor_ptr + done_rows, mask=place >= num_rows, other=1.0)[:, None]
+            first_column = done_n * step_n
+            out_smem.index(half).store(_times(sum_0, factor, out_desc.dtype))
+            if WIDE:
+                out_smem.index(half + 2).store(_times(sum_1, factor, out_desc.dtype))
+            _store_rows(out_smem.index(half), out_ptr, place_ptr + first_row, out_stride, first_column, num_columns)
+            if WIDE:
+                _store_rows(
+                    out_smem.index(half + 2), out_ptr, place_ptr + first_row, out_stride, first_column + 128, num_columns
+                )  # fmt: skip
         else:
             tma.store_wait(0)
             out_smem.index(half).store(sum_0.to(out_desc.dtype))
@@ -266,6 +298,8 @@ def product_kernel(
     w_scale_ptr,
     out_ptr,
     out_scale_ptr,
+    place_ptr,
+    factor_ptr,
     tile_expert_ptr,
     num_tiles_ptr,
     num_rows,
@@ -282,6 +316,7 @@ def product_kernel(
     FP8: gl.constexpr,
     SILU: gl.constexpr,
     SPLIT: gl.constexpr,
+    PLACED: gl.constexpr,
     WIDE: gl.constexpr,
     GROUPED: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -306,13 +341,13 @@ def product_kernel(
     gl.warp_specialize(
         [
             (_multiply, (gl.constexpr(0), out_desc, x_smem, w_smem, out_smem, ready, free, x_scale_ptr, w_scale_ptr, out_ptr, out_scale_ptr,
-                         tile_expert_ptr, num_rows, num_columns, num_m, num_n, num_k, num_splits, x_scale_stride,
+                         place_ptr, factor_ptr, tile_expert_ptr, num_rows, num_columns, num_m, num_n, num_k, num_splits, x_scale_stride,
                          expert_scale_rows, second_scale_row, step_n, out_stride, out_scale_stride,
-                         FP8, SILU, SPLIT, WIDE, GROUPED, GROUP_M, STAGES)),
+                         FP8, SILU, SPLIT, PLACED, WIDE, GROUPED, GROUP_M, STAGES)),
             (_multiply, (gl.constexpr(1), out_desc, x_smem, w_smem, out_smem, ready, free, x_scale_ptr, w_scale_ptr, out_ptr, out_scale_ptr,
-                         tile_expert_ptr, num_rows, num_columns, num_m, num_n, num_k, num_splits, x_scale_stride,
+                         place_ptr, factor_ptr, tile_expert_ptr, num_rows, num_columns, num_m, num_n, num_k, num_splits, x_scale_stride,
                          expert_scale_rows, second_scale_row, step_n, out_stride, out_scale_stride,
-                         FP8, SILU, SPLIT, WIDE, GROUPED, GROUP_M, STAGES)),
+                         FP8, SILU, SPLIT, PLACED, WIDE, GROUPED, GROUP_M, STAGES)),
             (_load, (x_desc, w_desc, x_smem, w_smem, ready, free, tile_expert_ptr, num_m, num_n, num_k, num_splits,
                      expert_rows, second_row, step_n, WIDE, GROUPED, GROUP_M, BLOCK_K, STAGES)),
         ],
@@ -330,14 +365,31 @@ class ManyRows:
     group_m: int = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where rows [S, N] of a product go in `into` [S + T, N]. `place_S`: int32, whose row of S and more is multiplied by its `factor_S`,
+    fp32, after it was rounded, and rounded again."""
+
+    into: Tensor
+    place_S: Tensor
+    factor_S: Tensor
+
+
 def many_rows(
-    x: Tensor | QuantisedRows, w: Tensor | Fp8Weight, cut: ManyRows, *, silu: bool = False, tiles: Tiles | None = None
+    x: Tensor | QuantisedRows,
+    w: Tensor | Fp8Weight,
+    cut: ManyRows,
+    *,
+    silu: bool = False,
+    tiles: Tiles | None = None,
+    places: Places | None = None,
 ) -> Tensor | QuantisedRows:
     """x W^T, or with `silu` silu(x gate^T) * (x up^T), quantised if FP8; FP8 or bf16. `x` [S, K]; `w` [N, K], or [E, N, K] with
     `tiles` of 128 rows."""
     op = operands(x, w, silu=silu)
-    out = empty_product(op, silu=silu)
+    out = empty_product(op, silu=silu) if places is None else places.into
     split = cut.num_splits > 1
+    assert places is None or (tiles is not None and not silu and not split), "whole sums of rows by expert go to places"
     fused_silu = silu and not split
     assert cut.wide or not fused_silu
     assert tiles is None or tiles.num_rows == TILE_M
@@ -353,10 +405,11 @@ def many_rows(
     max_units = (tiles.max_tiles if tiles else triton.cdiv(op.num_rows, TILE_M)) * num_n * cut.num_splits
     product_kernel[(min(num_programs(parts.device), max_units),)](
         _descriptor(op.x_SK, [TILE_M, op.block_k]), _descriptor(op.w_EK, [HALF_N, op.block_k]), _descriptor(target, [64, HALF_N]),
-        op.x_scales, op.w_scales, parts, out_scales, tiles.expert if tiles else out_scales, tiles.num_used if tiles else out_scales,
+        op.x_scales, op.w_scales, parts, out_scales, out_scales if places is None else places.place_S, out_scales if places is None else places.factor_S,
+        tiles.expert if tiles else out_scales, tiles.num_used if tiles else out_scales,
         op.num_rows, num_columns, op.num_k, cut.num_splits, op.expert_rows, op.num_columns if fused_silu else HALF_N,
         op.x_scales.stride(-1), op.expert_scale_rows, op.second_scale_row if fused_silu else 1, parts.stride(0), out_scales.stride(-1),
-        FP8=op.fp8, SILU=fused_silu, SPLIT=split, WIDE=cut.wide, GROUPED=tiles is not None, GROUP_M=cut.group_m, BLOCK_K=op.block_k,
+        FP8=op.fp8, SILU=fused_silu, SPLIT=split, PLACED=places is not None, WIDE=cut.wide, GROUPED=tiles is not None, GROUP_M=cut.group_m, BLOCK_K=op.block_k,
         STAGES=stages, num_warps=4,
     )  # fmt: skip
     if split:

@@ -132,16 +132,19 @@ def spread_kernel(
 def total_kernel(
     y_ptr,
     places_ptr,
+    added_ptr,
     out_ptr,
     width,
     y_stride,
+    added_stride,
     out_stride,
+    ADDED: tl.constexpr,
     PLACES: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr = False,
 ):
-    """The sum of a row's copies, in the members' order, rounded once."""
+    """The sum of a row's copies, in the members' order, and of its ADDED row, rounded once."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -153,6 +156,9 @@ def total_kernel(
         place = tl.load(places_ptr + row * PLACES + k)
         y = tl.load(y_ptr + place.to(tl.int64) * y_stride + column, mask=in_width & (place >= 0), other=0.0)
         total += y.to(WIDE)
+    if ADDED:
+        added = tl.load(added_ptr + row.to(tl.int64) * added_stride + column, mask=in_width, other=0.0)
+        total += added.to(WIDE)
     out = out_ptr + row.to(tl.int64) * out_stride + column
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_width)
 
@@ -233,9 +239,10 @@ def _words(x_TX: Tensor) -> Tensor:
     return words.view(torch.int32) if size < 4 and words.stride(1) == 1 and in_fours else words
 
 
-def total(y_ND: Tensor, copies: Copies) -> Tensor:
+def total(y_ND: Tensor, copies: Copies, added_TD: Tensor | None = None) -> Tensor:
     """One launch."""
-    assert y_ND.stride(1) == 1, "rows must be contiguous"
+    added = y_ND if added_TD is None else added_TD
+    assert y_ND.stride(1) == added.stride(1) == 1, "rows must be contiguous"
     num_rows, num_places = copies.places_TP.shape
     width = y_ND.shape[1]
     out_TD = torch.empty(num_rows, width, dtype=y_ND.dtype, device=y_ND.device)
@@ -243,8 +250,8 @@ def total(y_ND: Tensor, copies: Copies) -> Tensor:
         return out_TD
     columns = min(1024, triton.next_power_of_2(width))
     total_kernel[(num_rows, triton.cdiv(width, columns))](
-        y_ND, copies.places_TP, out_TD, width, y_ND.stride(0), out_TD.stride(0),
-        PLACES=num_places, COLUMNS=columns, WIDE=tl.float64 if y_ND.dtype == torch.float64 else tl.float32, **overlap(y_ND.device),
+        y_ND, copies.places_TP, added, out_TD, width, y_ND.stride(0), added.stride(0), out_TD.stride(0),
+        ADDED=added_TD is not None, PLACES=num_places, COLUMNS=columns, WIDE=tl.float64 if y_ND.dtype == torch.float64 else tl.float32, **overlap(y_ND.device),
     )  # fmt: skip
     return out_TD
 

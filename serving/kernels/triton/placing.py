@@ -6,9 +6,22 @@ may lack one (-1), so there are many for each that has; a token's experts are di
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from serving.kernels.triton.device import num_processors, overlap
+from serving.kernels.triton.gemm import Tiles
+
+_STEP = 64
+# Tokens times experts that a program looks at, and most tokens.
+_LOOKED_AT, _MOST_ROWS = 2048, 64
+# Bins of a histogram that the device counts in.
+_FEWEST_BINS = 16
 
 
 @triton.jit(do_not_specialize=["num_pairs", "steps"])
@@ -179,3 +192,110 @@ def place_rows_kernel(
             tl.store(slots_ptr + pair, tl.where(expert >= 0, slot, -1), mask=row < num_rows)
         next_slot += tl.sum(picks, axis=0)
     store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, tl.num_programs(0), NUM_BINS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partial:
+    """Pairs of token and expert may lack the expert (-1).
+
+    `num_used`: about so many have one, for the choice of tiles; `max_used`: no more than so many. None: all that distinct experts allow.
+    """
+
+    num_used: int | None = None
+    max_used: int | None = None
+
+    def bounds(self, experts_TK: Tensor, num_experts: int) -> tuple[int, int]:
+        """Pairs to expect, and the most there may be."""
+        num_tokens, top_k = experts_TK.shape
+        most = num_tokens * min(top_k, num_experts)
+        if self.max_used is not None:
+            most = min(most, self.max_used)
+        return most if self.num_used is None else min(most, self.num_used), most
+
+    def is_sparse(self, experts_TK: Tensor, num_experts: int) -> bool:
+        """Whether most tokens are expected to have no expert."""
+        return 2 * self.bounds(experts_TK, num_experts)[0] < len(experts_TK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Where the pairs of token and expert went. `slots_TK`: int32, the slot of each pair, -1: none; there are `num_slots` at most.
+
+    `source_S`: int32 [num_slots], the pair in each slot of the tiles in use, -1: none; where rows are fetched.
+    """
+
+    slots_TK: Tensor
+    num_slots: int
+    tiles: Tiles
+    partial: Partial | None
+    source_S: Tensor | None
+
+
+def place(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial | None = None) -> Slots:
+    """Slots for pairs of token and expert (int64 [T, K], all below `num_experts`), in tiles of `tile`. Two launches."""
+    if partial is not None:
+        return _place_partial(experts_TK, num_experts, tile, partial)
+    slots = new_slots(experts_TK, num_experts, tile, None, fetched=False)
+    num_pairs, device, tiles = experts_TK.numel(), experts_TK.device, slots.tiles
+    num_bins = triton.next_power_of_2(num_experts)
+    num_steps = triton.cdiv(num_pairs, _STEP)
+    steps = triton.cdiv(num_steps, 2 * num_processors(device))
+    programs = triton.cdiv(num_steps, steps)
+    counts = torch.empty(programs, num_bins, dtype=torch.int32, device=device)
+    shape = {"NUM_BINS": num_bins, "STEP": _STEP}
+    count_kernel[(programs,)](experts_TK, counts, num_pairs, steps, **shape, **overlap(device))
+    place_kernel[(programs,)](
+        experts_TK, counts, slots.slots_TK, tiles.expert, tiles.num_used, num_pairs, steps,
+        **shape, ROWS=max(8, 8192 // num_bins), TILE=tile, **overlap(device),
+    )  # fmt: skip
+    return slots
+
+
+def _place_partial(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial) -> Slots:
+    """`place` of pairs that may lack an expert."""
+    fetched = partial.is_sparse(experts_TK, num_experts)
+    slots = new_slots(experts_TK, num_experts, tile, partial, fetched=fetched)
+    (num_tokens, top_k), device, tiles = experts_TK.shape, experts_TK.device, slots.tiles
+    num_bins = max(_FEWEST_BINS, triton.next_power_of_2(num_experts))
+    rows = max(1, min(_MOST_ROWS, _LOOKED_AT // num_bins))
+    num_steps = triton.cdiv(num_tokens, rows)
+    steps = triton.cdiv(num_steps, 2 * num_processors(device))
+    programs = triton.cdiv(num_steps, steps)
+    counts = torch.empty(programs, num_bins, dtype=torch.int32, device=device)
+    source = slots.slots_TK if slots.source_S is None else slots.source_S
+    shape = {"TOP_K": top_k, "NUM_BINS": num_bins, "ROWS": rows, "FETCHED": fetched}
+    count_rows_kernel[(programs,)](
+        experts_TK, counts, source, slots.num_slots, num_tokens, steps, **shape, **overlap(device)
+    )
+    place_rows_kernel[(programs,)](
+        experts_TK, counts, slots.slots_TK, source, tiles.expert, tiles.num_used, num_tokens, steps,
+        **shape, COUNTED=max(8, 4096 // num_bins), TILE=tile, **overlap(device),
+    )  # fmt: skip
+    return slots
+
+
+def new_slots(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial | None, *, fetched: bool) -> Slots:
+    """To be filled by a kernel; for the most tiles there may be."""
+    assert experts_TK.is_contiguous()
+    num_pairs, device = experts_TK.numel(), experts_TK.device
+    expected, most = (num_pairs, num_pairs) if partial is None else partial.bounds(experts_TK, num_experts)
+
+    def num_tiles(num_used: int) -> int:
+        return max(1, (num_used + min(num_experts, num_used) * (tile - 1)) // tile)
+
+    max_tiles = num_tiles(most)
+    tiles = Tiles(
+        expert=torch.empty(max_tiles, dtype=torch.int32, device=device),
+        num_used=torch.empty(1, dtype=torch.int32, device=device),
+        max_tiles=max_tiles,
+        num_rows=tile,
+        num_expected=num_tiles(expected),
+    )
+    num_slots = max_tiles * tile
+    return Slots(
+        slots_TK=torch.empty(experts_TK.shape, dtype=torch.int32, device=device),
+        num_slots=num_slots,
+        tiles=tiles,
+        partial=partial,
+        source_S=torch.empty(num_slots, dtype=torch.int32, device=device) if fetched else None,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -12,6 +14,9 @@ from serving.kernels.triton import gemm, quant
 from serving.kernels.triton.device import num_processors
 from serving.kernels.triton.gemm import FewRows, Tiles
 from serving.kernels.triton.thin import MOST_COLUMNS, MOST_ROWS, thin_product
+
+if TYPE_CHECKING:
+    from serving.kernels.gluon.gemm import Places
 
 # Up to so many rows the weights' bytes are the bound and rows are the narrow side of a tile.
 _FEW = 64
@@ -146,11 +151,22 @@ def product(
         num_rows=num_m * _MANY if tiles else num_rows,
         processors=num_processors(values.device),
     )
-    weight_bytes = w.shape[-2] * values.shape[1] * values.element_size()
-    # An expert's weights that stay in L2 beside the rows are swept for few rows at a time.
-    group_m = 8 if tiles is None else 4 if weight_bytes <= _STAYS_IN_L2_BYTES else 16
+    group_m = 8 if tiles is None else _grouped_m(x, w)
     cut = gluon_gemm.ManyRows(wide=wide, num_splits=num_splits, group_m=group_m)
     return gluon_gemm.many_rows(x, w, cut, silu=silu, tiles=tiles)
+
+
+def placed_product(x: Tensor | QuantisedRows, w: Tensor | Fp8Weight, tiles: Tiles, places: Places) -> None:
+    """`product` by expert in tiles of `many_rows`, each row to its place."""
+    from serving.kernels.gluon import gemm as gluon_gemm
+
+    gluon_gemm.many_rows(x, w, gluon_gemm.ManyRows(group_m=_grouped_m(x, w)), tiles=tiles, places=places)
+
+
+def _grouped_m(x: Tensor | QuantisedRows, w: Tensor | Fp8Weight) -> int:
+    """An expert's weights that stay in L2 beside the rows are swept for few rows at a time."""
+    values = x.values if isinstance(x, QuantisedRows) else x
+    return 4 if w.shape[-2] * values.shape[1] * values.element_size() <= _STAYS_IN_L2_BYTES else 16
 
 
 def grouped_tile(num_pairs: int, num_experts: int, dtype: torch.dtype) -> int:

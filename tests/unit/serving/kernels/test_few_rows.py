@@ -28,6 +28,7 @@ from serving.kernels.quant import (
 pytest.importorskip("triton", reason="Triton is not installed")
 from serving.kernels.gluon import few_rows as ring
 from serving.kernels.gluon import mla_segments
+from serving.kernels.triton import expert_rows, placing
 from serving.kernels.triton import experts as device
 from serving.kernels.triton.product import RING_TILE
 from tests import gluon_interpreter
@@ -161,7 +162,7 @@ BESIDE = (
 
 
 def test_each_number_of_the_shared_experts_place_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, send = ring._beside, device.send
+    right, send = ring._beside, expert_rows.send
     sent: list[Any] = []
 
     def send_once(*args: Any, **kwargs: Any) -> Any:
@@ -207,11 +208,11 @@ def test_pairs_without_an_expert_are_in_no_tile(
     used: float, all_at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And shared experts beside no routed ones at all."""
-    monkeypatch.setattr(device, "_COUNTED_BY_ALL", 1024 if all_at_once else 2)
+    monkeypatch.setattr(expert_rows, "_COUNTED_BY_ALL", 1024 if all_at_once else 2)
     layer = Layer(5, 4, 3, 144, 208, 1)
     taken = torch.rand(5, 3, generator=torch.Generator().manual_seed(7)) < used
     taken[0] = False
-    partial = device.Partial(num_used=1)
+    partial = placing.Partial(num_used=1)
     layer.experts = layer.experts.where(taken, -1)
     layer.weights = layer.weights.where(taken, float("nan"))
     assert partial.is_sparse(layer.experts, 4)

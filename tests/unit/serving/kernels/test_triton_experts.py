@@ -16,6 +16,7 @@ from serving.kernels.quant import (
 )
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from serving.kernels.triton import expert_rows, placing
 from serving.kernels.triton import experts as device
 
 # What pads a tile is whatever was there; the interpreter computes with it too, and NumPy warns.
@@ -41,7 +42,7 @@ def fp8_stack(*parts: Tensor) -> Fp8Weight:
     )
 
 
-def check_slots(placed: device.Slots, experts: Tensor, num_experts: int) -> None:
+def check_slots(placed: placing.Slots, experts: Tensor, num_experts: int) -> None:
     """Each expert's pairs together, in the order of tokens, from a tile's beginning on; each met by a tile of that expert."""
     tile, num_used = placed.tiles.num_rows, int(placed.tiles.num_used)
     slots, chosen = placed.slots_TK.view(-1).long(), experts.view(-1)
@@ -59,7 +60,7 @@ def check_slots(placed: device.Slots, experts: Tensor, num_experts: int) -> None
 
 def test_a_librarys_rows_know_their_expert_and_those_behind_have_none() -> None:
     experts = choices(40, 6, 2)
-    placed = device.place(experts, 6, 16)
+    placed = placing.place(experts, 6, 16)
     placed.tiles.expert[int(placed.tiles.num_used) :] = 77
     rows = expert_of_rows(placed.tiles)
     assert rows.shape == (placed.num_slots,)
@@ -78,7 +79,7 @@ def test_pairs_lie_by_expert_and_in_the_order_of_tokens(
     num_tokens: int, num_experts: int, top_k: int, tile: int
 ) -> None:
     experts = choices(num_tokens, num_experts, top_k)
-    check_slots(device.place(experts, num_experts, tile), experts, num_experts)
+    check_slots(placing.place(experts, num_experts, tile), experts, num_experts)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +87,11 @@ def test_pairs_lie_by_expert_and_in_the_order_of_tokens(
 )
 def test_few_pairs_are_placed_and_sent_at_once(num_tokens: int, num_experts: int, top_k: int, tile: int) -> None:
     x, experts = randn(num_tokens, 200), choices(num_tokens, num_experts, top_k)
-    placed, sent = device.send(x, experts, num_experts, tile, quantise=False)
+    placed, sent = expert_rows.send(x, experts, num_experts, tile, quantise=False)
     check_slots(placed, experts, num_experts)
     assert isinstance(sent, Tensor)
     assert torch.equal(sent[placed.slots_TK.long()], x[:, None].expand(-1, top_k, -1))
-    assert torch.equal(placed.slots_TK, device.place(experts, num_experts, tile).slots_TK)
+    assert torch.equal(placed.slots_TK, placing.place(experts, num_experts, tile).slots_TK)
 
 
 @pytest.mark.parametrize(("num_tokens", "width", "inner"), [(1, 64, 48), (5, 64, 48), (20, 100, 160), (40, 36, 20)])
@@ -112,11 +113,11 @@ def test_fp32_experts_are_the_cpus(num_tokens: int, width: int, inner: int) -> N
 
 def test_parts_that_are_added_stand_apart() -> None:
     experts, weights = choices(5, 6, 3), randn(5, 3, seed=3).abs()
-    slots = device.place(experts, 6, 16)
+    slots = placing.place(experts, 6, 16)
     y, parts = randn(slots.num_slots, 40), randn(32, 40, seed=1)
     want = (weights[:, :, None] * y[slots.slots_TK.long()]).sum(1) + parts[:5] + parts[16:21]
-    torch.testing.assert_close(device.combine(y, slots, weights, parts, num_added=2), want)
-    assert not torch.allclose(device.combine(y, slots, weights, parts), want)
+    torch.testing.assert_close(expert_rows.combine(y, slots, weights, parts, num_added=2), want)
+    assert not torch.allclose(expert_rows.combine(y, slots, weights, parts), want)
 
 
 def test_experts_nobody_chose_are_not_read() -> None:

@@ -12,6 +12,7 @@ from serving.kernels.experts import grouped_mlp, grouped_mlp_fp8_reference
 from serving.kernels.quant import Fp8Weight, quantise_block_fp8, quantise_rows_fp8_reference, silu_mul_reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from serving.kernels.triton import expert_rows, placing
 from serving.kernels.triton import experts as device
 from serving.kernels.triton.gemm import Tiles, sum_splits
 
@@ -36,8 +37,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Few pairs are placed and sent by one launch; of many, rows are sent by token or fetched by slot."""
     way: str = request.param
     if way != "at once":
-        monkeypatch.setattr(device, "_COUNTED_BY_ALL", 2)
-    monkeypatch.setattr(device.Partial, "is_sparse", lambda *_: way == "by slot")
+        monkeypatch.setattr(expert_rows, "_COUNTED_BY_ALL", 2)
+    monkeypatch.setattr(placing.Partial, "is_sparse", lambda *_: way == "by slot")
     return way
 
 
@@ -73,8 +74,8 @@ def fp8_stack(*parts: Tensor) -> Fp8Weight:
 @pytest.mark.parametrize("tile", [16, 128])
 def test_only_pairs_with_an_expert_have_slots(num_tokens: int, top_k: int, share: float, tile: int) -> None:
     experts, x = choices(num_tokens, top_k, share), randn(num_tokens, 200)
-    slots, sent = device.send(
-        poisoned(x, experts), experts, NUM_EXPERTS, tile, quantise=False, partial=device.Partial()
+    slots, sent = expert_rows.send(
+        poisoned(x, experts), experts, NUM_EXPERTS, tile, quantise=False, partial=placing.Partial()
     )
     used = experts >= 0
     assert torch.equal(slots.slots_TK >= 0, used)
@@ -101,13 +102,13 @@ def test_fp32_experts_are_the_cpus(num_tokens: int, top_k: int, share: float, fi
     x, weights = poisoned(randn(num_tokens, WIDTH), experts), weights_for(experts)
     gate_up, down = randn(NUM_EXPERTS, 2 * INNER, WIDTH, seed=1), randn(NUM_EXPERTS, WIDTH, INNER, seed=2)
     want = grouped_mlp(x, gate_up, down, experts, weights, partial=True)
-    got = device.grouped_mlp(x, gate_up, down, experts, weights, partial=device.Partial(), fill=fill)
+    got = device.grouped_mlp(x, gate_up, down, experts, weights, partial=placing.Partial(), fill=fill)
     used = (experts >= 0).any(dim=1)
     torch.testing.assert_close(got[used], want[used], rtol=1e-3, atol=1e-2)
     assert bool((got[~used] == 0).all() if fill else got[~used].isnan().all())
     if used.any():
         down[int(experts[used].max())] += 0.5
-        hint = device.Partial(num_used=3, max_used=int((experts >= 0).sum()))
+        hint = placing.Partial(num_used=3, max_used=int((experts >= 0).sum()))
         other = device.grouped_mlp(x, gate_up, down, experts, weights, partial=hint, fill=fill)
         assert not torch.allclose(other[used], want[used], rtol=1e-3, atol=1e-2)
         want = grouped_mlp(x, gate_up, down, experts, weights, partial=True)
@@ -121,14 +122,14 @@ def test_all_pairs_with_an_expert_are_as_those_that_may_lack_none() -> None:
     want = device.grouped_mlp(x, gate_up, down, experts, weights)
     for fill in (True, False):
         assert torch.equal(
-            device.grouped_mlp(x, gate_up, down, experts, weights, partial=device.Partial(), fill=fill), want
+            device.grouped_mlp(x, gate_up, down, experts, weights, partial=placing.Partial(), fill=fill), want
         )
     assert not torch.equal(device.grouped_mlp(x.flip(0), gate_up, down, experts, weights), want)
 
 
 def test_many_pairs_are_counted_by_many_programs(way: str) -> None:
     experts = choices(600, 8, 0.3)
-    slots = device.place(experts, NUM_EXPERTS, 16, device.Partial())
+    slots = placing.place(experts, NUM_EXPERTS, 16, placing.Partial())
     used = experts >= 0
     assert torch.equal(slots.slots_TK >= 0, used)
     assert (slots.source_S is not None) == (way == "by slot")
@@ -143,20 +144,20 @@ def test_many_pairs_are_counted_by_many_programs(way: str) -> None:
 def test_one_slot_of_many_picks_takes_memory_for_one_row_a_token() -> None:
     experts = choices(200, 9, 0.1, num_experts=1)
     assert 1 < int((experts == 0).sum()) <= 30
-    slots = device.place(experts, 1, 16, device.Partial(num_used=20))
+    slots = placing.place(experts, 1, 16, placing.Partial(num_used=20))
     assert slots.num_slots <= 200 + 16
     assert slots.tiles.num_expected == 2
     assert int(slots.tiles.num_used) == -(-int((experts == 0).sum()) // 16)
-    assert device.place(experts, 1, 16, device.Partial(max_used=30)).num_slots <= 48
+    assert placing.place(experts, 1, 16, placing.Partial(max_used=30)).num_slots <= 48
 
 
 @pytest.mark.parametrize("way", ["by token"], indirect=True)
 def test_rows_are_fetched_where_most_tokens_have_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     experts = choices(200, 8, 0.1)
-    assert device.Partial(num_used=99).is_sparse(experts, 1)
-    assert not device.Partial(num_used=100).is_sparse(experts, 1)
-    assert not device.Partial().is_sparse(experts, 1)
+    assert placing.Partial(num_used=99).is_sparse(experts, 1)
+    assert not placing.Partial(num_used=100).is_sparse(experts, 1)
+    assert not placing.Partial().is_sparse(experts, 1)
 
 
 @pytest.mark.parametrize(("num_tokens", "share"), [(4, 0.4), (5, 0.0)])
@@ -167,7 +168,7 @@ def test_what_every_token_takes_is_added_to_nothing_too(num_tokens: int, share: 
     shared = randn(4 * INNER, WIDTH, seed=4), randn(WIDTH, 2 * INNER, seed=5)
     routed = grouped_mlp(x, gate_up, down, experts, weights, partial=True)
     want = routed + silu_mul_reference(x @ shared[0].T) @ shared[1].T
-    got = device.grouped_mlp(x, gate_up, down, experts, weights, shared, partial=device.Partial())
+    got = device.grouped_mlp(x, gate_up, down, experts, weights, shared, partial=placing.Partial())
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-1)
     assert not torch.allclose(got, routed, rtol=1e-3, atol=1e-1)
 
@@ -190,7 +191,7 @@ def test_fp8_experts_are_the_references(
     want = grouped_mlp_fp8_reference(rows, gate_up_fp8, down_fp8, experts, weights).float()
     used = (experts >= 0).any(dim=1)
     rows.scales[~used] = float("nan")
-    partial = device.Partial(num_used=num_used)
+    partial = placing.Partial(num_used=num_used)
 
     def error(got: Tensor) -> float:
         assert bool((got[~used] == 0).all() if fill else got[~used].isnan().all())
@@ -206,6 +207,42 @@ def test_fp8_experts_are_the_references(
         assert (
             error(device.grouped_mlp(rows, gate_up_fp8, down_fp8, experts, weights, partial=partial, fill=fill)) > 0.2
         )
+
+
+@pytest.mark.parametrize("way", ["by token"], indirect=True)
+@pytest.mark.parametrize(("num_tokens", "top_k", "share"), [*CASES[:2], (30, 8, 0.15)])
+def test_sums_of_one_row_may_come_from_the_product(num_tokens: int, top_k: int, share: float) -> None:
+    experts = choices(num_tokens, top_k, share)
+    weights = weights_for(experts)
+    slots = placing.place(experts, NUM_EXPERTS, 16, placing.Partial())
+    alone = expert_rows.Alone.of(slots, weights)
+    sent = expert_rows.scatter(randn(num_tokens, 200), slots, quantise=False, alone=alone)
+    assert isinstance(sent, Tensor)
+    # What the product leaves at each place.
+    into = torch.full((slots.num_slots + num_tokens, 200), float("nan"))
+    is_alone = alone.place_S >= slots.num_slots
+    into[alone.place_S.long()] = torch.where(is_alone[:, None], sent * alone.factor_S[:, None], sent)
+    got = expert_rows.combine(into[: slots.num_slots], slots, weights, into_TD=into[slots.num_slots :])
+    want = expert_rows.combine(sent, slots, weights)
+    assert torch.equal(got, want)
+    used_T = (experts >= 0).sum(1)
+    assert int(is_alone.sum()) == int((used_T == 1).sum())
+    assert bool((want[used_T == 0] == 0).all())
+    if used_T.any():
+        assert not torch.equal(expert_rows.combine(sent, slots, 2 * weights), got)
+
+
+@pytest.mark.parametrize("way", ["by token"], indirect=True)
+@pytest.mark.parametrize("share", [0.05, 0.12, 0.3])
+def test_places_are_for_many_tokens_of_which_most_have_one_expert(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    experts = choices(100, 8, 1.0, num_experts=8)
+    hint = placing.Partial(num_used=int(800 * share))
+    assert not expert_rows.mostly_alone(experts, 8, 128, hint), "few tokens"
+    monkeypatch.setattr(expert_rows, "_MANY_TOKENS", 100)
+    assert expert_rows.mostly_alone(experts, 8, 128, hint) == (share == 0.12)
+    assert not expert_rows.mostly_alone(experts, 8, 16, hint), "tiles of few rows"
 
 
 @pytest.mark.parametrize("way", ["by token"], indirect=True)
