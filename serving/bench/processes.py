@@ -12,6 +12,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,7 @@ from serving.parallel.shared_memory import SharedMemoryCollectives
 TRANSPORTS = ("shared-memory", "gloo")
 _DEADLINE_S = 60.0
 _START_S = 300.0
+_LOOPBACK = "127.0.0.1"
 _SPLIT = MicroBatches(prefill_tokens=64, rows=8)
 """As the engine splits steps where a configuration has two micro-batches."""
 
@@ -58,9 +60,9 @@ _SPLIT = MicroBatches(prefill_tokens=64, rows=8)
 class Sizes:
     """tp x dp processes of `threads` each; their experts are spread over all of them. `traced`: keep what overlapped.
 
-    `device`, `role`, `dtype`, `dispatch`, `hosted_slots`, `balances`, `split_from`: the engines are built and joined as the server's are, on "cpu" or on
-    a GPU for each, "cuda", of which a process sees its own alone or not; those of role "prefill" generate one token a text. None: over `transport`, in
-    fp32, and what collectives take is measured.
+    `device`, `role`, `dtype`, `dispatch`, `hosted_slots`, `balances`, `split_from`, `ranks_per_node`: the engines are built and joined as the server's
+    are, on "cpu" or on a GPU for each, "cuda", of which a process sees its own alone or not; those of role "prefill" generate one token a text.
+    None: over `transport`, in fp32, and what collectives take is measured. More ranks than `ranks_per_node` are as if on several hosts, also to NCCL.
     """
 
     tp: int = 1
@@ -77,6 +79,7 @@ class Sizes:
     hosted_slots: int = 0
     balances: bool = False
     split_from: MicroBatches | None = None
+    ranks_per_node: int = 8
 
     @property
     def num_ranks(self) -> int:
@@ -87,7 +90,8 @@ class Sizes:
         if self.num_ranks == 1:
             return f"one process, {self.threads} threads" if self.device != "cuda" else "one GPU"
         split = ", 2 micro-batches" if self.micro_batches > 1 else ""
-        return f"TP{self.tp} x DP{self.dp}, EP{self.num_ranks}, {self.device or self.transport}{split}"
+        nodes = f", {self.ranks_per_node} a node" if self.ranks_per_node < self.num_ranks else ""
+        return f"TP{self.tp} x DP{self.dp}, EP{self.num_ranks}, {self.device or self.transport}{nodes}{split}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +131,14 @@ class Generation:
     in_collectives: list[float]
 
 
+@dataclass(frozen=True)
+class _Meeting:
+    """Where the ranks of a unit find each other. `listener`: on the rank that holds what is there, of an address."""
+
+    rendezvous: str
+    listener: socket.socket | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trace:
     """What one rank's micro-batches had in flight. `events`: of a Chrome trace, from the monotonic clock's `begin_s` on."""
@@ -153,11 +165,17 @@ class Unit:
         self._seconds: Any = context.RawArray("d", sizes.num_ranks)
         self.processes = []
         self._pipes: list[Connection] = []
+        listener: socket.socket | None = None
+        rendezvous = str(scratch / f"{scratch.name}-rendezvous")
+        if sizes.ranks_per_node < sizes.num_ranks:
+            listener = socket.create_server((_LOOPBACK, 0))
+            rendezvous = f"tcp://{_LOOPBACK}:{listener.getsockname()[1]}/{scratch.name}"
         try:
             for rank in range(sizes.num_ranks):
                 ours, theirs = context.Pipe()
+                meeting = _Meeting(rendezvous, listener if rank == 0 else None)
                 process = context.Process(
-                    target=_rank, args=(theirs, sizes, load, rank, scratch, self._seconds, altered)
+                    target=_rank, args=(theirs, sizes, load, rank, scratch, meeting, self._seconds, altered)
                 )
                 process.start()
                 # With the only other end in the child, its death ends the wait for it.
@@ -169,6 +187,9 @@ class Unit:
         except BaseException:
             self._kill()
             raise
+        finally:
+            if listener is not None:
+                listener.close()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], new_tokens: int | Sequence[int], logprobs: int | None = None
@@ -237,13 +258,14 @@ def _rank(
     load: Load,
     rank: int,
     scratch: Path,
+    meeting: _Meeting,
     seconds: Any,
     altered: Callable[[Engine, int], None] | None,
 ) -> None:
     """The life of one process, at most as long as that of who measures."""
     said: Trace | BatonError | None
     try:
-        engine = _joined(sizes, load, rank, scratch) if sizes.device else _built(sizes, load, rank, scratch, seconds)
+        engine = _joined(sizes, load, rank, meeting) if sizes.device else _built(sizes, load, rank, scratch, seconds)
         if altered is not None:
             altered(engine, rank)
         said = _live(pipe, sizes, rank, engine)
@@ -255,9 +277,12 @@ def _rank(
         pipe.send(said)
 
 
-def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
+def _joined(sizes: Sizes, load: Load, rank: int, meeting: _Meeting) -> Engine:
     """As the server has it."""
     most_jobs, most_tokens = -(-load.prompts // sizes.dp), load.prompt_tokens + load.new_tokens
+    if sizes.ranks_per_node < sizes.num_ranks:
+        # NCCL would find its way inside the host.
+        os.environ["NCCL_HOSTID"] = f"node-{rank // sizes.ranks_per_node}"
     if sizes.device == "cuda" and sizes.sees_own_gpu_alone:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
     elif sizes.device == "cuda":
@@ -265,6 +290,7 @@ def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
     unit: dict[str, Any] = {
         "tp": sizes.tp,
         "dp": sizes.dp,
+        "ranks_per_node": sizes.ranks_per_node,
         "microbatches": sizes.micro_batches,
         "dispatch": sizes.dispatch,
         "hosted_slots": sizes.hosted_slots,
@@ -283,13 +309,14 @@ def _joined(sizes: Sizes, load: Load, rank: int, scratch: Path) -> Engine:
         worker_id=f"{sizes.role}-0.{rank}",
         role=sizes.role,
         incarnation=1,
-        host="127.0.0.1",
+        host=_LOOPBACK,
         secret=b"",
         model_dir=str(load.folder),
         num_threads=sizes.threads,
         config=config,
         rank=rank,
-        rendezvous=str(scratch / f"{scratch.name}-rendezvous"),
+        rendezvous=meeting.rendezvous,
+        listener=meeting.listener.detach() if meeting.listener is not None else -1,
     )
     return build_engine_for(spec, micro_batches=sizes.split_from)
 
@@ -360,7 +387,7 @@ def _place(
     world, tp_ranks = group_of("world", range(sizes.num_ranks)), shape.groups.tp_group(rank)
     split = _SPLIT if sizes.micro_batches > 1 else MicroBatches()
     tp = group_of("control-tp", tp_ranks) if sizes.tp > 1 else SingleRank(ranks=tp_ranks)
-    bell = TcpBell(world, host="127.0.0.1", deadline_s=_START_S)
+    bell = TcpBell(world, host=_LOOPBACK, deadline_s=_START_S)
     return parallel, Lockstep(world, tp, bell, micro_batches=split)
 
 

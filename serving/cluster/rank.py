@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serving.cluster.library_pages import unmap_library_pages
@@ -78,6 +79,22 @@ class LoadProgress:
 class Rank:
     """One life of one worker."""
 
+    def __init__(self) -> None:
+        self._listener = -1
+
+    def host(self) -> str:
+        """The address of its node; asked before `run`."""
+        import ray
+
+        return str(ray.util.get_node_ip_address())
+
+    def listen(self, host: str) -> int:
+        """The port on which this rank's unit will meet, if this is who holds its rendezvous; asked before `run`."""
+        listener = socket.create_server((host, 0))
+        port: int = listener.getsockname()[1]
+        self._listener = listener.detach()
+        return port
+
     def gpu(self) -> str:
         """Which of its node's GPUs Ray shows it; asked before `run`."""
         return os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -89,6 +106,7 @@ class Rank:
             level=spec.config.telemetry.log_level.upper(),
             format="%(asctime)s %(name)s %(levelname)s %(message)s",
         )
+        spec = replace(spec, listener=self._listener)
         events: queue.SimpleQueue[RankEvent | None] = queue.SimpleQueue()
         thread = threading.Thread(target=self._live, args=(spec, events), name=f"worker-{spec.worker_id}", daemon=True)
         thread.start()

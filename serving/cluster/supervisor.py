@@ -17,7 +17,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -199,6 +200,8 @@ class Supervisor:
         """In a thread a start: gives each actor its rank, and each rank a thread that watches it."""
         try:
             actors = in_order_of_gpus(plan, actors)
+            if any(unit.groups.num_nodes > 1 for unit in self._spec.units):
+                specs = on_their_nodes(actors, specs)
         except ray.exceptions.RayError as error:
             _kill(actors)
             for spec in specs:
@@ -362,6 +365,17 @@ def in_order_of_gpus(plan: UnitPlan, actors: Sequence[Any]) -> list[Any]:
     if len(actors) == 1 or "GPU" not in plan.ranks[0].needs:
         return list(actors)
     return [actors[i] for i in by_gpu(plan, ray.get([actor.gpu.remote() for actor in actors]))]
+
+
+def on_their_nodes(actors: Sequence[Any], specs: Sequence[WorkerSpec]) -> list[WorkerSpec]:
+    """Of a unit of a server of several nodes, which share no folder: each rank is reached on its own node, and all meet on rank 0's.
+    Raises RayError."""
+    hosts: list[str] = ray.get([actor.host.remote() for actor in actors])
+    rendezvous = ""
+    if len(specs) > 1:
+        port: int = ray.get(actors[0].listen.remote(hosts[0]))
+        rendezvous = f"tcp://{hosts[0]}:{port}/{Path(specs[0].rendezvous).name}"
+    return [replace(spec, host=host, rendezvous=rendezvous) for spec, host in zip(specs, hosts, strict=True)]
 
 
 def _kill(actors: Iterable[Any]) -> None:

@@ -16,8 +16,9 @@ class WorkerSpec:
     memory of its GPU, if it has one; below 1 where ranks share it.
 
     `unit` and `rank` say which rank of which unit this is; the unit's sizes are those of its table in `config` (`serving.model.units.groups_of`
-    makes the groups of them). `rendezvous`: where the ranks of a unit of several find each other, new in every life of it: the path of a file that
-    is not there yet, in a folder of the server's own, for a store; its last part is a name for whatever else they share on this host.
+    makes the groups of them). `rendezvous`: where the ranks of a unit of several find each other, new in every life of it
+    (`serving.parallel.rendezvous`): the path of a file that is not there yet, in a folder of the server's own, or, of a server of several nodes, an
+    address. `listener`: of the rank that holds it, the file descriptor of the socket that listens there; -1: another does.
     """
 
     worker_id: str
@@ -32,3 +33,4 @@ class WorkerSpec:
     unit: str = ""
     rank: int = 0
     rendezvous: str = ""
+    listener: int = -1

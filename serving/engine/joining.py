@@ -8,7 +8,8 @@
 
 Tensors of GPUs go over NCCL; each rank has its own, which is the process's current device. In host memory the ranks of one node exchange
 through shared memory, those of several over gloo. All ranks of a unit come here at once and ask for the same groups in the same order.
-Ranks that share neither heads nor experts join nothing.
+Who is missing, what watches the device hears of a group in shared memory where all ranks are on one node, else of the bell. GPUs of one node
+may write each other's memory, others exchange over NCCL. Ranks that share neither heads nor experts join nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch._C._distributed_c10d import FileStore, PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store
 
-from serving.core.config import Config, unit_table
-from serving.core.errors import ConfigError
+from serving.core.config import Config, DecodeTable, unit_table
 from serving.core.spec import WorkerSpec
 from serving.engine.unit import Lockstep, MicroBatches
 from serving.engine.watch import DeviceWatch
@@ -33,7 +32,7 @@ from serving.model.config import ModelConfig
 from serving.model.parallel import SINGLE, Hosting, Parallel, num_moe_layers
 from serving.model.units import UnitShape, groups_of, shape_of
 from serving.parallel.balance import global_placement, hierarchical_placement, single_placement
-from serving.parallel.bell import Bell, TcpBell
+from serving.parallel.bell import TcpBell
 from serving.parallel.collectives import Collectives, Presence, RanksMissing, SingleRank
 from serving.parallel.deepep import deepep_dispatch
 from serving.parallel.dispatch import DirectDispatch, Dispatch, FixedDispatch, HierarchicalDispatch
@@ -43,6 +42,7 @@ from serving.parallel.peer_memory import PeersUnreachable
 from serving.parallel.peer_shares import open_peer_shares
 from serving.parallel.placement import Floats, Placement
 from serving.parallel.redundancy import hosted_placement
+from serving.parallel.rendezvous import name_of, open_store
 from serving.parallel.shared_memory import SharedMemoryCollectives
 from serving.parallel.symmetric import Exchanged, open_symmetric
 
@@ -85,17 +85,9 @@ def join(
     if groups.tp == groups.ep == 1:
         return Place(shape=shape)
     on_gpu = device.type == "cuda"
-    if on_gpu and groups.num_nodes > 1:
-        raise ConfigError(
-            "units of several nodes compute on CPUs as yet; set model.device to cpu, or sizes that one node has GPUs for"
-        )
-    bells: list[Bell] = []
-
-    def alive() -> None:
-        for bell in bells:
-            bell.wait(-1, 0.0)
-
-    opened = _opener(spec, groups, alive)
+    store = _store(spec, groups) if on_gpu or groups.num_nodes > 1 else None
+    bells: list[TcpBell] = []
+    opened = _opener(spec, groups, store, lambda: bells[0] if bells else None)
     world = opened("world", range(groups.world_size), START_DEADLINE_S, _SMALL_BYTES)
 
     def control_of(name: str, ranks: Sequence[int]) -> Collectives:
@@ -118,14 +110,23 @@ def join(
 
     group_of: GroupOf = host_group_of
     if lockstep.watch is not None:
-        store = FileStore(spec.rendezvous, groups.world_size)
+        assert store is not None
         group_of = nccl_opener(store, spec.rank, lockstep.watch)
-    parallel = parallel_of(shape, spec.rank, config, group_of, by_nodes=spec.role == "prefill", counts_apart=on_gpu)
+    parallel = parallel_of(
+        shape,
+        spec.rank,
+        config,
+        group_of,
+        by_nodes=spec.role == "prefill" or (on_gpu and spec.role == "both"),
+        counts_apart=on_gpu,
+        captures=on_gpu and spec.role != "prefill",
+    )
     ep_ranks = groups.ep_group(spec.rank)
     if lockstep.watch is not None and groups.ep > 1:
+        assert store is not None
         if spec.role == "prefill" and spec.config.prefill.dispatch == "deepep":
             parallel = replace(parallel, experts=_over_deepep(spec, config, shape, store))
-        elif spec.role != "prefill" and spec.config.decode.dispatch != "nccl":
+        elif spec.role != "prefill" and writes_peers(spec.config.decode, groups):
             peers = control_of("peers", ep_ranks)
             parallel = through_peer_memory(parallel, spec.config, config, shape, device, peers, lockstep.watch)
     if (
@@ -140,6 +141,12 @@ def join(
     moves = groups.ep > 1 and on_gpu and spec.config.balance.period_s > 0
     ep_data = group_of("weights", ep_ranks) if moves else None
     return Place(parallel=parallel, lockstep=lockstep, shape=shape, ep=ep, ep_data=ep_data)
+
+
+def writes_peers(table: DecodeTable, groups: Groups) -> bool:
+    """Whether captured steps dispatch through peer memory, if the GPUs can: those of one node may. By name it is refused across nodes
+    before (`shape_of`)."""
+    return table.dispatch != "nccl" and 1 < groups.ep <= groups.ranks_per_node
 
 
 def _over_deepep(spec: WorkerSpec, config: ModelConfig, shape: UnitShape, store: Store) -> Dispatch:
@@ -220,10 +227,9 @@ def micro_batches_for(device: torch.device) -> MicroBatches:
     return _SPLIT_ON_GPU if device.type == "cuda" else _SPLIT
 
 
-def watch_over(control: Collectives, bell: Bell) -> DeviceWatch:
-    """`control`: of the whole unit, in host memory."""
-    assert isinstance(control, Presence), "the ranks of one node know of each other"
-    return DeviceWatch(control, bell, deadline_s=STEP_DEADLINE_S)
+def watch_over(control: Collectives, bell: TcpBell) -> DeviceWatch:
+    """`control`: of the whole unit, in host memory. Over a network it does not know of its ranks, and the bell does."""
+    return DeviceWatch(control if isinstance(control, Presence) else bell, bell, deadline_s=STEP_DEADLINE_S)
 
 
 def nccl_opener(store: Store, rank: int, watch: DeviceWatch) -> GroupOf:
@@ -258,17 +264,23 @@ def parallel_of(
     *,
     by_nodes: bool = False,
     counts_apart: bool = False,
+    captures: bool = False,
     placement: Placement | None = None,
 ) -> Parallel:
-    """`by_nodes`: one copy of a token to each node, where an EP group has several; `counts_apart`: counts of those go over groups of their
-    own. `placement` None: the first. Raises ConfigError."""
+    """`by_nodes`: one copy of a token to each node, where an EP group has several; `counts_apart`: their counts go over groups of their own.
+    `captures`: also steps that are captured, in which each rank sends to each. `placement` None: the first. Raises ConfigError."""
     groups = shape.groups
     tp = _group(group_of, "tp", groups.tp_group(rank))
     if groups.ep == 1:
         return Parallel(tp=tp)
     dispatch: Dispatch
     fixed: Callable[[int], Dispatch] | None = None
-    if by_nodes and groups.ep > groups.ranks_per_node:
+    by_nodes = by_nodes and groups.ep > groups.ranks_per_node
+    if captures or not by_nodes:
+        ep = group_of("ep", groups.ep_group(rank))
+        dispatch = DirectDispatch(ep, shape.hosted_slots)
+        fixed = partial(FixedDispatch, ep, shape.hosted_slots)
+    if by_nodes:
         ways = {"rail": groups.rail_group(rank), "node": groups.node_group(rank)}
         rail, node = (group_of(name, ranks) for name, ranks in ways.items())
         counted = None
@@ -276,10 +288,6 @@ def parallel_of(
             over_nodes, inside = (group_of(f"counts-{name}", ranks) for name, ranks in ways.items())
             counted = over_nodes, inside
         dispatch = HierarchicalDispatch(rail, node, shape.hosted_slots, counted)
-    else:
-        ep = group_of("ep", groups.ep_group(rank))
-        dispatch = DirectDispatch(ep, shape.hosted_slots)
-        fixed = partial(FixedDispatch, ep, shape.hosted_slots)
     hosting = None
     if shape.chooses:
         hosting = Hosting(
@@ -333,27 +341,39 @@ def _group(group_of: GroupOf, name: str, ranks: tuple[int, ...]) -> Collectives:
     return group_of(name, ranks) if len(ranks) > 1 else SingleRank(ranks=ranks)
 
 
-def _opener(
-    spec: WorkerSpec, groups: Groups, alive: Callable[[], None]
-) -> Callable[[str, Sequence[int], float, int], Collectives]:
-    """(name, ranks, deadline_s, bytes that a rank posts at once) -> this rank's end of a group. `alive`: for whom the kernel does not
-    tell, as `TorchCollectives`."""
-    unit = Path(spec.rendezvous).name
-    if groups.num_nodes == 1:
-        return lambda name, ranks, deadline_s, part_bytes: SharedMemoryCollectives(
-            name=f"{unit}-{name}",
-            ranks=ranks,
-            rank=list(ranks).index(spec.rank),
-            deadline_s=deadline_s,
-            part_bytes=part_bytes,
-        )
-    store = FileStore(spec.rendezvous, groups.world_size)
-    return lambda name, ranks, deadline_s, _: TorchCollectives(
-        backend="gloo",
-        store=store,
-        ranks=ranks,
-        rank=list(ranks).index(spec.rank),
-        name=name,
-        deadline_s=deadline_s,
-        alive=alive,
+def _store(spec: WorkerSpec, groups: Groups) -> Store:
+    return open_store(
+        spec.rendezvous,
+        rank=spec.rank,
+        world_size=groups.world_size,
+        listener=spec.listener,
+        deadline_s=START_DEADLINE_S,
     )
+
+
+def _opener(
+    spec: WorkerSpec, groups: Groups, store: Store | None, presence: Callable[[], Presence | None]
+) -> Callable[[str, Sequence[int], float, int], Collectives]:
+    """(name, ranks, deadline_s, bytes that a rank posts at once) -> this rank's end of a group in host memory. `presence`: as
+    `TorchCollectives` takes it."""
+    unit = name_of(spec.rendezvous)
+
+    def opened(name: str, ranks: Sequence[int], deadline_s: float, part_bytes: int) -> Collectives:
+        index = list(ranks).index(spec.rank)
+        if len({groups.coordinates(rank).node for rank in ranks}) == 1:
+            return SharedMemoryCollectives(
+                name=f"{unit}-{name}", ranks=ranks, rank=index, deadline_s=deadline_s, part_bytes=part_bytes
+            )
+        assert store is not None, "ranks of several nodes meet in one"
+        return TorchCollectives(
+            backend="gloo",
+            store=store,
+            ranks=ranks,
+            rank=index,
+            name=name,
+            deadline_s=deadline_s,
+            host=spec.host,
+            presence=presence,
+        )
+
+    return opened

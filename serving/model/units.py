@@ -67,6 +67,11 @@ def shape_of(table: UnitTable, model: ModelConfig) -> UnitShape:
             f"{_name(table)} dispatch = symmetric writes into the memory of GPUs of one node, and ep = {groups.ep} ranks are on several "
             f"of {groups.ranks_per_node}; set dispatch to auto, or ep to {groups.ranks_per_node} at most"
         )
+    if isinstance(table, PrefillTable) and table.dispatch == "deepep" and groups.ep > groups.ranks_per_node:
+        raise ConfigError(
+            f"{_name(table)} dispatch = deepep is for GPUs of one node, and ep = {groups.ep} ranks are on several of {groups.ranks_per_node}; "
+            f"set dispatch to auto, or ep to {groups.ranks_per_node} at most"
+        )
     _check_shared(table, model)
     num_experts = model.num_routed_experts + table.shared_expert_routed
     active = _active_slots(table, model.num_routed_experts, groups.ep)

@@ -6,6 +6,10 @@ Implementations: `TcpBell` between processes, `serving.parallel.virtual.VirtualB
 
     rank 0 listens; every other rank keeps one connection to it        a ring -> rank 0 -> everybody else
     a connection that ends before `close` is a rank that is missing: rank 0 tells the others
+    a rank gives up -> rank 0 asks everybody how far they are: who does not answer, or is behind, is missing -> everybody
+
+By the last two a bell knows of its ranks what groups in shared memory know (`serving.parallel.collectives.Presence`), also where they are
+on several hosts. Between calls nothing travels: how far a rank is stays with it until it is asked.
 """
 
 from __future__ import annotations
@@ -17,17 +21,39 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from enum import IntEnum
+from typing import NoReturn, Protocol
 
 import torch
 
 from serving.core.errors import StartupError
 from serving.parallel.collectives import Collectives, RanksMissing
 
-_WORD = struct.Struct("<q")
+_HEAD = struct.Struct("<qq")
+_NUMBER_BYTES = 8
 _HELLO = struct.Struct("<16sq")
 _INVITATION_BYTES = 128
+_ANSWER_S = 1.0
+"""For an answer between two threads that have nothing else to do."""
+
+
+class _Kind(IntEnum):
+    """What a rank says; each begins with the kind and how many numbers follow."""
+
+    RING = 0
+    """The number that is rung."""
+    ENDED = 1
+    """Indices of ranks whose connections have."""
+    BEHIND = 2
+    """Indices of ranks that the others wait for in vain."""
+    ASKED = 3
+    """To rank 0, with the indices of those who do not come, and by it to all: how far are you?"""
+    FAR = 4
+    """The answer: how far this rank is."""
+
+
+_REASONS = {_Kind.ENDED: "its connection has ended", _Kind.BEHIND: "the others wait for it in vain"}
 
 
 class Bell(Protocol):
@@ -59,6 +85,9 @@ class TcpBell:
         self._rank = world.rank
         self._rung = -1
         self._missing: RanksMissing | None = None
+        self._progress = 0
+        self._far: dict[int, int] | None = None
+        """On rank 0 while it asks: how far those are who have answered."""
         self._closing = False
         self._changed = threading.Condition()
         self._sending = threading.Lock()
@@ -68,7 +97,7 @@ class TcpBell:
         self._thread.start()
 
     def ring(self, number: int) -> None:
-        self._hear(number, sender=self._rank)
+        self._hear(_Kind.RING, [number], sender=self._rank)
 
     def wait(self, number: int, timeout_s: float | None) -> bool:
         with self._changed:
@@ -79,6 +108,25 @@ class TcpBell:
 
     def tell(self, rung: Callable[[], None]) -> None:
         self._told = rung
+
+    def advance(self) -> None:
+        self._progress += 1
+
+    def check(self) -> None:
+        self.wait(-1, 0.0)
+
+    def give_up(self, ranks: Sequence[int] = ()) -> NoReturn:
+        among = [self._ranks.index(rank) for rank in ranks] or list(range(len(self._ranks)))
+        if self._rank:
+            self._say(_Kind.ASKED, among, to=[0])
+        else:
+            self._ask_all(self._rank, among)
+        with self._changed:
+            # Rank 0 asks the others first.
+            if not self._changed.wait_for(lambda: self._missing is not None, 2 * _ANSWER_S):
+                self._missing = self._named(_Kind.BEHIND, [0])
+            assert self._missing is not None
+            raise self._missing
 
     def close(self) -> None:
         self._closing = True
@@ -110,30 +158,67 @@ class TcpBell:
             while selector.get_map():
                 for key, _ in selector.select():
                     index = key.data
-                    word = _received(self._peers[index], _WORD.size)
-                    if not word:
+                    kind, numbers = _said(self._peers[index])
+                    if kind is None:
                         selector.unregister(self._peers[index])
-                        word = _WORD.pack(-1 - index)
+                        kind, numbers = _Kind.ENDED, [index]
                     if not self._closing:
-                        self._hear(_WORD.unpack(word)[0], sender=index)
+                        self._hear(kind, numbers, sender=index)
 
-    def _hear(self, number: int, *, sender: int) -> None:
-        """A ring, or below 0 a rank that is missing; rank 0 passes it on."""
+    def _hear(self, kind: _Kind, numbers: list[int], *, sender: int) -> None:
+        """What concerns all rank 0 passes on."""
+        if kind is _Kind.ASKED:
+            if self._rank:
+                self._say(_Kind.FAR, [self._progress], to=[0])
+            else:
+                self._ask_all(sender, numbers)
+            return
         with self._changed:
-            if number >= 0:
-                self._rung = max(self._rung, number)
+            is_news = kind is _Kind.RING
+            if kind is _Kind.RING:
+                self._rung = max(self._rung, numbers[0])
+            elif kind is _Kind.FAR:
+                if self._far is not None:
+                    self._far[sender] = numbers[0]
             elif self._missing is None:
-                self._missing = RanksMissing(
-                    [self._ranks[-1 - number]], group="bell", reason="its connection has ended"
-                )
+                self._missing = self._named(kind, numbers)
+                is_news = True
             self._changed.notify_all()
-        if not self._rank or sender == self._rank:
-            with self._sending:
-                for index, connection in self._peers.items():
-                    if index != sender:
-                        with contextlib.suppress(OSError):  # its end is heard by `_read`
-                            connection.sendall(_WORD.pack(number))
+        if is_news and (not self._rank or sender == self._rank):
+            self._say(kind, numbers, to=[index for index in self._peers if index != sender])
         self._told()
+
+    def _ask_all(self, asker: int, among: list[int]) -> None:
+        """On rank 0: everybody is told who is missing, within a moment, if it has not been found out before."""
+        with self._changed:
+            if self._far is not None or self._missing is not None:
+                return
+            self._far = {self._rank: self._progress}
+        threading.Thread(target=self._compare, args=(asker, among), name="bell-compares", daemon=True).start()
+
+    def _compare(self, asker: int, among: list[int]) -> None:
+        self._say(_Kind.ASKED, [], to=self._peers)
+        everybody = range(len(self._ranks))
+        with self._changed:
+            far = self._far
+            assert far is not None
+            self._changed.wait_for(lambda: len(far) == len(everybody) or self._missing is not None, _ANSWER_S)
+            self._far = None
+        missing = [index for index in everybody if index not in far]
+        if not missing:
+            least, most = min(far[index] for index in among), max(far[index] for index in among)
+            missing = [index for index in among if (far[index] == least if least < most else index != asker)]
+        self._hear(_Kind.BEHIND, missing, sender=self._rank)
+
+    def _say(self, kind: _Kind, numbers: list[int], *, to: Iterable[int]) -> None:
+        word = _HEAD.pack(kind, len(numbers)) + struct.pack(f"<{len(numbers)}q", *numbers)
+        with self._sending:
+            for index in to:
+                with contextlib.suppress(OSError):  # its end is heard by `_read`
+                    self._peers[index].sendall(word)
+
+    def _named(self, kind: _Kind, indices: list[int]) -> RanksMissing:
+        return RanksMissing([self._ranks[index] for index in indices], group="bell", reason=_REASONS[kind])
 
 
 def _nobody() -> None:
@@ -191,6 +276,20 @@ def _kept_alive(connection: socket.socket) -> socket.socket:
         if hasattr(socket, option):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     return connection
+
+
+def _said(connection: socket.socket) -> tuple[_Kind | None, list[int]]:
+    """None: the connection has ended."""
+    head = _received(connection, _HEAD.size)
+    if not head:
+        return None, []
+    kind, count = _HEAD.unpack(head)
+    numbers = _received(connection, count * _NUMBER_BYTES) if count else b""
+    return (
+        (_Kind(kind), list(struct.unpack(f"<{count}q", numbers)))
+        if len(numbers) == count * _NUMBER_BYTES
+        else (None, [])
+    )
 
 
 def _received(connection: socket.socket, num_bytes: int) -> bytes:

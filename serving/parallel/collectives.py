@@ -123,9 +123,9 @@ class Presence(Protocol):
     def check(self) -> None:
         """Raises RanksMissing if a member's process has ended, or somebody was given up."""
 
-    def give_up(self) -> NoReturn:
-        """What this rank waits for does not come. Raises RanksMissing, here and from everybody's next call: those that are
-        behind, for whom the rest may wait; where all are equally far, all but this one."""
+    def give_up(self, ranks: Sequence[int] = ()) -> NoReturn:
+        """What this rank waits for does not come, of `ranks` if that is known. Raises RanksMissing, here and from everybody's next
+        call: those of them that are behind, for whom the rest may wait; where they are equally far, all of them but this one."""
 
 
 class Done:

@@ -5,6 +5,7 @@ members alone. Everything that is not summed travels as bytes, since gloo knows 
 
 Who is missing is what the backends do not say. A rank that waits longer than a moment notes in the store how far it has come;
 at the deadline those without a note have not come. Who knows earlier that a rank has ended, because a connection did, is asked meanwhile.
+A store that is asked within the deadline and says nothing is held by a rank that hangs: rank 0 of the unit.
 
 On CUDA a wait orders the stream, and the host waits in `attend` alone, within the deadline. Then NCCL is aborted, so that its kernels
 end, with whatever they had; a unit, whose host may wait elsewhere, has a thread that does so (`serving.engine.watch`). NCCL's own watchdog
@@ -17,8 +18,9 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import NoReturn, Protocol, cast
+from typing import NoReturn, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, Work
 
 from serving.core.errors import ConfigError
-from serving.parallel.collectives import Handle, RanksMissing, check_payloads, check_rows, even, row_bytes
+from serving.parallel.collectives import Handle, Presence, RanksMissing, check_payloads, check_rows, even, row_bytes
 
 _PATIENCE_S = 0.05
 """A wait that is longer is noted in the store."""
@@ -41,6 +43,10 @@ _ABORT_S = 2.0
 _CALL_S = 0.1
 """A call that takes longer waits for the device."""
 _POLL_S = 1e-4
+_STORE_RANK = 0
+"""Of the unit: it holds the store, where a rank does."""
+
+Answer = TypeVar("Answer")
 
 
 class _Backend(Protocol):
@@ -59,8 +65,9 @@ class _Backend(Protocol):
 class TorchCollectives:
     """Joins the group `name` of `ranks` as its member number `rank`; returns or raises within the deadline.
 
-    `store` is one object for the whole unit and of this start alone; its host is best a process that outlives the ranks.
-    `alive` raises RanksMissing when it is known of a rank of the unit that it has ended.
+    `store` is one object for the whole unit and of this start alone.
+    `host`: the address under which gloo is reached here, "": what this machine's name stands for.
+    `presence`: of all ranks of the unit, as soon as they have one: it knows sooner, and better, who of them is missing.
     Of NCCL, which takes the current device: `max_ctas`: SMs that a call may keep busy, 0: as many as NCCL likes. `issued` is called with each call.
     """
 
@@ -73,7 +80,8 @@ class TorchCollectives:
         rank: int,
         name: str,
         deadline_s: float,
-        alive: Callable[[], None] = lambda: None,
+        host: str = "",
+        presence: Callable[[], Presence | None] = lambda: None,
         max_ctas: int = 0,
         issued: Callable[[], None] = lambda: None,
     ) -> None:
@@ -86,7 +94,8 @@ class TorchCollectives:
         self._store = store
         self._name = name
         self._deadline_s = deadline_s
-        self._alive = alive
+        self._host = host
+        self._presence = presence
         self._max_ctas = max_ctas
         self._tell_issued = issued
         self._issued = 0
@@ -94,9 +103,10 @@ class TorchCollectives:
         self._broken: RanksMissing | None = None
         self._aborted = False
         self._calling = threading.Lock()
-        self._note("came")
+        self._store_is_silent = False
         begin_s = time.monotonic()
         try:
+            self._note("came")
             self._group = self._join()
         except RuntimeError as error:
             raise self._named(self._issued, begin_s) from error
@@ -107,15 +117,25 @@ class TorchCollectives:
         store.set_timeout(deadline)
         if self._backend == "nccl":
             return self._join_nccl(store)
-        group = dist.ProcessGroupGloo(store, self.rank, self.world_size, deadline)
+        # It ends at the deadline by itself, if the store answers.
+        group = self._answer(lambda: self._gloo(store, deadline), self._deadline_s + _LAST_CALL_S)
         # A call that was given up must end too, but after whoever waits for it has named the missing.
         group._set_default_timeout(given_up)
         return cast(_Backend, group)
 
+    def _gloo(self, store: Store, deadline: timedelta) -> dist.ProcessGroupGloo:
+        if not self._host:
+            return dist.ProcessGroupGloo(store, self.rank, self.world_size, deadline)
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = deadline
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
+        return dist.ProcessGroupGloo(store, self.rank, self.world_size, options)
+
     def _join_nccl(self, store: Store) -> _Backend:
         """Connected: the first call would do it otherwise, and wait for ever for a rank that never joins."""
         begin_s = time.monotonic()
-        while any(self._noted("came", index) < 0 for index in range(self.world_size)):
+        notes = self._keys("came")
+        while not self._answer(lambda: self._store.check(notes)):
             if time.monotonic() - begin_s > self._deadline_s:
                 raise RuntimeError("not all have joined")
             time.sleep(_PATIENCE_S)
@@ -227,7 +247,8 @@ class TorchCollectives:
             rank=tuple(ranks).index(self.ranks[self.rank]),
             name=name,
             deadline_s=deadline_s or self._deadline_s,
-            alive=self._alive,
+            host=self._host,
+            presence=self._presence,
             max_ctas=self._max_ctas,
             issued=self._tell_issued,
         )
@@ -262,8 +283,10 @@ class TorchCollectives:
         self._tell_issued()
         try:
             # Gloo lets a late rank have what the others sent before they gave it up.
-            if idle_s > self._deadline_s / 2 and self._read("broken") is not None:
-                raise RuntimeError("the group was given up")
+            if idle_s > self._deadline_s / 2:
+                self._alive()
+                if self._read("broken") is not None:
+                    raise RuntimeError("the group was given up")
             with self._calling:
                 self._raise_if_aborted()
                 return _Handle(self, call(), self._issued, then)
@@ -330,35 +353,81 @@ class TorchCollectives:
             self._note("came")
             self._note("failed")
             missing = self._missing(number, begin_s + self._deadline_s)
-            self._store.set(self._key("broken"), ",".join(map(str, missing)))
+            ranks = [self.ranks[index] for index in missing]
+            if (presence := self._presence()) is not None:
+                presence.give_up(ranks)
+            broken = ",".join(map(str, missing))
+            self._answer(lambda: self._store.set(self._key("broken"), broken))
         except RanksMissing as gone:
             return gone
         except RuntimeError:
-            # The store is gone, and with it the rank that hosts it.
-            missing = [0]
-        ranks = [self.ranks[index] for index in missing]
+            # The store is gone, and with it the rank that holds it.
+            ranks = [_STORE_RANK]
         return RanksMissing(ranks, group=self._name, reason=f"deadline {self._deadline_s:g} s")
 
     def _missing(self, number: int, expiry_s: float) -> list[int]:
         while True:
             if (broken := self._read("broken")) is not None:
                 return [int(index) for index in broken.split(",") if index]
-            late = [index for index in range(self.world_size) if self._noted("came", index) < number]
+            late = self._behind("came", number)
             if time.monotonic() >= expiry_s:
                 # All came, and one of them ended in the middle: it alone has not seen the call fail.
-                return late or [index for index in range(self.world_size) if self._noted("failed", index) < number]
+                return late or self._behind("failed", number)
             self._alive()
             time.sleep(0.02)
 
-    def _note(self, what: str) -> None:
-        self._store.set(self._key(f"{what}/{self.rank}"), str(self._issued))
+    def _alive(self) -> None:
+        """Raises RanksMissing when it is known of a rank of the unit that it has ended."""
+        if (presence := self._presence()) is not None:
+            presence.check()
 
-    def _noted(self, what: str, index: int) -> int:
-        return int(self._read(f"{what}/{index}") or -1)
+    def _note(self, what: str) -> None:
+        key, number = self._key(f"{what}/{self.rank}"), str(self._issued)
+        self._answer(lambda: self._store.set(key, number))
+
+    def _behind(self, what: str, number: int) -> list[int]:
+        """Whose note of it says less, or is not there."""
+        keys = self._keys(what)
+
+        def noted() -> list[bytes]:
+            if self._store.check(keys):
+                return self._store.multi_get(keys)
+            return [self._store.get(key) if self._store.check([key]) else b"-1" for key in keys]
+
+        return [index for index, said in enumerate(self._answer(noted)) if int(said) < number]
 
     def _read(self, what: str) -> str | None:
         key = self._key(what)
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        return self._answer(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
+
+    def _answer(self, ask: Callable[[], Answer], most_s: float | None = None) -> Answer:
+        """What `ask` has of the store, which itself waits for ever. Raises RuntimeError after `most_s`; None: the deadline."""
+        if self._store_is_silent:
+            raise RuntimeError("the store does not answer")
+        begin_s = time.monotonic()
+        answer: Future[Answer] = Future()
+
+        def fetch() -> None:
+            try:
+                answer.set_result(ask())
+            except Exception as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=fetch, name=f"store-{self._name}", daemon=True).start()
+        while True:
+            try:
+                return answer.result(_LOOK_S)
+            except TimeoutError:
+                if answer.done():
+                    raise
+            self._alive()
+            if time.monotonic() - begin_s > (most_s or self._deadline_s):
+                self._store_is_silent = True
+                raise RuntimeError("the store does not answer")
+
+    def _keys(self, what: str) -> list[str]:
+        """Of all ranks."""
+        return [self._key(f"{what}/{index}") for index in range(self.world_size)]
 
     def _key(self, what: str) -> str:
         # Groups of different members may bear one name: every TP group is "tp".

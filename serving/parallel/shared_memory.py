@@ -206,9 +206,10 @@ class SharedMemoryCollectives:
         if dead:
             self._fail(dead)
 
-    def give_up(self) -> NoReturn:
-        others = [index for index in range(self.world_size) if index != self.rank]
-        self._fail(self._given_up() or self._least_far(range(self.world_size)) or others)
+    def give_up(self, ranks: Sequence[int] = ()) -> NoReturn:
+        among = [self.ranks.index(rank) for rank in ranks] or range(self.world_size)
+        others = [index for index in among if index != self.rank]
+        self._fail(self._given_up() or self._least_far(among) or others)
 
     def subgroup(self, ranks: Sequence[int], name: str, deadline_s: float | None = None) -> SharedMemoryCollectives:
         return SharedMemoryCollectives(

@@ -49,12 +49,7 @@ def test_a_killed_router_is_restarted_alone_on_its_port(server: WatchedServer):
 
 
 def test_nothing_listens_beyond_this_machine(server: WatchedServer):
-    addresses = {
-        connection.laddr.ip.removeprefix("::ffff:")
-        for process in [psutil.Process(server.process.pid), *server.family()]
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
+    addresses = server.listens_at()
     assert addresses
     assert addresses <= {"127.0.0.1", "::1"}
 

@@ -55,6 +55,7 @@ def test_the_text_is_that_of_one_rank(
         versions = [float(version) for version in VERSION.findall(httpx.get(f"{units.url}/metrics").text)]
     assert len(versions) == 2, "one figure of each EP group"
     assert (max(versions) > 1) == balances
+    assert units.listens_at() <= {"127.0.0.1", "::1"}
     family = units.family()
     assert units.stop(signal.SIGTERM) == 0
     assert still_running(family, after_s=0) == []

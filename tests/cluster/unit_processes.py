@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -123,18 +124,24 @@ class UnitPair:
 
     def _start(self, role: str, config: Config, model_dir: Path, folder: Path, spoils: int | None) -> list[Connection]:
         pipes = []
-        for rank in range(groups_of(unit_table(config, role)).world_size):
-            spec = dataclasses.replace(
-                create_spec(f"{role}-0.{rank}", role, config, model_dir=model_dir),
-                unit=f"{role}-0",
-                rank=rank,
-                rendezvous=str(folder / f"{role}-{os.getpid()}"),
-            )
-            pipe, other = self._context.Pipe()
-            process = self._context.Process(target=_live, args=(other, spec, rank == spoils), daemon=True)
-            process.start()
-            self.processes[role].append(process)
-            pipes.append(pipe)
+        groups = groups_of(unit_table(config, role))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            rendezvous = str(folder / f"{role}-{os.getpid()}")
+            if groups.num_nodes > 1:
+                rendezvous = f"tcp://127.0.0.1:{listener.getsockname()[1]}/{Path(rendezvous).name}"
+            for rank in range(groups.world_size):
+                spec = dataclasses.replace(
+                    create_spec(f"{role}-0.{rank}", role, config, model_dir=model_dir),
+                    unit=f"{role}-0",
+                    rank=rank,
+                    rendezvous=rendezvous,
+                )
+                pipe, other = self._context.Pipe()
+                held = listener if groups.num_nodes > 1 and rank == 0 else None
+                process = self._context.Process(target=_live, args=(other, spec, held, rank == spoils), daemon=True)
+                process.start()
+                self.processes[role].append(process)
+                pipes.append(pipe)
         return pipes
 
     def _client(self, index: int) -> WireClient:
@@ -157,7 +164,9 @@ def _leaders(role: str, pipes: list[Connection]) -> list[PeerAddress]:
     return [address for address in addresses if address is not None]
 
 
-def _live(pipe: Connection, spec: WorkerSpec, spoils: bool) -> None:
+def _live(pipe: Connection, spec: WorkerSpec, listener: socket.socket | None, spoils: bool) -> None:
+    if listener is not None:
+        spec = dataclasses.replace(spec, listener=listener.detach())
     worker: Any = _spoiling_worker(spec) if spoils else build_worker(spec)
     pipe.send(worker.address)
     worker.run()

@@ -30,6 +30,15 @@ class WatchedServer(ServedProcess):
         """Every process below the server's own."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def listens_at(self) -> set[str]:
+        """The addresses of all sockets that listen, of whichever process."""
+        return {
+            connection.laddr.ip.removeprefix("::ffff:")
+            for process in [psutil.Process(self.process.pid), *self.family()]
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+
     def router(self) -> psutil.Process:
         return next(process for process in self.family() if "router" in process.cmdline())
 

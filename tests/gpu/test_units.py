@@ -34,6 +34,7 @@ from serving.engine.build import Engine
 from serving.engine.plan import Launched, SlotSpec, StepResult
 from serving.engine.unit import MicroBatches
 from serving.kernels.quant import Fp8Weight
+from serving.parallel.dispatch import HierarchicalDispatch
 from tests.fp8_model import WIDE
 from tests.gpu.texts import DEMO, TIE, partings, trained_questions
 from tests.model_factory import make_checkpoint
@@ -59,6 +60,7 @@ SIZES = {
     "EP2": EP2,
     "TP2, peer memory": replace(TP2, dispatch="symmetric"),
     "EP2, peer memory": replace(EP2, dispatch="symmetric"),
+    "EP2, two nodes": replace(EP2, dispatch="auto", ranks_per_node=1),
 }
 _NUMBERS = itertools.count()
 
@@ -285,6 +287,21 @@ def test_rows_that_travel_in_fp8_are_as_exact_as_those_that_stay(
     assert 0 < got <= allowed
     if sizes in (TP2, EP2):
         assert error(generated(with_other_scales)) > allowed
+
+
+@pytest.mark.parametrize("role", ["prefill", "both"])
+def test_prompts_go_by_nodes_where_there_are_several(
+    start: Callable[..., Unit], prompts: list[list[int]], role: str
+) -> None:
+    expected = [text[:1] for text in start(ONE).generate(prompts, NEW_TOKENS).texts]
+    sizes = replace(SIZES["EP2, two nodes"], role=role)
+    assert start(sizes, LOAD, going_by_nodes).generate(prompts, 1).texts == expected
+    assert start(sizes, LOAD, with_another_expert).generate(prompts, 1).texts != expected
+
+
+def going_by_nodes(engine: Engine, rank: int) -> None:
+    routing = engine.runner.model.routing  # type: ignore[attr-defined]
+    assert isinstance(routing.dispatch, HierarchicalDispatch)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deep_ep") is None, reason="DeepEP is not installed")

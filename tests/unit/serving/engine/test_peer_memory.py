@@ -11,10 +11,10 @@ import torch
 
 from serving.core.config import load_config
 from serving.engine import joining
-from serving.engine.joining import shares_through_peer_memory, through_peer_memory
+from serving.engine.joining import shares_through_peer_memory, through_peer_memory, writes_peers
 from serving.model.parallel import Parallel
 from serving.model.published import DEEPSEEK_V3
-from serving.model.units import shape_of
+from serving.model.units import groups_of, shape_of
 from serving.parallel.collectives import RanksMissing, SingleRank
 from serving.parallel.peer_memory import PeersUnreachable
 from serving.parallel.peer_shares import PeerShares, layout_of
@@ -125,3 +125,21 @@ def test_a_tp_group_sums_over_nccl_where_gpus_cannot_unless_they_were_named(monk
     assert not watch.aborts
     with pytest.raises(PeersUnreachable, match="rank 1"):
         shared(monkeypatch, opens, "dispatch=symmetric")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (("dp=8",), True),
+        (("dp=8", "dispatch=symmetric"), True),
+        (("dp=8", "dispatch=nccl"), False),
+        (("dp=16",), False),
+        (("dp=16", "ep=8"), True),
+        (("dp=2", "ranks_per_node=1"), False),
+        (("dp=8", "ep=1"), False),
+        (("tp=4", "dp=80"), False),
+    ],
+)
+def test_gpus_write_each_others_memory_where_an_ep_group_is_on_one_node(keys: tuple[str, ...], expected: bool) -> None:
+    table = load_config(overrides=[f"decode.{key}" for key in keys]).decode
+    assert writes_peers(table, groups_of(table)) == expected

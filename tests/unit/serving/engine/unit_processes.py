@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import FileStore
 
 from serving.engine.plan import DecodeRow, Launched, SlotSpec, StepPlan, StepResult, StepShape
 from serving.engine.unit import Follower, Leader, Lockstep
-from serving.parallel.bell import Bell, TcpBell
+from serving.parallel.bell import TcpBell
 from serving.parallel.collectives import Collectives
 from serving.parallel.distributed import TorchCollectives
 from serving.parallel.groups import Groups
@@ -83,23 +83,23 @@ class UnitProcesses:
             process.join()
 
 
-def _world(rank: int, name: str, gloo: Path | None, bells: list[Bell]) -> Collectives:
+def _world(rank: int, name: str, gloo: Path | None, bells: list[TcpBell]) -> Collectives:
     if gloo is None:
         return SharedMemoryCollectives(name=name, ranks=range(4), rank=rank, deadline_s=DEADLINE_S)
-
-    def alive() -> None:
-        for bell in bells:
-            bell.wait(-1, 0.0)
-
-    store = FileStore(str(gloo), 4)
     return TorchCollectives(
-        backend="gloo", store=store, ranks=range(4), rank=rank, name=name, deadline_s=DEADLINE_S, alive=alive
+        backend="gloo",
+        store=FileStore(str(gloo), 4),
+        ranks=range(4),
+        rank=rank,
+        name=name,
+        deadline_s=DEADLINE_S,
+        presence=lambda: bells[0] if bells else None,
     )
 
 
 def _live(pipe: Connection, rank: int, name: str, gloo: Path | None) -> None:
     torch.set_num_threads(1)
-    bells: list[Bell] = []
+    bells: list[TcpBell] = []
     world = _world(rank, name, gloo, bells)
     tp = world.subgroup(GROUPS.tp_group(rank), "tp")
     model = world.subgroup(range(4), "model")

@@ -68,7 +68,7 @@ def test_ep_is_the_whole_unit_unless_it_is_given():
         (["kv_sharding=true"], "set tp above 1, or kv_sharding to false"),
         (
             ["dp=16", "dispatch=symmetric"],
-            "ep = 16 ranks are on several of 8; set dispatch to auto, or ep to 8 at most",
+            "dispatch = symmetric .* ep = 16 ranks are on several of 8; set dispatch to auto, or ep to 8 at most",
         ),
         (["dp=8", "shared_expert_routed=true"], "redundant_experts = 0; set it to 1 or more"),
     ],
@@ -83,6 +83,15 @@ def test_what_does_not_fit_is_one_line_with_the_key_and_the_fix(keys: list[str],
 def test_the_table_that_is_wrong_is_named():
     with pytest.raises(ConfigError, match=r"^\[prefill\] tp"):
         prefill("tp=3", "ranks_per_node=3")
+
+
+def test_deepep_is_for_gpus_of_one_node():
+    assert prefill("dp=8", "dispatch=deepep").groups.num_nodes == 1
+    prefill("dp=32", "ep=8", "dispatch=deepep")
+    with pytest.raises(
+        ConfigError, match=r"^\[prefill\] dispatch = deepep .* ep = 16 ranks .* set dispatch to auto, or ep to 8"
+    ):
+        prefill("dp=16", "dispatch=deepep")
 
 
 def test_a_shared_expert_of_another_width_cannot_be_routed():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -89,6 +90,43 @@ def test_a_rank_that_ends_is_named_in_every_wait(bells: list[TcpBell], gone: int
             with pytest.raises(RanksMissing) as missing:
                 bell.wait(0, DEADLINE_S)
             assert missing.value.ranks == (RANKS[gone],)
+
+
+@pytest.mark.parametrize("who", range(3))
+def test_who_is_behind_is_named_to_all_when_somebody_gives_up(bells: list[TcpBell], who: int) -> None:
+    for index, steps in enumerate([5, 4, 6]):
+        for _ in range(steps):
+            bells[index].advance()
+    for bell in bells:
+        bell.check()
+    assert missing_of(bells[who].give_up) == {RANKS[1]}
+    assert [missing_of(partial(bell.wait, 0, DEADLINE_S)) for bell in bells] == [{RANKS[1]}] * 3
+
+
+@pytest.mark.parametrize("who", range(3))
+def test_of_ranks_that_are_equally_far_the_others_are_named(bells: list[TcpBell], who: int) -> None:
+    assert missing_of(bells[who].give_up) == set(RANKS) - {RANKS[who]}
+
+
+def test_who_did_not_come_is_told_from_who_waits_for_them(bells: list[TcpBell]) -> None:
+    """Rank 0 is in the next round: the other two have not come, one of them for the other's sake."""
+    for bell in bells[:2]:
+        bell.advance()
+    assert missing_of(partial(bells[0].give_up, RANKS[1:])) == {RANKS[2]}
+    assert missing_of(partial(bells[1].wait, 0, DEADLINE_S)) == {RANKS[2]}
+
+
+@pytest.mark.parametrize("silent", [0, 2])
+def test_who_does_not_answer_is_named(bells: list[TcpBell], silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although nobody is behind."""
+    monkeypatch.setattr(bells[silent], "_hear", lambda *_, **__: None)
+    assert missing_of(bells[1].give_up) == {RANKS[silent]}
+
+
+def missing_of(call: Callable[[], object]) -> set[int]:
+    with pytest.raises(RanksMissing) as missing:
+        call()
+    return set(missing.value.ranks)
 
 
 def test_a_rank_that_does_not_join_is_named_and_a_stranger_is_not_admitted() -> None:
