@@ -50,6 +50,9 @@ demo: $(INSTALLED)
 serve: $(INSTALLED)
 	@$(BIN)/baton serve
 
+# Dozens of processes import the same modules: their bytecode is kept, whatever the environment says.
+test test-unit: export PYTHONDONTWRITEBYTECODE :=
+
 # Processes of the cluster tests share the machine: one after the other. Unit tests are short, use one thread each and sometimes wait.
 test: test-unit
 	$(BIN)/python -m pytest -q tests --ignore=tests/unit -m 'not gpu'
