@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -421,7 +421,18 @@ def _traced(model: Any, rank: int) -> tuple[float, Timeline]:
 
 def _lead(pipe: Connection, unit: LoopUnit, loop: Aggregated, balancing: Balancing | None) -> None:
     """Generations until there are no more to come."""
-    for prompts, lengths, logprobs in iter(pipe.recv, None):
+    rung, ring = socket.socketpair()
+    unit.tell(lambda: ring.sendall(b"."))
+
+    def asked() -> Any:
+        """What is asked next. A unit that has parked before the others had all their tokens counts on this rank when it is rung."""
+        while pipe not in wait([pipe, rung], 0.0 if unit.awake else None):
+            if not unit.awake:
+                rung.recv(4096)
+            unit.turned(stopping=False, drained=False)
+        return pipe.recv()
+
+    for prompts, lengths, logprobs in iter(asked, None):
         generated = _generate(unit, loop, prompts, lengths, logprobs)
         pipe.send(replace(generated, placement_version=balancing.placement_version if balancing is not None else 0))
     while not unit.turned(stopping=False, drained=True):
