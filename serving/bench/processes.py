@@ -422,7 +422,14 @@ def _traced(model: Any, rank: int) -> tuple[float, Timeline]:
 def _lead(pipe: Connection, unit: LoopUnit, loop: Aggregated, balancing: Balancing | None) -> None:
     """Generations until there are no more to come."""
     rung, ring = socket.socketpair()
-    unit.tell(lambda: ring.sendall(b"."))
+    ring.setblocking(False)
+
+    def wake() -> None:
+        # At the end nobody listens; where it is full, whoever listens wakes anyway.
+        with contextlib.suppress(OSError):
+            ring.send(b".")
+
+    unit.tell(wake)
 
     def asked() -> Any:
         """What is asked next. A unit that has parked before the others had all their tokens counts on this rank when it is rung."""
