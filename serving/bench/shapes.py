@@ -171,6 +171,8 @@ class Scales:
 # times as many tokens to one expert as to the next, which no trained bias does.
 _RECORDED = Scales(gate_bias=0.1, residual=1.0)
 _RECORDED_SHAPES = ("cpu-34m", "tiny")
+# What blocks add has to decide texts that are compared; with less, the last token decides nearly alone.
+_COMPARED_SHAPES = ("paper-scaled",)
 SPREADING = 0.01
 """`gate_bias` of all other shapes."""
 
@@ -256,7 +258,9 @@ def _planned(fields: dict[str, Any]) -> Iterator[tuple[str, Target, list[Entry]]
 def _scales_of(shape: str) -> Scales:
     if shape in _RECORDED_SHAPES:
         return _RECORDED
-    return Scales(gate_bias=SPREADING, residual=residual_scale(SHAPES[shape]["num_hidden_layers"]))
+    num_layers = SHAPES[shape]["num_hidden_layers"]
+    residual = (2 * num_layers) ** -0.5 if shape in _COMPARED_SHAPES else residual_scale(num_layers)
+    return Scales(gate_bias=SPREADING, residual=residual)
 
 
 def residual_scale(num_layers: int) -> float:

@@ -161,8 +161,8 @@ def test_a_gate_that_spreads_badly_shows() -> None:
     assert uneven.max_over_mean == pytest.approx(4)
 
 
-@pytest.mark.parametrize(("shape", "factor"), [("bf16", 1 / 3), ("tiny", 1.0)])
-def test_what_a_block_adds_is_scaled_by_depth_except_where_figures_were_recorded(
+@pytest.mark.parametrize(("shape", "factor"), [("bf16", 1 / 3), ("paper-scaled", 8**-0.5), ("tiny", 1.0)])
+def test_what_a_block_adds_is_scaled_by_depth_except_where_figures_were_recorded_or_texts_are_compared(
     tmp_path: Path, shape: str, factor: float
 ) -> None:
     drawn = _write(tmp_path, shape)
