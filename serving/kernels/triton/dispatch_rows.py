@@ -245,6 +245,9 @@ def total(y_ND: Tensor, copies: Copies, added_TD: Tensor | None = None) -> Tenso
     assert y_ND.stride(1) == added.stride(1) == 1, "rows must be contiguous"
     num_rows, num_places = copies.places_TP.shape
     width = y_ND.shape[1]
+    assert added_TD is None or added_TD.shape == (num_rows, width), (
+        f"{added_TD.shape} added to {num_rows} rows of {width}"
+    )
     out_TD = torch.empty(num_rows, width, dtype=y_ND.dtype, device=y_ND.device)
     if not out_TD.numel():
         return out_TD

@@ -114,6 +114,7 @@ def pull_sum_kernel(
     places_at,
     place_bytes,
     limit,
+    WIDE: tl.constexpr,
     ELEMENTS: tl.constexpr,
     RANKS: tl.constexpr,
     LOOK: tl.constexpr,
@@ -127,11 +128,11 @@ def pull_sum_kernel(
     if PDL:
         gdc_launch_dependents()
     element = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
-    total = tl.zeros([ELEMENTS], tl.float32)
+    total = tl.zeros([ELEMENTS], WIDE)
     for rank in range(world_size):
         came = memory_ptr + places_at + (step % 2 * world_size + rank) * place_bytes
         part = came.to(tl.pointer_type(out_ptr.dtype.element_ty)) + element
-        total += tl.load(part, mask=element < number, other=0.0).to(tl.float32)
+        total += tl.load(part, mask=element < number, other=0.0).to(WIDE)
     tl.store(out_ptr + element, total.to(out_ptr.dtype.element_ty), mask=element < number)
 
 
@@ -161,10 +162,11 @@ def pull(window: Window, layout: SharesLayout, out_NX: Tensor, *, limit_ns: int)
 
 
 def pull_sum(window: Window, layout: SharesLayout, out_SX: Tensor, *, limit_ns: int) -> None:
+    assert out_SX.is_contiguous(), "rows lie one behind the other"
     pull_sum_kernel[(max(1, triton.cdiv(out_SX.numel(), _ELEMENTS)),)](
         window.own, out_SX, window.state, window.given_up,
         layout.world_size, out_SX.numel(), layout.places, layout.place_bytes, limit_ns,
-        ELEMENTS=_ELEMENTS, RANKS=lanes(layout.world_size, 4), LOOK=LOOK, DEVICE=out_SX.is_cuda, num_warps=4, **overlap(out_SX.device),
+        WIDE=tl.float64 if out_SX.dtype == torch.float64 else tl.float32, ELEMENTS=_ELEMENTS, RANKS=lanes(layout.world_size, 4), LOOK=LOOK, DEVICE=out_SX.is_cuda, num_warps=4, **overlap(out_SX.device),
     )  # fmt: skip
 
 

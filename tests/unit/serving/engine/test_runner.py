@@ -11,6 +11,7 @@ import torch
 from serving.core.request import SamplingParams
 from serving.engine.build import Engine
 from serving.engine.plan import DecodeRow, PrefillChunk, SampledToken, SlotSpec, StepPlan
+from serving.model.batch import PrefillBatch
 from tests.engine_factory import GREEDY, create_engine, random_prompts
 
 PROMPT = random_prompts([150], seed=5)[0]
@@ -91,6 +92,22 @@ def test_who_only_prefills_has_no_code_for_each_number_of_rows_to_compile(engine
     told: list[str] = []
     engine.runner.warm_up(max_batched_tokens=100, decodes=False, told=told.append)
     assert told == ["compiling prefill of 64 tokens", "compiling prefill of 100 tokens"]
+
+
+@pytest.mark.parametrize("max_batched_tokens", [1, 100])
+def test_warming_up_runs_prompts_with_a_cached_part_and_without(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, max_batched_tokens: int
+) -> None:
+    model, cached = engine.runner.model, set()
+    prefill = model.prefill
+
+    def noted(batch: PrefillBatch, kv_pool: torch.Tensor) -> torch.Tensor:
+        cached.update(seq.context_len for seq in batch.seqs)
+        return prefill(batch, kv_pool)
+
+    monkeypatch.setattr(model, "prefill", noted)
+    engine.runner.warm_up(max_batched_tokens=max_batched_tokens, decodes=False)
+    assert cached == {0, 64}
 
 
 @pytest.mark.parametrize("borders", [[64], [1], [50, 51, 149], [64, 128]])

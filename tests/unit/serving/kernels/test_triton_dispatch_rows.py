@@ -108,6 +108,14 @@ def test_sums_have_the_cpus_bits(case: tuple[int, int, int, int], dtype: torch.d
     assert num_rows == 1 or not torch.equal(total(y.flip(0), copies), want)
 
 
+def test_what_is_added_has_as_many_rows_as_there_are_sums() -> None:
+    copies, num_copies = copies_of(CASES[2])
+    y = torch.randn(num_copies, 70)
+    for added in (torch.zeros(129, 70), torch.zeros(1, 70), torch.zeros(130, 69)):
+        with pytest.raises(AssertionError, match="added to 130 rows of 70"):
+            device.total(y, copies, added)
+
+
 def test_bf16_sums_are_rounded_once_as_the_cpus_are() -> None:
     num_rows, top_k, num_members, slots_per_member = CASES[3]
     copies, num_copies = copies_of(CASES[3])

@@ -56,7 +56,7 @@ def gathered(by: ModuleType, at: list[Window], layout: SharesLayout, rows: list[
 def summed(by: ModuleType, at: list[Window], layout: SharesLayout, rows: list[Tensor]) -> list[Tensor]:
     for window, x in zip(at, rows, strict=True):
         push(by, window, layout, x, whole=False)
-    outs = [torch.full((size, rows[0].shape[1]), float("nan")) for size in share_sizes(len(rows[0]), len(at))]
+    outs = [rows[0].new_full((size, rows[0].shape[1]), float("nan")) for size in share_sizes(len(rows[0]), len(at))]
     for window, out in zip(at, outs, strict=True):
         if by is device:
             device.pull_sum(window, layout, out, limit_ns=PATIENCE)
@@ -87,6 +87,24 @@ def test_shares_are_gathered_and_summed_in_turn(world_size: int, num_rows: int, 
             assert torch.equal(one.own, other.own)
             assert torch.equal(one.state, other.state)
             assert late_ranks(one) == []
+
+
+def test_sums_of_fp64_are_the_references() -> None:
+    layout = shares_layout(3, 2 * 8 * 8)
+    ours, want = windows(layout), windows(layout)
+    some = torch.Generator().manual_seed(0)
+    parts = [torch.randn(5, 8, generator=some, dtype=torch.float64) for _ in ours]
+    found, wanted = summed(device, ours, layout, parts), summed(ops, want, layout, parts)
+    for out, other in zip(found, wanted, strict=True):
+        assert torch.equal(out, other)
+        assert not torch.equal(out, out.float().double())
+
+
+def test_sums_go_to_rows_that_lie_one_behind_the_other() -> None:
+    layout = shares_layout(2, 256)
+    (first, _) = windows(layout)
+    with pytest.raises(AssertionError, match="one behind the other"):
+        device.pull_sum(first, layout, torch.zeros(8, 4).t(), limit_ns=PATIENCE)
 
 
 def test_a_share_too_large_and_a_rank_that_is_late_are_seen() -> None:
