@@ -419,7 +419,8 @@ class TorchCollectives:
                 return answer.result(_LOOK_S)
             except TimeoutError:
                 if answer.done():
-                    raise
+                    # It has come meanwhile, if it was not the answer itself that said so.
+                    return answer.result()
             self._alive()
             if time.monotonic() - begin_s > (most_s or self._deadline_s):
                 self._store_is_silent = True
