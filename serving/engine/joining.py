@@ -197,7 +197,7 @@ def shares_through_peer_memory(
 ) -> Parallel:
     """The same of the small collectives of the TP group, captured or not. `peers`: that group, in host memory."""
     try:
-        shares = open_peer_shares(parallel.tp, peers, device, deadline_s=START_DEADLINE_S)
+        shares = open_peer_shares(parallel.tp, peers, device, deadline_s=START_DEADLINE_S, issued=watch.advance)
     except PeersUnreachable as error:
         if config.decode.dispatch == "symmetric":
             raise

@@ -173,8 +173,10 @@ class TcpBell:
             else:
                 self._ask_all(sender, numbers)
             return
+        if kind is not _Kind.FAR and (not self._rank or sender == self._rank):
+            # First: where it ends a wait, this rank may end too, and the others would hear of that alone.
+            self._pass_on(kind, numbers, sender)
         with self._changed:
-            is_news = kind is _Kind.RING
             if kind is _Kind.RING:
                 self._rung = max(self._rung, numbers[0])
             elif kind is _Kind.FAR:
@@ -182,11 +184,13 @@ class TcpBell:
                     self._far[sender] = numbers[0]
             elif self._missing is None:
                 self._missing = self._named(kind, numbers)
-                is_news = True
             self._changed.notify_all()
-        if is_news and (not self._rank or sender == self._rank):
-            self._say(kind, numbers, to=[index for index in self._peers if index != sender])
         self._told()
+
+    def _pass_on(self, kind: _Kind, numbers: list[int], sender: int) -> None:
+        """To all but the sender; of who is missing what is heard first alone."""
+        if kind is _Kind.RING or self._missing is None:
+            self._say(kind, numbers, to=[index for index in self._peers if index != sender])
 
     def _ask_all(self, asker: int, among: list[int]) -> None:
         """On rank 0: everybody is told who is missing, within a moment, if it has not been found out before."""

@@ -361,7 +361,11 @@ class TorchCollectives:
         except RanksMissing as gone:
             return gone
         except RuntimeError:
-            # The store is gone, and with it the rank that holds it.
+            # The store is gone, and with it the rank that holds it: perhaps for another's sake, whom the others have heard of.
+            try:
+                self._alive()
+            except RanksMissing as gone:
+                return gone
             ranks = [_STORE_RANK]
         return RanksMissing(ranks, group=self._name, reason=f"deadline {self._deadline_s:g} s")
 
@@ -401,7 +405,8 @@ class TorchCollectives:
         return self._answer(lambda: self._store.get(key).decode() if self._store.check([key]) else None)
 
     def _answer(self, ask: Callable[[], Answer], most_s: float | None = None) -> Answer:
-        """What `ask` has of the store, which itself waits for ever. Raises RuntimeError after `most_s`; None: the deadline."""
+        """What `ask` has of the store, which itself waits for ever. Raises RuntimeError after `most_s`; None: after the deadline, and from then on
+        at once."""
         if self._store_is_silent:
             raise RuntimeError("the store does not answer")
         begin_s = time.monotonic()
@@ -419,10 +424,12 @@ class TorchCollectives:
                 return answer.result(_LOOK_S)
             except TimeoutError:
                 if answer.done():
-                    raise
+                    # It has come meanwhile, if it was not the answer itself that said so.
+                    return answer.result()
             self._alive()
             if time.monotonic() - begin_s > (most_s or self._deadline_s):
-                self._store_is_silent = True
+                # What takes longer by itself waits for other ranks, not for the store.
+                self._store_is_silent = most_s is None
                 raise RuntimeError("the store does not answer")
 
     def _keys(self, what: str) -> list[str]:

@@ -23,7 +23,8 @@ MOST_BYTES = 1 << 20
 
 
 class PeerShares:
-    """`Collectives` in front of `group`. It has one call through peer memory in flight at a time."""
+    """`Collectives` in front of `group`. It has one call through peer memory in flight at a time. `issued` is called with each of these, as
+    `group` calls its own with its: how many there are of both is alike on all ranks of a unit, whose TP groups have batches of their own."""
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class PeerShares:
         window: Window,
         *,
         deadline_s: float,
+        issued: Callable[[], None] = lambda: None,
         close_memory: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank, self.ranks, self.world_size = group.rank, group.ranks, group.world_size
@@ -41,6 +43,7 @@ class PeerShares:
         self.in_flight = False
         self._group = group
         self._deadline_s = deadline_s
+        self._tell_issued = issued
 
     def all_gather(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
         if not self._takes(out, counts):
@@ -92,6 +95,7 @@ class PeerShares:
     def _push(self, rows: Tensor, pull: Callable[..., None], out: Tensor, *, whole: bool) -> Handle:
         assert not self.in_flight, "one call through peer memory ends before the next one begins"
         self.in_flight = True
+        self._tell_issued()
         kernels.push(self.window, self.layout, rows, whole=whole)
         return _Pull(self, pull, out, int(self._deadline_s * 1e9))
 
@@ -117,11 +121,16 @@ def layout_of(world_size: int) -> SharesLayout:
 
 
 def open_peer_shares(
-    group: Collectives, control: Collectives, device: torch.device, *, deadline_s: float
+    group: Collectives,
+    control: Collectives,
+    device: torch.device,
+    *,
+    deadline_s: float,
+    issued: Callable[[], None] = lambda: None,
 ) -> PeerShares:
     """All ranks of `group` at once; `control`: the same ranks, whose tensors are in host memory. Raises PeersUnreachable on all of them, RanksMissing."""
     memory = PeerMemory(control, layout_of(group.world_size).num_bytes, CudaDriver(device))
     window = new_window(memory.own, memory.addresses, [group.rank] * group.world_size)
     # Nobody writes before all have zeros in their flags.
     control.barrier()
-    return PeerShares(group, window, deadline_s=deadline_s, close_memory=memory.close)
+    return PeerShares(group, window, deadline_s=deadline_s, issued=issued, close_memory=memory.close)

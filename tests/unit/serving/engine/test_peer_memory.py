@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from serving.core.config import load_config
 from serving.engine import joining
 from serving.engine.joining import shares_through_peer_memory, through_peer_memory, writes_peers
+from serving.kernels.dispatch import Window
 from serving.model.parallel import Parallel
 from serving.model.published import DEEPSEEK_V3
 from serving.model.units import groups_of, shape_of
-from serving.parallel.collectives import RanksMissing, SingleRank
+from serving.parallel.collectives import Handle, RanksMissing, SingleRank
 from serving.parallel.peer_memory import PeersUnreachable
-from serving.parallel.peer_shares import PeerShares, layout_of
+from serving.parallel.peer_shares import MOST_BYTES, PeerShares, layout_of
 from serving.parallel.symmetric import Exchanged, Symmetric, new_window
 from tests.unit.serving.parallel.symmetric_ranks import symmetric_ranks
 
@@ -26,8 +28,12 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Watch:
+    progress: int = 0
     aborts: list[Callable[[], None]] = field(default_factory=list)
     releases: list[Callable[[], None]] = field(default_factory=list)
+
+    def advance(self) -> None:
+        self.progress += 1
 
     def also_aborts(self, abort: Callable[[], None]) -> None:
         self.aborts.append(abort)
@@ -91,16 +97,45 @@ def shared(monkeypatch: pytest.MonkeyPatch, opens: Callable[..., PeerShares], *k
     monkeypatch.setattr(joining, "open_peer_shares", opens)
     config = load_config(overrides=[f"decode.{key}" for key in keys])
     watch: Any = Watch()
-    return shares_through_peer_memory(Parallel(), config, CPU, SingleRank(), watch), watch
+    return shares_through_peer_memory(Parallel(tp=Advances(watch=watch)), config, CPU, SingleRank(), watch), watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advances(SingleRank):
+    """Tells the watch of its calls, as a unit's groups of GPUs do."""
+
+    watch: Watch
+
+    def reduce_scatter(self, out: Tensor, tensor: Tensor, counts: Sequence[int] | None = None) -> Handle:
+        self.watch.advance()
+        return super().reduce_scatter(out, tensor, counts)
+
+
+def window_of_one(device: torch.device) -> Window:
+    own = torch.zeros(layout_of(1).num_bytes, dtype=torch.uint8, device=device)
+    return new_window(own, [own.data_ptr()], [0], members=[own])
+
+
+def test_a_rank_is_as_far_whichever_way_its_sums_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of DP groups differ, so that those of one may go through peer memory while another's do not; nobody is behind for that."""
+
+    def opens(group: SingleRank, control: SingleRank, device: torch.device, **keys: Any) -> PeerShares:
+        return PeerShares(group, window_of_one(device), **keys)
+
+    parallel, watch = shared(monkeypatch, opens)
+    assert isinstance(parallel.tp, PeerShares)
+    for num_rows, begun in ((2, 1), (2 * MOST_BYTES // 32, 1), (3, 2)):
+        before = watch.progress
+        parallel.tp.reduce_scatter(torch.zeros(num_rows, 8), torch.ones(num_rows, 8)).wait()
+        assert watch.progress == before + 1
+        assert int(parallel.tp.window.state[0]) == begun
 
 
 def test_a_tp_group_sums_through_peer_memory_and_ends_with_its_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = []
 
-    def opens(group: SingleRank, control: SingleRank, device: torch.device, *, deadline_s: float) -> PeerShares:
-        own = torch.zeros(layout_of(1).num_bytes, dtype=torch.uint8, device=device)
-        window = new_window(own, [own.data_ptr()], [0], members=[own])
-        return PeerShares(group, window, deadline_s=deadline_s, close_memory=lambda: closed.append(True))
+    def opens(group: SingleRank, control: SingleRank, device: torch.device, **keys: Any) -> PeerShares:
+        return PeerShares(group, window_of_one(device), **keys, close_memory=lambda: closed.append(True))
 
     parallel, watch = shared(monkeypatch, opens)
     out = torch.zeros(2, 8)
@@ -121,7 +156,7 @@ def test_a_tp_group_sums_over_nccl_where_gpus_cannot_unless_they_were_named(monk
         raise PeersUnreachable("rank 1 cannot reach the memory of the other GPUs")
 
     parallel, watch = shared(monkeypatch, opens)
-    assert parallel.tp == SingleRank()
+    assert isinstance(parallel.tp, Advances)
     assert not watch.aborts
     with pytest.raises(PeersUnreachable, match="rank 1"):
         shared(monkeypatch, opens, "dispatch=symmetric")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.parallel.bell import TcpBell
+from serving.parallel.bell import TcpBell, _Kind
 from serving.parallel.collectives import Done, Handle, RanksMissing, SingleRank
 
 DEADLINE_S = 10.0
@@ -121,6 +122,30 @@ def test_who_does_not_answer_is_named(bells: list[TcpBell], silent: int, monkeyp
     """Although nobody is behind."""
     monkeypatch.setattr(bells[silent], "_hear", lambda *_, **__: None)
     assert missing_of(bells[1].give_up) == {RANKS[silent]}
+
+
+@pytest.mark.parametrize("how", ["ended", "behind"])
+def test_rank_0_ends_a_wait_of_its_own_when_the_others_have_been_told(
+    bells: list[TcpBell], how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it may end first, and they would take it for the one that is missing."""
+    say = bells[0]._say
+
+    def slowly(kind: _Kind, numbers: list[int], *, to: Iterable[int]) -> None:
+        time.sleep(0.1)
+        say(kind, numbers, to=to)
+
+    monkeypatch.setattr(bells[0], "_say", slowly)
+    if how == "ended":
+        bells[2].close()
+        waits = partial(bells[0].wait, 0, DEADLINE_S)
+    else:
+        for bell in bells[:2]:
+            bell.advance()
+        waits = bells[0].give_up
+    assert missing_of(waits) == {RANKS[2]}
+    bells[0].close()
+    assert missing_of(partial(bells[1].wait, 0, DEADLINE_S)) == {RANKS[2]}
 
 
 def missing_of(call: Callable[[], object]) -> set[int]:
