@@ -192,8 +192,9 @@ def _parallel(shape: UnitShape, config: ModelConfig, world: Rehearsal, step: Ste
     def group_of(name: str, ranks: Sequence[int]) -> Rehearsal:
         return world.subgroup(ranks, name)
 
-    parallel = parallel_of(shape, 0, config, group_of, by_nodes=step.role == "prefill")
-    if step.role == "prefill" or device.type == "cpu":
+    on_gpu = device.type == "cuda"
+    parallel = parallel_of(shape, 0, config, group_of, by_nodes=step.role == "prefill", queues=on_gpu)
+    if step.role == "prefill" or not on_gpu:
         return parallel
     exchanged = Exchanged(
         slots_per_rank=shape.hosted_slots,

@@ -118,7 +118,7 @@ def join(
         config,
         group_of,
         by_nodes=spec.role == "prefill" or (on_gpu and spec.role == "both"),
-        counts_apart=on_gpu,
+        queues=on_gpu,
         captures=on_gpu and spec.role != "prefill",
     )
     ep_ranks = groups.ep_group(spec.rank)
@@ -263,11 +263,12 @@ def parallel_of(
     group_of: GroupOf,
     *,
     by_nodes: bool = False,
-    counts_apart: bool = False,
+    queues: bool = False,
     captures: bool = False,
     placement: Placement | None = None,
 ) -> Parallel:
-    """`by_nodes`: one copy of a token to each node, where an EP group has several; `counts_apart`: their counts go over groups of their own.
+    """`by_nodes`: one copy of a token to each node, where an EP group has several. `queues`: a group's calls run in their order, so that there
+    rows, counts and what returns go over groups of their own.
     `captures`: also steps that are captured, in which each rank sends to each. `placement` None: the first. Raises ConfigError."""
     groups = shape.groups
     tp = _group(group_of, "tp", groups.tp_group(rank))
@@ -281,13 +282,13 @@ def parallel_of(
         dispatch = DirectDispatch(ep, shape.hosted_slots)
         fixed = partial(FixedDispatch, ep, shape.hosted_slots)
     if by_nodes:
-        ways = {"rail": groups.rail_group(rank), "node": groups.node_group(rank)}
-        rail, node = (group_of(name, ranks) for name, ranks in ways.items())
-        counted = None
-        if counts_apart:
-            over_nodes, inside = (group_of(f"counts-{name}", ranks) for name, ranks in ways.items())
-            counted = over_nodes, inside
-        dispatch = HierarchicalDispatch(rail, node, shape.hosted_slots, counted)
+
+        def ways(prefix: str) -> tuple[Collectives, Collectives]:
+            rail, node = groups.rail_group(rank), groups.node_group(rank)
+            return group_of(f"{prefix}rail", rail), group_of(f"{prefix}node", node)
+
+        apart = (ways("counts-"), ways("back-")) if queues else ()
+        dispatch = HierarchicalDispatch(*ways(""), shape.hosted_slots, *apart)
     hosting = None
     if shape.chooses:
         hosting = Hosting(

@@ -178,9 +178,9 @@ class HierarchicalDispatch:
     of that node's ranks; on the way back a node's results are summed before they leave it.
 
     `rail`: the ranks with this local index, by node; `node`: the ranks of this node, by local index. Rank rail.rank *
-    node.world_size + node.rank of the EP group holds slots from slots_per_rank times that on. `counted`: the same two again, over
-    which counts go; a GPU's group has a queue, in which a micro-batch's rows would wait behind the next one's counts, and those for
-    its gate.
+    node.world_size + node.rank of the EP group holds slots from slots_per_rank times that on. `counted`, `returning`: the same two
+    again, over which counts go, and what comes back. A GPU's group has a queue: a micro-batch's rows would wait in it behind the next
+    one's counts, and those for its gate; the next one's rows behind what returns, and that for the experts.
     """
 
     def __init__(
@@ -189,9 +189,11 @@ class HierarchicalDispatch:
         node: Collectives,
         slots_per_rank: int,
         counted: tuple[Collectives, Collectives] | None = None,
+        returning: tuple[Collectives, Collectives] | None = None,
     ) -> None:
         self._rail = rail
         self._counted = counted or (rail, node)
+        self._returning = returning or (rail, node)
         self._node = node
         self._slots_per_rank = slots_per_rank
         self._slots_per_node = slots_per_rank * node.world_size
@@ -259,6 +261,9 @@ class HierarchicalDispatch:
         return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(picks))
 
     def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
+        for hop, group in zip(sending.hops, self._returning, strict=True):
+            assert isinstance(hop, Hop)
+            hop.returns = group
         return _returning(sending.hops, y_RD)
 
 

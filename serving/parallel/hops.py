@@ -74,8 +74,10 @@ def members_wanted(targets_TK: Tensor, world_size: int) -> Tensor:
 
 class Hop:
     """Row t goes once to each member with wanted_TW[t, member]. Whoever makes it has `sent` and `received`, the rows for and from
-    each member, set before anything goes. counts_WC: int64, rows for each member."""
+    each member, set before anything goes. counts_WC: int64, rows for each member. `returns`: the group again, if what comes back goes
+    over another queue."""
 
+    returns: Collectives | None = None
     sent: list[int] | None = None
     received: list[int]
 
@@ -100,7 +102,7 @@ class Hop:
 
     def back(self, y_RD: Tensor) -> tuple[Tensor, Handle]:
         """[N, D] for `total`, once the handle has been waited for."""
-        (y_ND,), handle = self._exchange([y_RD], self._sent, self.received)
+        (y_ND,), handle = self._exchange([y_RD], self._sent, self.received, self.returns)
         return y_ND, handle
 
     def total(self, y_ND: Tensor) -> Tensor:
@@ -117,10 +119,12 @@ class Hop:
         assert self.sent is not None, "nobody knows how many go"
         return self.sent
 
-    def _exchange(self, rows: list[Tensor], received: list[int], sent: list[int]) -> tuple[list[Tensor], Handle]:
+    def _exchange(
+        self, rows: list[Tensor], received: list[int], sent: list[int], over: Collectives | None = None
+    ) -> tuple[list[Tensor], Handle]:
         num_rows = sum(received)
         outs = [row.new_empty((num_rows, *row.shape[1:])) for row in rows]
-        return outs, self.group.all_to_all(outs, rows, received, sent)
+        return outs, (over or self.group).all_to_all(outs, rows, received, sent)
 
 
 class DeviceHop(Hop):

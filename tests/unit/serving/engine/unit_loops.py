@@ -95,7 +95,7 @@ def run_unit(
             num_pages=NUM_PAGES,
             dtype="float32",
             device="cpu",
-            parallel=parallel_of(shape, rank, config, group_of, by_nodes=by_nodes, counts_apart=by_nodes),
+            parallel=parallel_of(shape, rank, config, group_of, by_nodes=by_nodes, queues=by_nodes),
             lockstep=lockstep,
         )
         engine.pool.poison_all()

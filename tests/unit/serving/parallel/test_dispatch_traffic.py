@@ -90,15 +90,16 @@ def direct(unit: Unit) -> Callable[[VirtualCollectives], Dispatch]:
     return lambda group: DirectDispatch(group, unit.slots_per_rank)
 
 
-def hierarchical(unit: Unit, *, counted: bool = False) -> Callable[[VirtualCollectives], Dispatch]:
-    """`counted`: counts go over groups of their own."""
+def hierarchical(unit: Unit, *, queues: bool = False) -> Callable[[VirtualCollectives], Dispatch]:
+    """`queues`: counts and what returns go over groups of their own."""
 
     def make(group: VirtualCollectives) -> Dispatch:
         def ways(prefix: str) -> tuple[Collectives, Collectives]:
             rail, node = unit.groups.rail_group(group.rank), unit.groups.node_group(group.rank)
             return group.subgroup(rail, prefix + "rail"), group.subgroup(node, prefix + "node")
 
-        return HierarchicalDispatch(*ways(""), unit.slots_per_rank, ways("counts-") if counted else None)
+        apart = (ways("counts-"), ways("back-")) if queues else ()
+        return HierarchicalDispatch(*ways(""), unit.slots_per_rank, *apart)
 
     return make
 
@@ -173,15 +174,18 @@ def test_prefill_routing_and_counts_stand_apart_from_payload(prefill: Unit, pref
         assert traffic.num_bytes == rows[name, link] * (IN + BACK) + traffic.routing_bytes
 
 
-def test_counts_go_over_groups_of_their_own_where_there_are(prefill: Unit, prefill_sums: Sums) -> None:
+def test_counts_and_what_returns_go_over_groups_of_their_own_where_there_are(prefill: Unit, prefill_sums: Sums) -> None:
     """No row waits behind them in a group's queue then."""
-    sums = carried(prefill, hierarchical(prefill, counted=True))
-    assert {name for name, _ in sums} == {"rail", "node", "counts-rail", "counts-node"}
+    sums = carried(prefill, hierarchical(prefill, queues=True))
+    assert {name for name, _ in sums} == {
+        prefix + way for prefix in ("", "counts-", "back-") for way in ("rail", "node")
+    }
     for (name, link), together in prefill_sums.items():
-        rows, counts = sums[name, link], sums[f"counts-{name}", link]
-        assert (rows.payload_rows, counts.payload_rows) == (together.payload_rows, Counter())
-        assert rows.num_bytes + counts.num_bytes == together.num_bytes
-        assert 0 < counts.num_bytes < rows.num_bytes
+        rows, counts, back = (sums[prefix + name, link] for prefix in ("", "counts-", "back-"))
+        number = together.payload_rows[IN]
+        assert (rows.payload_rows, counts.payload_rows, back.payload_rows) == ({IN: number}, {}, {BACK: number})
+        assert rows.num_bytes + counts.num_bytes + back.num_bytes == together.num_bytes
+        assert counts.num_bytes > 0
 
 
 def test_decode_sends_one_copy_to_the_gpu_of_each_selected_expert() -> None:
