@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.mla import attend, attend_reference
-from serving.kernels.quant import QuantisedRows, quantise_rows_fp8
+from serving.kernels.quant import QuantisedRows, quantise_rows_fp8, quantise_rows_fp8_reference
 
 
 def attend_varlen(
@@ -77,6 +77,22 @@ def attend_varlen_reference(
 ) -> tuple[Tensor, Tensor]:
     """`attend_varlen` in plain products."""
     return _attend_each(attend_reference, q_THQ, k_SHN, k_rope_SR, v_SHV, cu_q, cu_k, scale=scale, causal=causal)
+
+
+def attend_varlen_quantised_reference(
+    q_THQ: Tensor,
+    k_SHN: Tensor,
+    k_rope_SR: Tensor,
+    v_SHV: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+) -> QuantisedRows:
+    """`attend_varlen_quantised` in plain products."""
+    out_THV, _ = attend_varlen_reference(q_THQ, k_SHN, k_rope_SR, v_SHV, cu_q, cu_k, scale=scale, causal=causal)
+    return quantise_rows_fp8_reference(out_THV.to(q_THQ.dtype).flatten(1))
 
 
 def _attend_each(
