@@ -345,7 +345,6 @@ def _group(group_of: GroupOf, name: str, ranks: tuple[int, ...]) -> Collectives:
 def _store(spec: WorkerSpec, groups: Groups) -> Store:
     return open_store(
         spec.rendezvous,
-        rank=spec.rank,
         world_size=groups.world_size,
         listener=spec.listener,
         deadline_s=START_DEADLINE_S,

@@ -20,7 +20,7 @@ from serving.parallel.collectives import RanksMissing
 _TCP = "tcp"
 
 
-def open_store(rendezvous: str, *, rank: int, world_size: int, listener: int, deadline_s: float) -> Store:
+def open_store(rendezvous: str, *, world_size: int, listener: int, deadline_s: float) -> Store:
     """`listener`: the file descriptor of the socket that listens there, which is this rank's from then on; -1: it is another's. Raises
     RanksMissing if nobody answers there within the deadline."""
     parts = urlsplit(rendezvous)

@@ -87,7 +87,7 @@ def _serve(
 ) -> None:
     torch.set_num_threads(1)
     listener = held.detach() if held is not None else -1
-    store = open_store(rendezvous, rank=rank, world_size=world_size, listener=listener, deadline_s=DEADLINE_S)
+    store = open_store(rendezvous, world_size=world_size, listener=listener, deadline_s=DEADLINE_S)
     groups: dict[str, Collectives] = {}
     if on_gpus:
         torch.cuda.set_device(rank)

@@ -131,7 +131,7 @@ def test_a_rank_0_that_is_not_there_is_named() -> None:
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(RanksMissing, match=rf"rendezvous: rank 0 .*tcp://{HOST}:{port}/unit") as missing:
-        open_store(f"tcp://{HOST}:{port}/unit", rank=1, world_size=2, listener=-1, deadline_s=0.3)
+        open_store(f"tcp://{HOST}:{port}/unit", world_size=2, listener=-1, deadline_s=0.3)
     assert missing.value.ranks == (0,)
 
 
