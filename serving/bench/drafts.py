@@ -107,7 +107,8 @@ def _engine(options: argparse.Namespace, draft_tokens: str) -> Engine:
         dtype=options.dtype,
         draft_tokens=draft_tokens,
     )
-    engine.runner.warm_up(max_batched_tokens=_NEEDLE_TOKENS, decodes=True)
+    # As a worker does at its start: a step that is not captured would be launched piece by piece.
+    engine.runner.warm_up(max_batched_tokens=engine.max_batched_tokens, decodes=True)
     return engine
 
 
