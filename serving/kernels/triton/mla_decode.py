@@ -27,7 +27,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 PAGE_TOKENS = tl.constexpr(64)
 
 # Shorter parts cost more in merging than they save in reading.
-_MIN_PART_PAGES = 2
+_MIN_PART_PAGES = 3
+# Pages that a worker may have more than the even share, if no worker then has parts of two sequences: what comes before and after the
+# pages of a part takes as long as four pages.
+_MOST_UNEVEN_PAGES = tl.constexpr(2)
 # fp32 values of a part that one program merges.
 _MERGE_VALUES = 2048
 
@@ -86,7 +89,8 @@ def _plan_kernel(
     parts = (pages + high - 1) // high
     num_parts = tl.sum(parts)
     # Up to a tenth above the even share is made up by parts that need no merging; memory, not SMs, is the bound.
-    apart = (num_parts <= num_workers) & ((high == min_part) | (high * num_workers <= total + total // 10))
+    most = total + tl.maximum(total // 10, _MOST_UNEVEN_PAGES * num_workers)
+    apart = (num_parts <= num_workers) & ((high == min_part) | (high * num_workers <= most))
     page_ends = tl.cumsum(pages)
     part_ends = tl.cumsum(parts)
 
