@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from serving.kernels.gemm import per_head
 from serving.kernels.norm_rope import rms_norm, rope_
 from serving.kernels.rows import layer_rows, pack_fp8_rows
 
@@ -88,6 +89,65 @@ def norm_rope_store_reference(
     if q_rope_THR is not None:
         rope_(q_rope_THR if q_out_THR is None else q_out_THR.copy_(q_rope_THR), rotations_T)
     return rows_TW if keep else None
+
+
+def absorb_and_store(
+    q_THQ: Tensor,
+    w_HNC: Tensor,
+    latent_TW: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    rotations_T: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    slots_T: Tensor,
+) -> Tensor:
+    """[W_uk^T q_nope ; q_rope turned] of every head, [T, H, W], what absorbed attention asks with; and latent rows as `norm_rope_store`.
+
+    `q_THQ`: [T, H, N + R], the last axis contiguous; it may be overwritten. `w_HNC`: [H, N, C].
+    """
+    nope, latent = w_HNC.shape[1:]
+    stored = latent_TW, weight_C, eps, rotations_T
+    if not q_THQ.is_cuda:
+        return absorb_and_store_reference(q_THQ, w_HNC, *stored, kv_pool, layer, slots_T)
+    if is_one_launch(q_THQ, w_HNC, latent_TW):
+        from serving.kernels.triton import kv_store as device
+
+        return device.absorb_and_store(q_THQ, w_HNC, *stored, layer_rows(kv_pool, layer), slots_T)
+    # Both parts are written where they belong: a launch costs a GPU more than what it copies.
+    q_THW = q_THQ.new_empty(*q_THQ.shape[:2], latent_TW.shape[1])
+    norm_rope_store(*stored, kv_pool, layer, slots_T, q_rope_THR=q_THQ[:, :, nope:], q_out_THR=q_THW[:, :, latent:])
+    per_head(q_THQ[:, :, :nope], w_HNC, q_THW[:, :, :latent])
+    return q_THW
+
+
+def absorb_and_store_reference(
+    q_THQ: Tensor,
+    w_HNC: Tensor,
+    latent_TW: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    rotations_T: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    slots_T: Tensor,
+) -> Tensor:
+    nope = w_HNC.shape[1]
+    norm_rope_store_reference(
+        latent_TW, weight_C, eps, rotations_T, kv_pool, layer, slots_T, q_rope_THR=q_THQ[:, :, nope:]
+    )
+    q_HTC = torch.bmm(q_THQ[:, :, :nope].transpose(0, 1), w_HNC)
+    return torch.cat([q_HTC.transpose(0, 1), q_THQ[:, :, nope:]], dim=-1)
+
+
+def is_one_launch(q_THQ: Tensor, w_HNC: Tensor, latent_TW: Tensor) -> bool:
+    """Whether few enough tokens, and widths that are powers of two."""
+    from serving.kernels.triton.per_head import columns_held, is_quick
+
+    num_heads, nope, latent = w_HNC.shape
+    return (
+        is_quick(len(q_THQ), num_heads, nope) and _has_kernel(latent_TW, latent) and latent % columns_held(w_HNC) == 0
+    )
 
 
 def _has_kernel(latent_TW: Tensor, latent: int) -> bool:

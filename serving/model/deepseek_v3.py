@@ -23,8 +23,8 @@ from torch import Tensor
 
 from serving.kernels import mla
 from serving.kernels.attention import attend_varlen, attend_varlen_quantised, has_kernel, merge_into
-from serving.kernels.gemm import linear, linear_by_head, per_head
-from serving.kernels.kv_store import norm_rope_store
+from serving.kernels.gemm import linear, linear_by_head
+from serving.kernels.kv_store import absorb_and_store, norm_rope_store
 from serving.kernels.norm_rope import (
     add_rms_norm,
     inverse_frequencies,
@@ -143,10 +143,21 @@ class Attention:
         self, x_TD: Activations, rope_T: Tensor, slots_T: Tensor, batch: PrefillBatch, kv_pool: Tensor
     ) -> Tensor:
         """Expanded form; a sequence sees its own chunk and, in pieces, what is cached of it."""
-        q_THQ, latent_TW = self._query_and_latent(x_TD, rope_T, slots_T, kv_pool, keep=True)
-        assert latent_TW is not None
+        q_THQ, latent_TW = self._query_and_latent(x_TD, len(slots_T))
+        kept_TW = norm_rope_store(
+            latent_TW,
+            self.kv_norm,
+            _LATENT_NORM_EPS,
+            rope_T,
+            kv_pool,
+            self.layer,
+            slots_T,
+            q_rope_THR=q_THQ[:, :, self.config.qk_nope_head_dim :],
+            keep=True,
+        )
+        assert kept_TW is not None
         scale, starts = self.config.softmax_scale, batch.starts
-        own_keys = self._expand(latent_TW)
+        own_keys = self._expand(kept_TW)
         if isinstance(self.out, Fp8Weight) and not any(seq.context_len for seq in batch.seqs):
             rows = attend_varlen_quantised(q_THQ, *own_keys, starts, starts, scale=scale, causal=True)
             return scatter_sum(self.tp, linear(rows, self.out))
@@ -186,47 +197,18 @@ class Attention:
 
     def _absorbed_query(self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, kv_pool: Tensor) -> Tensor:
         """[W_uk^T q_nope ; q_rope], [B, H, W]; the latent rows are stored."""
-        config = self.config
-        nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
-        if not kv_pool.is_cuda:
-            q_BHQ, _ = self._query_and_latent(x_BD, rope_B, slots_B, kv_pool)
-            q_HBC = torch.bmm(q_BHQ[:, :, :nope].transpose(0, 1), self.w_uk_HNC)
-            return torch.cat([q_HBC.transpose(0, 1), q_BHQ[:, :, nope:]], dim=-1)
-        # Both parts are written where they belong: a launch costs a GPU more than what it copies.
-        q_BHW = self.w_uk_HNC.new_empty(len(slots_B), self.num_heads, config.latent_width)
-        q_BHQ, _ = self._query_and_latent(x_BD, rope_B, slots_B, kv_pool, q_rope_out=q_BHW[:, :, latent:])
-        per_head(q_BHQ[:, :, :nope], self.w_uk_HNC, q_BHW[:, :, :latent])
-        return q_BHW
+        q_BHQ, latent_BW = self._query_and_latent(x_BD, len(slots_B))
+        return absorb_and_store(
+            q_BHQ, self.w_uk_HNC, latent_BW, self.kv_norm, _LATENT_NORM_EPS, rope_B, kv_pool, self.layer, slots_B
+        )
 
-    def _query_and_latent(
-        self,
-        x_TD: Activations,
-        rope_T: Tensor,
-        slots_T: Tensor,
-        kv_pool: Tensor,
-        *,
-        q_rope_out: Tensor | None = None,
-        keep: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """q [T, H, Q] with its rope part turned, or turned into `q_rope_out`; the latent rows are stored, and returned [T, W] to `keep` them."""
-        both = self._for_all(x_TD, len(slots_T))
+    def _query_and_latent(self, x_TD: Activations, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """q [T, H, Q] with its rope part unturned, the latents [T, W] before their norm."""
+        both = self._for_all(x_TD, num_tokens)
         q_TX = both[:, : self.query_rows]
         if self.q_b is not None and self.q_norm is not None:
             q_TX = linear(_norm_for(self.q_b, q_TX, self.q_norm, _LATENT_NORM_EPS), self.q_b)
-        q_THQ = q_TX.unflatten(1, (self.num_heads, self.config.qk_head_dim))
-        latent_TW = norm_rope_store(
-            both[:, self.query_rows :],
-            self.kv_norm,
-            _LATENT_NORM_EPS,
-            rope_T,
-            kv_pool,
-            self.layer,
-            slots_T,
-            q_rope_THR=q_THQ[:, :, self.config.qk_nope_head_dim :],
-            q_out_THR=q_rope_out,
-            keep=keep,
-        )
-        return q_THQ, latent_TW
+        return q_TX.unflatten(1, (self.num_heads, self.config.qk_head_dim)), both[:, self.query_rows :]
 
     @property
     def gathers_input(self) -> bool:

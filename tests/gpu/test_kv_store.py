@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from serving.kernels.kv_store import norm_rope_store, norm_rope_store_reference
+from serving.kernels.kv_store import (
+    absorb_and_store,
+    absorb_and_store_reference,
+    is_one_launch,
+    norm_rope_store,
+    norm_rope_store_reference,
+)
 from serving.kernels.norm_rope import inverse_frequencies, rotations
 from serving.kernels.rows import fp8_row_bytes, layer_rows, pack_fp8_rows, slots, unpack_fp8_rows
 from tests.gpu.graphs import replayed
@@ -62,3 +68,30 @@ def test_graph_and_eager_equal_the_reference(heads: int, fp8: bool) -> None:
     assert int((pool != 0).any(-1).sum()) == num_tokens
     torch.testing.assert_close(target[:, :, NOPE:], want_query[:, :, NOPE:], rtol=1e-2, atol=1e-2)
     assert heads == 0 or not torch.allclose(target[:, :, NOPE:], query[:, :, NOPE:], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "heads", "one_launch"), [(1, 128, True), (16, 128, True), (16, 32, True), (17, 128, False)]
+)
+def test_the_absorbed_query_is_that_of_products_apart(num_tokens: int, heads: int, one_launch: bool) -> None:
+    torch.manual_seed(0)
+    pool = torch.zeros(9, 2, 64, LATENT + ROPE, device="cuda", dtype=torch.bfloat16)
+    latent = torch.randn(num_tokens, 1536 + LATENT + ROPE, device="cuda", dtype=torch.bfloat16)[:, 1536:]
+    weight = torch.randn(LATENT, device="cuda", dtype=torch.bfloat16)
+    turns = rotations(
+        torch.randint(0, 9000, (num_tokens,), device="cuda"),
+        inverse_frequencies(ROPE, 1e4).to("cuda"),
+        torch.full((1,), 1.1, device="cuda"),
+    )
+    query = torch.randn(num_tokens, heads, NOPE + ROPE, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(heads, 2 * NOPE, LATENT, device="cuda", dtype=torch.bfloat16)[:, :NOPE] / NOPE**0.5
+    places = slots(pool, torch.randperm(8 * 64, device="cuda")[:num_tokens])
+    assert is_one_launch(query, w, latent) == one_launch
+    asked = replayed(lambda: absorb_and_store(query, w, latent, weight, 1e-6, turns, pool, 1, places))
+    small = torch.zeros_like(pool)
+    of_layer = latent.clone(), weight, 1e-6, turns, small, 1, places
+    wanted = absorb_and_store_reference(query.clone(), w, *of_layer)
+    torch.testing.assert_close(asked, wanted, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(asked[..., LATENT:], query[..., NOPE:], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(pool, small, rtol=1e-2, atol=1e-2)
+    assert int((pool != 0).any(-1).sum()) == num_tokens

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from serving.kernels.triton.device import overlap
 from serving.kernels.triton.norm_rope import inverse_scale_of, scale_of
+from serving.kernels.triton.per_head import columns_held, columns_of_head
 
 # Measured at 4,096 tokens: one warp a token takes 5.6 us, two 7.0.
 _HEADS_A_PROGRAM = 16
@@ -74,6 +75,38 @@ def norm_rope_store(
         **overlap(latent_TW.device),
     )
     return kept_TW
+
+
+def absorb_and_store(
+    q_THQ: Tensor,
+    w_HNC: Tensor,
+    latent_TW: Tensor,
+    weight_C: Tensor,
+    eps: float,
+    rotations_T: Tensor,
+    rows_NW: Tensor,
+    slots_T: Tensor,
+) -> Tensor:
+    """As `serving.kernels.kv_store` has it, of few tokens, in one launch; `rows_NW` as above."""
+    num_tokens, num_heads, _ = q_THQ.shape
+    _, nope, latent = w_HNC.shape
+    rope = latent_TW.shape[1] - latent
+    assert num_tokens > 0
+    assert q_THQ.stride(2) == latent_TW.stride(1) == 1, "rows must be contiguous"
+    q_THW = q_THQ.new_empty(num_tokens, num_heads, latent + rope)
+    fp8 = rows_NW.dtype == torch.uint8
+    block_n = columns_held(w_HNC)
+    num_parts = num_tokens * (1 + triton.cdiv(num_heads, _HEADS_A_PROGRAM))
+    _absorb_kernel[(num_parts + num_heads * (latent // block_n),)](
+        q_THQ, w_HNC, q_THW, latent_TW, weight_C, torch.view_as_real(rotations_T),
+        rows_NW.view(torch.float8_e4m3fn) if fp8 else rows_NW,
+        rows_NW.view(torch.float32) if fp8 else None, rows_NW.view(torch.bfloat16) if fp8 else None, slots_T,
+        q_THQ.stride(0), q_THQ.stride(1), *w_HNC.stride(), q_THW.stride(0), q_THW.stride(1), latent_TW.stride(0), rows_NW.stride(0),
+        num_tokens, num_heads, num_parts, eps,
+        NOPE=nope, LATENT=latent, ROPE=rope, HEADS=min(_HEADS_A_PROGRAM, triton.next_power_of_2(num_heads)), FP8=fp8,
+        BLOCK_T=16, BLOCK_N=block_n, num_warps=4, **overlap(q_THQ.device),
+    )  # fmt: skip
+    return q_THW
 
 
 @triton.jit
@@ -167,8 +200,20 @@ def _kernel(
     """Program (t, 0) has the latent row of token t, program (t, 1 + i) the i-th HEADS of its query."""
     if PDL:
         gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    _part_of_token(
+        latent_ptr, weight_ptr, rotation_ptr, rows_ptr, rows_fp32_ptr, rows_bf16_ptr, slots_ptr, kept_ptr, q_ptr, q_out_ptr,
+        tl.program_id(0).to(tl.int64), tl.program_id(1),
+        latent_stride_t, row_stride, q_stride_t, q_stride_h, q_out_stride_t, q_out_stride_h, num_heads, eps,
+        LATENT, ROPE, HEADS, KEEP, FP8, PDL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _part_of_token(
+    latent_ptr, weight_ptr, rotation_ptr, rows_ptr, rows_fp32_ptr, rows_bf16_ptr, slots_ptr, kept_ptr, q_ptr, q_out_ptr, token, part,
+    latent_stride_t, row_stride, q_stride_t, q_stride_h, q_out_stride_t, q_out_stride_h, num_heads, eps,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, KEEP: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     # Weights, and what a step makes before its first layer by launches that let no other start early. Not from the first
     # cache, which may hold what was there before.
     rotation = tl.load(rotation_ptr + token * ROPE + tl.arange(0, ROPE), cache_modifier=".cg")
@@ -198,3 +243,32 @@ def _kernel(
         if HEADS > 0:
             q, q_out = q_ptr + token * q_stride_t, q_out_ptr + token * q_out_stride_t
             _turn_query(q, q_out, rotation, q_stride_h, q_out_stride_h, (part - 1) * HEADS, num_heads, ROPE, HEADS)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_parts"])
+def _absorb_kernel(
+    q_ptr, w_ptr, q_out_ptr, latent_ptr, weight_ptr, rotation_ptr, rows_ptr, rows_fp32_ptr, rows_bf16_ptr, slots_ptr,
+    q_stride_t, q_stride_h, w_stride_h, w_stride_n, w_stride_c, q_out_stride_t, q_out_stride_h, latent_stride_t, row_stride,
+    num_tokens, num_heads, num_parts, eps,
+    NOPE: tl.constexpr, LATENT: tl.constexpr, ROPE: tl.constexpr, HEADS: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr = False,
+):  # fmt: skip
+    """The first programs have what `_kernel` has, the others BLOCK_N columns each of one head's product."""
+    if PDL:
+        gdc_launch_dependents()
+    index = tl.program_id(0)
+    if index < num_parts:
+        _part_of_token(
+            latent_ptr, weight_ptr, rotation_ptr, rows_ptr, rows_fp32_ptr, rows_bf16_ptr, slots_ptr, latent_ptr,
+            q_ptr + NOPE, q_out_ptr + LATENT, (index % num_tokens).to(tl.int64), index // num_tokens,
+            latent_stride_t, row_stride, q_stride_t, q_stride_h, q_out_stride_t, q_out_stride_h, num_heads, eps,
+            LATENT, ROPE, HEADS, False, FP8, PDL,
+        )  # fmt: skip
+    else:
+        index -= num_parts
+        blocks: tl.constexpr = LATENT // BLOCK_N
+        columns_of_head(
+            q_ptr, w_ptr, q_out_ptr, num_tokens, LATENT, (index // blocks).to(tl.int64), index % blocks,
+            q_stride_t, q_stride_h, 1, w_stride_h, w_stride_n, w_stride_c, q_out_stride_t, q_out_stride_h, 1,
+            NOPE, BLOCK_T, BLOCK_N, PDL,
+        )  # fmt: skip

@@ -28,12 +28,17 @@ def per_head(x_THK: Tensor, w_HKN: Tensor, out_THN: Tensor) -> None:
     num_columns = w_HKN.shape[2]
     assert num_rows > 0
     assert width == triton.next_power_of_2(width) >= 16
-    block_n = max(16, min(64, _HELD_BYTES // (width * w_HKN.element_size())))
+    block_n = columns_held(w_HKN)
     per_head_kernel[(num_heads, triton.cdiv(num_columns, block_n))](
         x_THK, w_HKN, out_THN, num_rows, num_columns, x_THK.stride(0), x_THK.stride(1), x_THK.stride(2), *w_HKN.stride(),
         out_THN.stride(0), out_THN.stride(1), out_THN.stride(2),
         K=width, BLOCK_T=16, BLOCK_N=block_n, num_warps=4, **overlap(out_THN.device),
     )  # fmt: skip
+
+
+def columns_held(w_HKN: Tensor) -> int:
+    """Columns of a program."""
+    return max(16, min(64, _HELD_BYTES // (w_HKN.shape[1] * w_HKN.element_size())))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -60,8 +65,21 @@ def per_head_kernel(
     """BLOCK_N columns of one head, BLOCK_T rows at a time."""
     if PDL:
         gdc_launch_dependents()
-    head = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns_of_head(
+        x_ptr, w_ptr, out_ptr, num_rows, num_columns, tl.program_id(0).to(tl.int64), tl.program_id(1),
+        x_stride_t, x_stride_h, x_stride_k, w_stride_h, w_stride_k, w_stride_n, out_stride_t, out_stride_h, out_stride_n,
+        K, BLOCK_T, BLOCK_N, PDL,
+    )  # fmt: skip
+
+
+@triton.jit
+def columns_of_head(
+    x_ptr, w_ptr, out_ptr, num_rows, num_columns, head, block,
+    x_stride_t, x_stride_h, x_stride_k, w_stride_h, w_stride_k, w_stride_n, out_stride_t, out_stride_h, out_stride_n,
+    K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The part of one program, which waits for the kernel before when it has its columns of W."""
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, K)
     in_columns = (column < num_columns)[None, :]
     w = tl.load(

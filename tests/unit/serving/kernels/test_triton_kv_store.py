@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.kernels.kv_store import norm_rope_store_reference
+from serving.kernels.kv_store import absorb_and_store_reference, norm_rope_store_reference
 from serving.kernels.norm_rope import inverse_frequencies, rotations
 from serving.kernels.rows import layer_rows, slots
 
@@ -90,6 +90,26 @@ def test_the_query_goes_where_it_is_told_and_leaves_its_source() -> None:
         **inputs(), eps=1e-3, kv_pool=pool, layer=LAYER, slots_T=places, q_rope_THR=source[:, :, NOPE:]
     )
     torch.testing.assert_close(target[:, :, 20:], source[:, :, NOPE:])
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_absorbed_query_in_the_launch_that_stores(fp8: bool) -> None:
+    width = LATENT + 4 * LATENT // 128 + 2 * ROPE if fp8 else LATENT + ROPE
+    got, want = (torch.zeros(5, 3, 64, width, dtype=torch.uint8 if fp8 else torch.float32) for _ in range(2))
+    places = slots(got, row_ids())
+    query, w = randn(TOKENS, HEADS, 16 + ROPE, seed=3), randn(HEADS, 40, LATENT, seed=4)[:, 24:]
+    asked = device.absorb_and_store(query, w, **inputs(), eps=1e-3, rows_NW=layer_rows(got, LAYER), slots_T=places)
+    wanted = absorb_and_store_reference(
+        query.clone(), w, **inputs(), eps=1e-3, kv_pool=want, layer=LAYER, slots_T=places
+    )
+    torch.testing.assert_close(asked, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(asked[..., LATENT:], query[..., 16:])
+    assert not torch.allclose(asked.roll(1, dims=1)[..., :LATENT], wanted[..., :LATENT], rtol=1e-2)
+    apart = torch.zeros_like(got)
+    query_and_rows = {"rows_NW": layer_rows(apart, LAYER), "q_rope_THR": None, "q_out_THR": None}
+    device.norm_rope_store(**inputs(), eps=1e-3, slots_T=places, keep=False, **query_and_rows)
+    assert torch.equal(got, apart)
+    assert got.any()
 
 
 def test_an_fp8_row_is_values_scales_and_rope() -> None:
