@@ -52,6 +52,11 @@ def install(
     patch.setattr(kernels, name, _Kernel(kernel, early))
 
 
+def be_program(program: int, num_programs: int) -> None:
+    """For what a test calls outside of a launch."""
+    _here.program, _here.num_programs, _here.waited = program, num_programs, False
+
+
 class _Kernel:
     def __init__(self, body: Callable[..., None], early: Callable[..., Collection[str]]) -> None:
         self._body, self._early = body, early
@@ -65,7 +70,7 @@ class _Kernel:
         early = self._early(**constants)
         taken = [_taken(arg, name in early) for name, arg in zip(names, args, strict=False)]
         for program in range(num_programs):
-            _here.program, _here.num_programs, _here.waited = program, num_programs, False
+            be_program(program, num_programs)
             self._body(*taken, **constants)
 
 
@@ -250,6 +255,23 @@ def _gdc_wait() -> None:
     _here.waited = True
 
 
+def _note(done: Pointer) -> None:
+    done.flat[done.at] += 1
+
+
+def _wait_for_tile(done: Pointer, num_units: Any) -> None:
+    """The kernel before has ended here: what it noted is exact. From now on its results may be read."""
+    noted = int(done.flat[done.at])
+    assert noted >= int(num_units), "waits for ever"
+    assert noted == int(num_units), "more was noted than there is"
+    _here.waited = True
+
+
+def _wait_for_rows(full: _Barrier, phase: Any) -> None:
+    full.wait(phase)
+    _here.waited = True
+
+
 def _where(condition: Any, one: Any, other: Any) -> Tensor:
     return torch.where(torch.as_tensor(condition), torch.as_tensor(one), torch.as_tensor(other))
 
@@ -293,4 +315,7 @@ _names = {
     "warpgroup_mma_wait": _waited,
     "gdc_wait": _gdc_wait,
     "gdc_launch_dependents": lambda: None,
+    "_note": _note,
+    "_wait_for_tile": _wait_for_tile,
+    "_wait_for_rows": _wait_for_rows,
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp, grouped_mlp_fp8_reference, grouped_mlp_reference
 from serving.kernels.quant import Fp8Weight, quantise_block_fp8, quantise_rows_fp8, silu_mul_reference
+from serving.kernels.triton import experts as device
 from tests.gpu.graphs import replayed
 
 pytestmark = [
@@ -34,6 +35,11 @@ def fp8_stack(*parts: Tensor) -> Fp8Weight:
         quantised=torch.stack([torch.cat([q for q, _ in expert]) for expert in experts]),
         scales=torch.stack([torch.cat([s for _, s in expert]) for expert in experts]),
     )
+
+
+def fp8_rows(*parts: Tensor) -> Fp8Weight:
+    pairs = [quantise_block_fp8(part, (128, 128)) for part in parts]
+    return Fp8Weight(quantised=torch.cat([q for q, _ in pairs]), scales=torch.cat([scales for _, scales in pairs]))
 
 
 def shared_experts(num_shared: int, width: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -107,6 +113,45 @@ def test_fp8_experts(num_tokens: int, num_experts: int, top_k: int, width: int, 
         assert torch.equal(again, more)
     gate_up.scales[:, -1] *= 2
     assert error(grouped_mlp(x, gate_up, down, experts, weights), got) > 0.05
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 16, 40])
+def test_rows_taken_as_soon_as_their_tile_is_done_are_those_of_the_whole_product(
+    num_tokens: int, fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second product beside the end of the first, and behind it: the same bits every time, whatever lay in memory."""
+    num_experts, width, inner = 48, 2048, 768
+    x = [randn(num_tokens, width, seed=seed) for seed in (0, 1)]
+    gate_up, down = (
+        randn(num_experts, *shape, seed=7) / shape[1] ** 0.5 for shape in ((2 * inner, width), (width, inner))
+    )
+    shared = shared_experts(1, width, inner, torch.bfloat16)
+    if fp8:
+        weights = fp8_stack(gate_up[:, :inner], gate_up[:, inner:]), fp8_stack(down)
+        beside = fp8_rows(shared[0][:inner], shared[0][inner:]), fp8_rows(shared[1])
+    choice, factors = routing(num_tokens, num_experts, 6)
+
+    def both() -> list[Tensor]:
+        if fp8:
+            return [grouped_mlp(quantise_rows_fp8(each), *weights, choice, factors, beside) for each in x]
+        return [grouped_mlp(each, gate_up, down, choice, factors, shared) for each in x]
+
+    send = device.send
+    monkeypatch.setattr(device, "send", lambda *args, num_beside, **kwargs: send(*args, **kwargs))
+    want = both()
+    monkeypatch.setattr(device, "send", send)
+    both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both()
+    for _ in range(200):
+        for out in got:
+            out.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert not torch.equal(got[0], want[1])
 
 
 def test_a_graph_follows_the_choice_of_experts() -> None:

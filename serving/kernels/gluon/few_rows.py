@@ -76,6 +76,47 @@ def _fetch_ahead(ptr, step, num, LANES: gl.constexpr):
 
 
 @gluon.jit
+def _lanes(values):
+    """`values` for each thread of the partition."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.full([32 * gl.num_warps()], 0, gl.int32, layout) + values
+
+
+@gluon.jit
+def _fence():
+    """Bulk copies behind it see what this thread has written or has seen written."""
+    gl.inline_asm_elementwise(
+        "fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [_lanes(0)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _note(done_ptr):
+    """One more unit of the tile lies in memory."""
+    _fence()
+    gl.thread_barrier()
+    gl.atomic_add(done_ptr, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def _wait_for_tile(done_ptr, num_units):
+    """Until so many units of the tile are noted by the kernel before, which may still be at others."""
+    missing = num_units
+    while missing > 0:
+        seen = gl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.u32 $0, [$1];", "=r,l", [done_ptr + _lanes(0)], dtype=gl.int32, is_pure=False, pack=1
+        )
+        missing = num_units - gl.min(seen, axis=0)
+    _fence()
+
+
+@gluon.jit
+def _wait_for_rows(full, phase):
+    """Where rows are copied their scales are there too."""
+    mbarrier.wait(full, phase)
+
+
+@gluon.jit
 def _place(index, num_shared, num_n):
     """Of a unit: its tile, its column tile, and whether it is a shared expert's.
 
@@ -89,17 +130,59 @@ def _place(index, num_shared, num_n):
 
 
 @gluon.jit
+def _order(tiles, before, num_shared, AWAITS: gl.constexpr):
+    """How units are dealt out: the first `head` of them to the first `early` programs, the rest to all.
+
+    The kernel before has left over units for some of its programs. What SMs the others were on are here first, in the order of
+    programs, and take as many units more as last as long as one of those.
+    """
+    head = 0
+    early = gl.num_programs(0)
+    if AWAITS:
+        num_units, num_programs, lasts = before
+        left_over = (num_shared + gl.load(tiles[1], cache_modifier=".cg")) * num_units % num_programs
+        if left_over > 0:
+            early = gl.minimum(num_programs - left_over, early)
+            head = early * lasts
+    return head, early
+
+
+@gluon.jit
+def _first_unit(order):
+    head, early = order
+    program = gl.program_id(0)
+    return gl.where(program < early, program, head + program)
+
+
+@gluon.jit
+def _next_unit(index, order):
+    head, early = order
+    ahead = index + early
+    return gl.where(index < head, gl.where(ahead < head, ahead, head + gl.program_id(0)), index + gl.num_programs(0))
+
+
+@gluon.jit
+def _expert_of(tiles, index, num_shared, num_n, end, AWAITS: gl.constexpr):
+    """Of a routed unit, read."""
+    tile, _, is_shared = _place(index, num_shared, num_n)
+    return gl.load(
+        tiles[0] + tile, mask=(index < end) & (is_shared == 0), other=0, cache_modifier=".cg" if AWAITS else ""
+    )
+
+
+@gluon.jit
 def _copy_weights(
-    descs, w_smem, full, free, tiles, grid, routed, shared, scales, shared_scales, num_k,
+    descs, w_smem, full, free, tiles, before, grid, routed, shared, scales, shared_scales, num_k,
     FP8: gl.constexpr, SILU: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr, KNOWN: gl.constexpr, SPLIT: gl.constexpr,
-    HEADS: gl.constexpr, BLOCK_N: gl.constexpr, UNROLL: gl.constexpr, BLOCK_K: gl.constexpr,
+    HEADS: gl.constexpr, AWAITS: gl.constexpr, BLOCK_N: gl.constexpr, UNROLL: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     tile_expert_ptr, num_tiles_ptr, num_dense = tiles
     num_n, num_steps = grid
     w_scale_ptr, expert_scale_rows, second_scale_row = scales
     slot = 0
     phase = 1
-    index = gl.program_id(0)
+    order = _order(tiles, before, shared[0] if SHARED else 0, AWAITS)
+    index = _first_unit(order)
     first = 0
     if SHARED:
         num_shared, per_expert, row_step, k_step, second = shared
@@ -117,7 +200,7 @@ def _copy_weights(
             slot, phase = _copy_unit(
                 descs[1], w_smem, full, free, slot, phase, row, second, expert * k_step, num_steps, SILU, UNROLL, BLOCK_K
             )  # fmt: skip
-            index += gl.num_programs(0)
+            index = _next_unit(index, order)
     expert_rows, second_row = routed
     if GROUPED:
         if not KNOWN:
@@ -135,7 +218,7 @@ def _copy_weights(
                 _fetch_ahead(at, 32, num_k, 32)
                 if SILU:
                     _fetch_ahead(at + second_scale_row * num_k, 32, num_k, 32)
-            index += gl.num_programs(0)
+            index = _next_unit(index, order)
             at = tile_expert_ptr + (index - first) // num_n
             expert = gl.load(at, mask=index < end, other=0, cache_modifier=".cg")
             slot, phase = _copy_unit(
@@ -163,20 +246,25 @@ def _copy_weights(
 
 @gluon.jit
 def _copy_rows(
-    descs, x_smem, full, free, tiles, grid, shared, shared_rows, scales, num_k,
-    FP8: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr, ONE_TILE: gl.constexpr, BLOCK_T: gl.constexpr, UNROLL: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    descs, x_smem, full, free, tiles, done_ptr, before, grid, shared, shared_rows, scales, num_k,
+    FP8: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr, ONE_TILE: gl.constexpr, AWAITS: gl.constexpr, BLOCK_T: gl.constexpr,
+    UNROLL: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    gdc_wait()
+    if not AWAITS:
+        gdc_wait()
     gdc_launch_dependents()
     num_n, num_steps = grid
     num_shared = shared[0] if SHARED else 0
     first_row, row_tiles = shared_rows
-    num_tiles = gl.load(tiles[1]) if GROUPED else tiles[2]
+    num_tiles = gl.load(tiles[1], cache_modifier=".cg" if AWAITS else "") if GROUPED else tiles[2]
     slot = 0
     phase = 1
-    for index in range(gl.program_id(0), (num_shared + num_tiles) * num_n, gl.num_programs(0)):
+    order = _order(tiles, before, num_shared, AWAITS)
+    index = _first_unit(order)
+    while index < (num_shared + num_tiles) * num_n:
         tile, _, is_shared = _place(index, num_shared, num_n)
+        if AWAITS:
+            _wait_for_tile(done_ptr + index // num_n, before[0])
         row = gl.where(is_shared, first_row + tile % row_tiles * BLOCK_T, tile * BLOCK_T)
         first_step = 0
         if ONE_TILE:
@@ -201,6 +289,7 @@ def _copy_rows(
                 else:
                     tma.async_copy_global_to_shared(descs[0], [row, k], bar, to)
             slot, phase = next_slot(slot, phase, full.shape[0])
+        index = _next_unit(index, order)
 
 
 @gluon.jit
@@ -222,28 +311,37 @@ def _step_scales(
 
 @gluon.jit
 def _multiply(
-    x_smem, w_smem, full, free, scales, outputs, tiles, grid, shared, shared_rows, shared_scales, sizes,
+    x_smem, w_smem, full, free, scales, outputs, tiles, done_ptr, before, grid, shared, shared_rows, shared_scales, sizes,
     FP8: gl.constexpr, SILU: gl.constexpr, QUANTISE: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr,
-    SPLIT: gl.constexpr, HEADS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, UNROLL: gl.constexpr,
+    SPLIT: gl.constexpr, HEADS: gl.constexpr, NOTES: gl.constexpr, AWAITS: gl.constexpr, BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr,
+    UNROLL: gl.constexpr,
 ):  # fmt: skip
-    gdc_wait()
+    if not AWAITS:
+        gdc_wait()
     out_ptr, out_scale_ptr, out_stride, out_scale_stride, shared_out_row = outputs
     x_scale_ptr, w_scale_ptr, x_scale_stride, expert_scale_rows, second_scale_row = scales
     x_rows, shared_x_rows, num_rows, num_columns, num_k = sizes
     num_n, num_steps = grid
     num_shared = shared[0] if SHARED else 0
-    num_tiles = gl.load(tiles[1]) if GROUPED else tiles[2]
+    num_tiles = gl.load(tiles[1], cache_modifier=".cg" if AWAITS else "") if GROUPED else tiles[2]
     HALVES: gl.constexpr = 2 if SILU else 1
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_T, 32 if FP8 else 16])
     token = gl.arange(0, BLOCK_T, layout=gl.SliceLayout(0, layout))
     slot = 0
     phase = 0
-    for index in range(gl.program_id(0), (num_shared + num_tiles) * num_n, gl.num_programs(0)):
+    order = _order(tiles, before, num_shared, AWAITS)
+    end = (num_shared + num_tiles) * num_n
+    index = _first_unit(order)
+    expert = _expert_of(tiles, index, num_shared, num_n, end, AWAITS) if FP8 and GROUPED else 0
+    while index < end:
         tile, n, is_shared = _place(index, num_shared, num_n)
+        ahead = _next_unit(index, order)
         row = tile * BLOCK_T + token
         column = n * BLOCK_N
         own_row = row
         first_step = 0
+        if AWAITS:
+            _wait_for_rows(full.index(slot), phase)
         if SPLIT:
             own_row = token
             first_step = tile * num_steps
@@ -253,8 +351,9 @@ def _multiply(
             x_step = x_scale_stride
             w_scales = w_scale_ptr + (column // 128).to(gl.int64) * num_k
             if GROUPED:
-                expert = gl.load(tiles[0] + tile, mask=is_shared == 0, other=0)
                 w_scales += (expert * expert_scale_rows).to(gl.int64) * num_k
+                # Its address is wanted before anything else of the next unit.
+                expert = _expert_of(tiles, ahead, num_shared, num_n, end, AWAITS)
             second_scales = w_scales + second_scale_row * num_k
             if SHARED:
                 sx_scale_ptr, sx_scale_stride, sw_scale_ptr, row_step, scale_second, scale_width, k_step = shared_scales
@@ -335,18 +434,24 @@ def _multiply(
             gl.store(out_scale_ptr + group * out_scale_stride + out_row, scale, mask=in_rows)
         out = out_ptr + out_row.to(gl.int64)[None, :] * out_stride + to[:, None]
         gl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask)
+        if NOTES:
+            _note(done_ptr + index // num_n)
+        index = ahead
+    if AWAITS:
+        # Who waits for this kernel may rely on the one before it too.
+        gdc_wait()
 
 
-@gluon.jit(do_not_specialize=["x_rows", "num_rows", "num_dense", "x_scale_stride", "out_scale_stride", "num_shared", "shared_tiles", "shared_out_row", "shared_x_rows", "shared_x_row", "sx_scale_stride", "row_tiles"])  # fmt: skip
+@gluon.jit(do_not_specialize=["x_rows", "num_rows", "num_dense", "x_scale_stride", "out_scale_stride", "num_shared", "shared_tiles", "shared_out_row", "shared_x_rows", "shared_x_row", "sx_scale_stride", "row_tiles", "units_before", "programs_before", "unit_lasts"])  # fmt: skip
 def few_rows_kernel(
-    x_desc, w_desc, sx_desc, sw_desc, out_ptr, out_scale_ptr, tile_expert_ptr, num_tiles_ptr,
+    x_desc, w_desc, sx_desc, sw_desc, out_ptr, out_scale_ptr, tile_expert_ptr, num_tiles_ptr, done_ptr, units_before, programs_before, unit_lasts,
     x_scale_ptr, w_scale_ptr, sx_scale_ptr, sw_scale_ptr,
     num_dense, x_rows, num_rows, num_columns, num_n, num_k, num_steps, expert_rows, second_row, x_scale_stride, expert_scale_rows, second_scale_row,
     out_stride, out_scale_stride,
     num_shared, shared_tiles, shared_row_step, shared_k_step, shared_second, shared_x_rows, shared_x_row, row_tiles, shared_out_row,
     sx_scale_stride, scale_row_step, scale_second, scale_width, scale_k_step,
     FP8: gl.constexpr, SILU: gl.constexpr, QUANTISE: gl.constexpr, GROUPED: gl.constexpr, SHARED: gl.constexpr, KNOWN: gl.constexpr,
-    SPLIT: gl.constexpr, HEADS: gl.constexpr,
+    SPLIT: gl.constexpr, HEADS: gl.constexpr, NOTES: gl.constexpr, AWAITS: gl.constexpr,
     BLOCK_T: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, UNROLL: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -364,6 +469,7 @@ def few_rows_kernel(
         mbarrier.init(free.index(stage), count=1)
     fence_async_shared()
     tiles = (tile_expert_ptr, num_tiles_ptr, num_dense)
+    before = (units_before, programs_before, unit_lasts)
     grid = (num_n, num_steps)
     shared = (num_shared, shared_tiles, shared_row_step, shared_k_step, shared_second)
     shared_rows = (shared_x_row, row_tiles)
@@ -373,15 +479,15 @@ def few_rows_kernel(
     outputs = (out_ptr, out_scale_ptr, out_stride, out_scale_stride, shared_out_row)
     gl.warp_specialize(
         [
-            (_multiply, (x_smem, w_smem, full, free, scales, outputs, tiles, grid, shared, shared_rows, shared_scales,
+            (_multiply, (x_smem, w_smem, full, free, scales, outputs, tiles, done_ptr, before, grid, shared, shared_rows, shared_scales,
                          (x_rows, shared_x_rows, num_rows, num_columns, num_k),
-                         FP8, SILU, QUANTISE, GROUPED, SHARED, SPLIT, HEADS, BLOCK_T, BLOCK_N, UNROLL)),
-            (_copy_weights, ((w_desc, sw_desc), w_smem, full, free, tiles, grid, (expert_rows, second_row), shared,
+                         FP8, SILU, QUANTISE, GROUPED, SHARED, SPLIT, HEADS, NOTES, AWAITS, BLOCK_T, BLOCK_N, UNROLL)),
+            (_copy_weights, ((w_desc, sw_desc), w_smem, full, free, tiles, before, grid, (expert_rows, second_row), shared,
                              (w_scale_ptr, expert_scale_rows, second_scale_row),
-                             shared_by, num_k, FP8, SILU, GROUPED, SHARED, KNOWN, SPLIT, HEADS, BLOCK_N, UNROLL, BLOCK_K)),
-            (_copy_rows, ((x_desc, sx_desc), x_smem, full, free, tiles, grid, shared, shared_rows,
+                             shared_by, num_k, FP8, SILU, GROUPED, SHARED, KNOWN, SPLIT, HEADS, AWAITS, BLOCK_N, UNROLL, BLOCK_K)),
+            (_copy_rows, ((x_desc, sx_desc), x_smem, full, free, tiles, done_ptr, before, grid, shared, shared_rows,
                           (x_scale_ptr, x_scale_stride, sx_scale_ptr, sx_scale_stride), num_k,
-                          FP8, GROUPED, SHARED, SPLIT or HEADS, BLOCK_T, UNROLL, BLOCK_K)),
+                          FP8, GROUPED, SHARED, SPLIT or HEADS, AWAITS, BLOCK_T, UNROLL, BLOCK_K)),
         ],
         [1, 1],
         [40, 40],
@@ -422,8 +528,9 @@ def few_rows(
     """As `triton.gemm.few_rows`, bf16 or FP8. With `shared` the result has S * ceil(T / tile) * tile rows more than `tiles` may use.
 
     `dtype`: of the result, fp32 from bf16. `known`: weights are read by `tiles` before the wait. So the kernel launched directly before
-    must wait itself before it lets this one start, and `tiles` must be older than it; another that has only passed by is not enough.
-    `num_splits`: parts of K of a plain product, summed by a second kernel in one order.
+    must wait itself before it lets this one start, and `tiles` must be older than it; another that has only passed by is not enough. With
+    `tiles.done` that kernel is the product with `silu` by the same tiles, whose SMs end at different times: a tile's rows are read here
+    as soon as all of them are there. `num_splits`: parts of K of a plain product, summed by a second kernel in one order.
     """
     op = operands(x, w, silu=silu)
     block_t = tiles.num_rows if tiles else min(64, max(16, triton.next_power_of_2(op.num_rows)))
@@ -541,16 +648,19 @@ def _launch(
     num_n = triton.cdiv(op.num_columns, block_n)
     stages = _RING_BYTES // (unroll * 128 * (block_n * (2 if silu else 1) + block_t))
     shared, shared_numbers = beside or (op, (0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0))
-    few_rows_kernel[(min(num_processors(target.device), (cut.num_tiles + num_shared) * num_n),)](
+    done = tiles.done if tiles and (silu or known) else None
+    processors = num_processors(target.device)
+    before = _before(op, cut, num_shared, processors) if known else (1, 1, 0)
+    few_rows_kernel[(min(processors, (cut.num_tiles + num_shared) * num_n),)](
         _descriptor(op.x_SK, [block_t, op.block_k]), _descriptor(op.w_EK, [block_n, op.block_k]),
         _descriptor(shared.x_SK, [block_t, op.block_k]), _descriptor(shared.w_EK, [block_n, op.block_k]),
-        target, out_scales, tiles.expert if tiles else target, tiles.num_used if tiles else target,
+        target, out_scales, tiles.expert if tiles else target, tiles.num_used if tiles else target, target if done is None else done, *before,
         op.x_scales, op.w_scales, shared.x_scales, shared.w_scales,
         cut.num_tiles, op.num_rows, num_rows, op.num_columns, num_n, op.num_k, cut.num_steps, op.expert_rows, op.num_columns,
         op.x_scales.stride(-1), op.expert_scale_rows, op.second_scale_row, target.stride(0), out_scales.stride(-1),
         *shared_numbers,
         FP8=op.fp8, SILU=silu, QUANTISE=isinstance(out, QuantisedRows), GROUPED=tiles is not None, SHARED=beside is not None, KNOWN=known,
-        SPLIT=split, HEADS=heads, BLOCK_T=block_t, BLOCK_N=block_n,
+        SPLIT=split, HEADS=heads, NOTES=done is not None and silu, AWAITS=done is not None and known, BLOCK_T=block_t, BLOCK_N=block_n,
         BLOCK_K=op.block_k, UNROLL=unroll, STAGES=stages, num_warps=4, maxnreg=128, launch_pdl=True,
     )  # fmt: skip
 
@@ -558,8 +668,20 @@ def _launch(
 def _block_n(op: Operands, *, silu: bool, num_tiles: int, processors: int) -> int:
     """Columns of a unit: few where there are few units; a scale's 128 in one where the result is quantised."""
     if silu:
-        return 128 if op.fp8 else 64
+        return _silu_block(op)
     return 128 if num_tiles * triton.cdiv(op.num_columns, 128) >= 4 * processors else 64
+
+
+def _silu_block(op: Operands) -> int:
+    return BLOCK if op.fp8 else 64
+
+
+def _before(op: Operands, cut: _Cut, num_shared: int, processors: int) -> tuple[int, int, int]:
+    """Of the product with `silu` that has made this one's rows: units a tile, programs, and as many units of this one one of its lasts."""
+    width, inner = op.num_columns, op.x_SK.shape[1]
+    num_units = triton.cdiv(inner, _silu_block(op))
+    num_programs = min(processors, (cut.num_tiles + num_shared) * num_units)
+    return num_units, num_programs, round(2 * _silu_block(op) * width / (cut.block_n * inner))
 
 
 def _beside(

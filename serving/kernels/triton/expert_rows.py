@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from serving.kernels.quant import BLOCK, QuantisedRows, empty_rows
 from serving.kernels.triton.device import num_processors, overlap
-from serving.kernels.triton.placing import Partial, Slots, new_slots, place, store_tiles
+from serving.kernels.triton.placing import Partial, Slots, done_of, new_slots, place, store_tiles
 from serving.kernels.triton.quant import quantise
 
 # Up to so many pairs each token's program counts all of them: one launch instead of three.
@@ -44,7 +44,7 @@ def _chosen(experts_ptr, pair, num_pairs, PARTIAL: tl.constexpr):
     return expert, counts
 
 
-@triton.jit(do_not_specialize=["num_pairs", "x_scale_row", "x_scale_stride", "out_scale_stride"])
+@triton.jit(do_not_specialize=["num_pairs", "num_done", "x_scale_row", "x_scale_stride", "out_scale_stride"])
 def send_kernel(
     experts_ptr,
     x_ptr,
@@ -52,6 +52,8 @@ def send_kernel(
     slots_ptr,
     tile_expert_ptr,
     num_tiles_ptr,
+    done_ptr,
+    num_done,
     out_ptr,
     out_scale_ptr,
     num_pairs,
@@ -113,7 +115,9 @@ def send_kernel(
         if QUANTISE or SCALED:
             tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group & (slot >= 0))
     if tl.program_id(1) == 0:
-        store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, token, tl.num_programs(0), NUM_BINS)
+        store_tiles(
+            tile_expert_ptr, num_tiles_ptr, done_ptr, num_done, tiles, tile_end, token, tl.num_programs(0), NUM_BINS
+        )
 
 
 @triton.jit(do_not_specialize=["num_slots", "x_scale_row", "x_scale_stride", "out_scale_stride"])
@@ -359,18 +363,19 @@ def send(
     *,
     quantise: bool,
     partial: Partial | None = None,
+    num_beside: int | None = None,
 ) -> tuple[Slots, Tensor | QuantisedRows]:
     """`place`, and `scatter` or `fetch` to there; one launch for few pairs."""
     num_pairs, device = experts_TK.numel(), experts_TK.device
     if num_pairs > _COUNTED_BY_ALL:
-        slots = place(experts_TK, num_experts, tile, partial)
+        slots = place(experts_TK, num_experts, tile, partial, num_beside=num_beside)
         return slots, (scatter if slots.source_S is None else fetch)(x_TD, slots, quantise=quantise)
-    slots = new_slots(experts_TK, num_experts, tile, partial, fetched=False)
+    slots = new_slots(experts_TK, num_experts, tile, partial, fetched=False, num_beside=num_beside)
     ends = _Ends.of(x_TD, slots, quantise=quantise)
     tiles, (values, x_scales, target, scales) = slots.tiles, ends.tensors
     num_tokens, width = values.shape
     send_kernel[(num_tokens, ends.num_blocks)](
-        experts_TK, values, x_scales, slots.slots_TK, tiles.expert, tiles.num_used, target, scales,
+        experts_TK, values, x_scales, slots.slots_TK, tiles.expert, tiles.num_used, *done_of(tiles), target, scales,
         num_pairs, width, values.stride(0), x_scales.stride(0), x_scales.stride(1), target.stride(0), scales.stride(1),
         NUM_BINS=triton.next_power_of_2(num_experts), PAIRS=next(n for n in _COUNTED_AT_ONCE if n >= num_pairs),
         TOP_K=experts_TK.shape[1], K=triton.next_power_of_2(experts_TK.shape[1]), TILE=tile, PARTIAL=partial is not None,

@@ -112,7 +112,7 @@ def _few(
 
     num_experts, _, inner = down_EDI.shape
     fp8 = isinstance(gate_up_EID, Fp8Weight)
-    num_tokens, num_shared = len(experts_TK), 0
+    num_tokens, num_shared, num_beside = len(experts_TK), 0, 0
     added_TD, gate_up_beside, down_beside = None, None, None
     if shared is not None:
         num_shared = shared[1].shape[1] // inner
@@ -124,9 +124,11 @@ def _few(
         else:
             gate_up_beside = Shared(x=x_TD, w=shared[0], num_experts=num_shared, num_tokens=num_tokens)
             down_beside = Shared(x=None, w=shared[1], num_experts=num_shared, num_tokens=num_tokens)
-    slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8, partial=partial)
+            num_beside = num_shared * down_beside.num_tiles(tile)
+    slots, x_SD = send(x_TD, experts_TK, num_experts, tile, quantise=fp8, partial=partial, num_beside=num_beside)
     hidden_SI = few_rows(x_SD, gate_up_EID, silu=True, tiles=slots.tiles, shared=gate_up_beside)
-    # Known: gate_up waits for `send` before it lets this one start. So nothing may be launched between the two.
+    # Known: gate_up waits for `send` before it lets this one start. So nothing may be launched between the two. Nor may memory that
+    # gate_up reads be had for the result: an SM without work begins with down while others are still at gate_up.
     y_SD = few_rows(hidden_SI, down_EDI, tiles=slots.tiles, shared=down_beside, known=True)
     assert isinstance(y_SD, Tensor)
     if gate_up_beside is not None:

@@ -177,8 +177,9 @@ def sum_splits_kernel(
 ):
     """Sum over splits of BLOCK_T rows and 128 columns; with SILU of gate and up, num_columns apart. With a TILE of rows, of those in use alone."""
     if PDL:
-        gdc_wait()
+        # The product before has waited for what its own rows are made of, so that a kernel behind this one may begin to read weights.
         gdc_launch_dependents()
+        gdc_wait()
     column_block = tl.program_id(1)
     if TILE:
         num_blocks = tl.load(num_tiles_ptr, cache_modifier=".cg") * (TILE // BLOCK_T)
@@ -198,7 +199,9 @@ def sum_splits_kernel(
 class Tiles:
     """Which expert each tile of `num_rows` rows meets: int32 [max_tiles], of which the first `num_used` (int32 [1]) count.
 
-    `num_expected`: about so many will count, by which products are cut. `expert` has a number also where none counts.
+    `num_expected`: about so many will count, by which products are cut. `expert` has a number also where none counts. `done`: int32
+    [tiles of shared experts + max_tiles], zeros: the ring's first product notes there what it has of each tile, so that the second
+    takes a tile's rows while other tiles are still computed.
     """
 
     expert: Tensor
@@ -206,6 +209,7 @@ class Tiles:
     max_tiles: int
     num_rows: int
     num_expected: int
+    done: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,9 +64,10 @@ def read_counts(counts_ptr, program, NUM_BINS: tl.constexpr, ROWS: tl.constexpr,
 
 @triton.jit
 def store_tiles(
-    tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, num_programs, NUM_BINS: tl.constexpr
+    tile_expert_ptr, num_tiles_ptr, done_ptr, num_done, tiles, tile_end, program, num_programs, NUM_BINS: tl.constexpr
 ):  # fmt: skip
-    """The program's share of the expert of each tile, and the number of tiles; `tiles` of each expert, which end at `tile_end`."""
+    """The program's share of the expert of each tile, and the number of tiles; `tiles` of each expert, which end at `tile_end`. Of none
+    of them (`num_done`) is anything done."""
     if program == 0:
         num_tiles = tl.sum(tiles, axis=0)
         tl.store(num_tiles_ptr, num_tiles)
@@ -75,15 +76,19 @@ def store_tiles(
     bins = tl.arange(0, NUM_BINS)
     for tile in range(program, tl.max(tiles, axis=0), num_programs):
         tl.store(tile_expert_ptr + tile_end - tiles + tile, bins, mask=tile < tiles)
+    for first in range(program * NUM_BINS, num_done, num_programs * NUM_BINS):
+        tl.store(done_ptr + first + bins, 0, mask=first + bins < num_done)
 
 
-@triton.jit(do_not_specialize=["num_pairs", "steps"])
+@triton.jit(do_not_specialize=["num_pairs", "num_done", "steps"])
 def place_kernel(
     experts_ptr,
     counts_ptr,
     slots_ptr,
     tile_expert_ptr,
     num_tiles_ptr,
+    done_ptr,
+    num_done,
     num_pairs,
     steps,
     NUM_BINS: tl.constexpr,
@@ -109,7 +114,9 @@ def place_kernel(
         rank = tl.sum(same.to(tl.int32), axis=1)
         tl.store(slots_ptr + pair, tl.gather(next_slot, expert, 0) + rank, mask=pair < num_pairs)
         next_slot += tl.histogram(expert, NUM_BINS, mask=pair < num_pairs)
-    store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, tl.num_programs(0), NUM_BINS)
+    store_tiles(
+        tile_expert_ptr, num_tiles_ptr, done_ptr, num_done, tiles, tile_end, program, tl.num_programs(0), NUM_BINS
+    )
 
 
 @triton.jit
@@ -153,7 +160,7 @@ def count_rows_kernel(
             tl.store(source_ptr + slot, -1, mask=slot < num_slots)
 
 
-@triton.jit(do_not_specialize=["num_rows", "steps"])
+@triton.jit(do_not_specialize=["num_rows", "num_done", "steps"])
 def place_rows_kernel(
     experts_ptr,
     counts_ptr,
@@ -161,6 +168,8 @@ def place_rows_kernel(
     source_ptr,
     tile_expert_ptr,
     num_tiles_ptr,
+    done_ptr,
+    num_done,
     num_rows,
     steps,
     TOP_K: tl.constexpr,
@@ -191,7 +200,9 @@ def place_rows_kernel(
                 tl.store(source_ptr + slot, pair, mask=expert >= 0)
             tl.store(slots_ptr + pair, tl.where(expert >= 0, slot, -1), mask=row < num_rows)
         next_slot += tl.sum(picks, axis=0)
-    store_tiles(tile_expert_ptr, num_tiles_ptr, tiles, tile_end, program, tl.num_programs(0), NUM_BINS)
+    store_tiles(
+        tile_expert_ptr, num_tiles_ptr, done_ptr, num_done, tiles, tile_end, program, tl.num_programs(0), NUM_BINS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,11 +242,16 @@ class Slots:
     source_S: Tensor | None
 
 
-def place(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial | None = None) -> Slots:
-    """Slots for pairs of token and expert (int64 [T, K], all below `num_experts`), in tiles of `tile`. Two launches."""
+def place(
+    experts_TK: Tensor, num_experts: int, tile: int, partial: Partial | None = None, *, num_beside: int | None = None
+) -> Slots:
+    """Slots for pairs of token and expert (int64 [T, K], all below `num_experts`), in tiles of `tile`. Two launches.
+
+    `num_beside`: `Tiles.done` is wanted, with so many tiles of shared experts.
+    """
     if partial is not None:
-        return _place_partial(experts_TK, num_experts, tile, partial)
-    slots = new_slots(experts_TK, num_experts, tile, None, fetched=False)
+        return _place_partial(experts_TK, num_experts, tile, partial, num_beside)
+    slots = new_slots(experts_TK, num_experts, tile, None, fetched=False, num_beside=num_beside)
     num_pairs, device, tiles = experts_TK.numel(), experts_TK.device, slots.tiles
     num_bins = triton.next_power_of_2(num_experts)
     num_steps = triton.cdiv(num_pairs, _STEP)
@@ -245,16 +261,16 @@ def place(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial | No
     shape = {"NUM_BINS": num_bins, "STEP": _STEP}
     count_kernel[(programs,)](experts_TK, counts, num_pairs, steps, **shape, **overlap(device))
     place_kernel[(programs,)](
-        experts_TK, counts, slots.slots_TK, tiles.expert, tiles.num_used, num_pairs, steps,
+        experts_TK, counts, slots.slots_TK, tiles.expert, tiles.num_used, *done_of(tiles), num_pairs, steps,
         **shape, ROWS=max(8, 8192 // num_bins), TILE=tile, **overlap(device),
     )  # fmt: skip
     return slots
 
 
-def _place_partial(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial) -> Slots:
+def _place_partial(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial, num_beside: int | None) -> Slots:
     """`place` of pairs that may lack an expert."""
     fetched = partial.is_sparse(experts_TK, num_experts)
-    slots = new_slots(experts_TK, num_experts, tile, partial, fetched=fetched)
+    slots = new_slots(experts_TK, num_experts, tile, partial, fetched=fetched, num_beside=num_beside)
     (num_tokens, top_k), device, tiles = experts_TK.shape, experts_TK.device, slots.tiles
     num_bins = max(_FEWEST_BINS, triton.next_power_of_2(num_experts))
     rows = max(1, min(_MOST_ROWS, _LOOKED_AT // num_bins))
@@ -268,13 +284,26 @@ def _place_partial(experts_TK: Tensor, num_experts: int, tile: int, partial: Par
         experts_TK, counts, source, slots.num_slots, num_tokens, steps, **shape, **overlap(device)
     )
     place_rows_kernel[(programs,)](
-        experts_TK, counts, slots.slots_TK, source, tiles.expert, tiles.num_used, num_tokens, steps,
+        experts_TK, counts, slots.slots_TK, source, tiles.expert, tiles.num_used, *done_of(tiles), num_tokens, steps,
         **shape, COUNTED=max(8, 4096 // num_bins), TILE=tile, **overlap(device),
     )  # fmt: skip
     return slots
 
 
-def new_slots(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial | None, *, fetched: bool) -> Slots:
+def done_of(tiles: Tiles) -> tuple[Tensor, int]:
+    """`Tiles.done` and its length for a kernel; where there is none something to point at."""
+    return (tiles.expert, 0) if tiles.done is None else (tiles.done, len(tiles.done))
+
+
+def new_slots(
+    experts_TK: Tensor,
+    num_experts: int,
+    tile: int,
+    partial: Partial | None,
+    *,
+    fetched: bool,
+    num_beside: int | None = None,
+) -> Slots:
     """To be filled by a kernel; for the most tiles there may be."""
     assert experts_TK.is_contiguous()
     num_pairs, device = experts_TK.numel(), experts_TK.device
@@ -290,6 +319,7 @@ def new_slots(experts_TK: Tensor, num_experts: int, tile: int, partial: Partial 
         max_tiles=max_tiles,
         num_rows=tile,
         num_expected=num_tiles(expected),
+        done=None if num_beside is None else torch.empty(num_beside + max_tiles, dtype=torch.int32, device=device),
     )
     num_slots = max_tiles * tile
     return Slots(

@@ -7,6 +7,7 @@ written is NaN, or points far away: rows that pad a tile, tiles behind the last,
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -310,6 +311,29 @@ def test_parts_of_k_fill_the_processors_and_none_is_empty(num_k: int, columns: i
     assert num_splits == want
     assert num_splits * -(-columns // 64) <= 132
     assert (num_splits - 1) * -(-num_k // 2 // num_splits) < -(-num_k // 2)
+
+
+@pytest.mark.parametrize("head", [0, 1, 3])
+@pytest.mark.parametrize("early", [1, 2, 4])
+def test_every_unit_is_dealt_out_once_and_those_in_front_to_early_programs(early: int, head: int) -> None:
+    order = (early * head, early)
+    for total in range(40):
+        units: list[list[int]] = []
+        for program in range(4):
+            gluon_interpreter.be_program(program, 4)
+            index, own = ring._first_unit(order), []
+            while index < total:
+                own.append(int(index))
+                index = ring._next_unit(index, order)
+            units.append(own)
+        assert sorted(itertools.chain(*units)) == list(range(total))
+        most = [len(own) for own in units]
+        assert all(abs(most[p] - most[0]) <= 1 for p in range(early))
+        assert (
+            total < 30
+            or most[0] - most[3]
+            == (head if early < 4 else 0) + (total - early * head - 1) // 4 - (total - early * head - 4) // 4
+        )
 
 
 @pytest.mark.parametrize("num_rows", [1, 16, 20])
