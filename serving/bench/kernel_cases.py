@@ -24,7 +24,7 @@ from serving.kernels import mla
 from serving.kernels.attention import attend_varlen
 from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear
-from serving.kernels.kv_store import norm_rope_store
+from serving.kernels.kv_store import absorb_and_store, norm_rope_store
 from serving.kernels.norm_rope import add_rms_norm, inverse_frequencies, rms_norm, rms_norm_quantise, rotations
 from serving.kernels.pages import gather_pages, scatter_pages
 from serving.kernels.quant import (
@@ -151,6 +151,7 @@ def cases(stage: Stage) -> dict[str, Case]:
         for tokens in (64, 4096):
             named[f"norm_rope_store/{kind}/{tokens}"] = of(latent_store, tokens=tokens, heads=0, fp8=fp8)
             named[f"norm_rope_store/{kind}/{tokens}/queries"] = of(latent_store, tokens=tokens, heads=128, fp8=fp8)
+        named[f"absorb_and_store/{kind}/16"] = of(absorbed_query, tokens=16, heads=128, fp8=fp8)
         for way in (gather, scatter):
             named[f"pages/{way.__name__}/{kind}"] = of(way, num_pages=64, num_layers=_PLANES, fp8=fp8)
     for lengths, heads in ((4, 4096), 128), ((1, 1024), 128), ((1, 4096), 16), ((32, 2048), 16):
@@ -252,11 +253,7 @@ def latent_store(stage: Stage, *, tokens: int, heads: int, fp8: bool) -> Work:
     latents = [stage.randn(tokens, 1536 + _C + _R)[:, 1536:] for _ in sets]
     queries = [stage.randn(tokens, heads, _N + _R)[:, :, _N:] if heads else None for _ in sets]
     weight = stage.randn(_C)
-    turns = rotations(
-        torch.arange(tokens, device=stage.device),
-        inverse_frequencies(_R, 1e4).to(stage.device),
-        torch.ones(1, device=stage.device),
-    )
+    turns = _turns(stage, tokens)
     places = [slots(pool.tensor, stage.permutation(pool.num_pages * PAGE_TOKENS)[:tokens]) for _ in sets]
 
     def own(i: int) -> None:
@@ -264,6 +261,33 @@ def latent_store(stage: Stage, *, tokens: int, heads: int, fp8: bool) -> Work:
         norm_rope_store(latents[i], weight, _EPS, turns, pool.tensor, layer, places[i], q_rope_THR=queries[i])
 
     return Work(own=own, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def absorbed_query(stage: Stage, *, tokens: int, heads: int, fp8: bool) -> Work:
+    """What a decode step of few rows does between the query's product and its attention."""
+    pool = stage.pool(fp8=fp8)
+    num_bytes = heads * _N * _C * 2 + tokens * (heads * (_N + _C + 2 * _R) * 2 + 2 * (_C + _R) + pool.layout.row_bytes)
+    sets = range(_sets_for(num_bytes))
+    queries = [stage.randn(tokens, heads, _N + _R) for _ in sets]
+    weights = [stage.randn(heads, _N + _V, _C)[:, :_N] for _ in sets]
+    latents = [stage.randn(tokens, 1536 + _C + _R)[:, 1536:] for _ in sets]
+    norm = stage.randn(_C)
+    turns = _turns(stage, tokens)
+    places = [slots(pool.tensor, stage.permutation(pool.num_pages * PAGE_TOKENS)[:tokens]) for _ in sets]
+
+    def own(i: int) -> Tensor:
+        of_layer = pool.tensor, stage.layer(i), places[i]
+        return absorb_and_store(queries[i], weights[i], latents[i], norm, _EPS, turns, *of_layer)
+
+    return Work(own=own, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def _turns(stage: Stage, tokens: int) -> Tensor:
+    return rotations(
+        torch.arange(tokens, device=stage.device),
+        inverse_frequencies(_R, 1e4).to(stage.device),
+        torch.ones(1, device=stage.device),
+    )
 
 
 def gather(stage: Stage, *, num_pages: int, num_layers: int, fp8: bool) -> Work:

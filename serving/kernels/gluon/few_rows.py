@@ -1,7 +1,7 @@
 """Products of few rows on Hopper, x W^T dense or by expert, FP8 block-scaled or bf16, in Gluon. Bound: the bytes of W.
 
     weights -> a ring of tiles    one warp, bulk copies; it waits for the kernel before only where that says which weights
-    rows    -> the same ring      one warp, once the kernel that makes them has ended
+    rows    -> the same ring      one warp, once the kernel that makes them has ended, or has noted their tile (`Tiles.done`)
     ring    -> sums -> out        four warps; rows of W are the M of each product, the few rows of x its N
 
 One persistent program an SM with a ring of 200 KB: the memory is busy from before the kernel that makes the rows has ended
@@ -133,8 +133,8 @@ def _place(index, num_shared, num_n):
 def _order(tiles, before, num_shared, AWAITS: gl.constexpr):
     """How units are dealt out: the first `head` of them to the first `early` programs, the rest to all.
 
-    The kernel before has left over units for some of its programs. What SMs the others were on are here first, in the order of
-    programs, and take as many units more as last as long as one of those.
+    Of the kernel before some programs have one unit more than the others. The others' SMs are free first, so this kernel's first
+    programs are there, and have as many units more as last as long as that one.
     """
     head = 0
     early = gl.num_programs(0)
@@ -649,6 +649,8 @@ def _launch(
     stages = _RING_BYTES // (unroll * 128 * (block_n * (2 if silu else 1) + block_t))
     shared, shared_numbers = beside or (op, (0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0))
     done = tiles.done if tiles and (silu or known) else None
+    assert done is None or len(done) == num_shared + cut.num_tiles, "a tile would have no counter of its own"
+    assert done is None or not silu or block_n == _silu_block(op), "more or fewer units of a tile than are awaited"
     processors = num_processors(target.device)
     before = _before(op, cut, num_shared, processors) if known else (1, 1, 0)
     few_rows_kernel[(min(processors, (cut.num_tiles + num_shared) * num_n),)](
@@ -677,7 +679,7 @@ def _silu_block(op: Operands) -> int:
 
 
 def _before(op: Operands, cut: _Cut, num_shared: int, processors: int) -> tuple[int, int, int]:
-    """Of the product with `silu` that has made this one's rows: units a tile, programs, and as many units of this one one of its lasts."""
+    """Of the product with `silu` that has made this one's rows: units a tile, programs, and as how many units of this one each of its lasts."""
     width, inner = op.num_columns, op.x_SK.shape[1]
     num_units = triton.cdiv(inner, _silu_block(op))
     num_programs = min(processors, (cut.num_tiles + num_shared) * num_units)

@@ -226,8 +226,8 @@ def fetch_kernel(
 
 @triton.jit
 def _slots_and_weights(slots_ptr, weights_ptr, token, TOP_K: tl.constexpr, K: tl.constexpr, PARTIAL: tl.constexpr):
-    """A token's. Older than the products, which wait before they let another start. Not from the first cache, which may hold what was there
-    before."""
+    """A token's. Older than the first product, which waits before it lets another start, as the second may not. Not from the first cache,
+    which may hold what was there before."""
     k_K = tl.arange(0, K)
     at = token * TOP_K + k_K
     slots_K = tl.load(slots_ptr + at, mask=k_K < TOP_K, other=-1 if PARTIAL else 0, cache_modifier=".cg")

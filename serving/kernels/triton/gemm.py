@@ -177,7 +177,7 @@ def sum_splits_kernel(
 ):
     """Sum over splits of BLOCK_T rows and 128 columns; with SILU of gate and up, num_columns apart. With a TILE of rows, of those in use alone."""
     if PDL:
-        # The product before has waited for what its own rows are made of, so that a kernel behind this one may begin to read weights.
+        # Before it waits: the product before has waited itself, so whatever a kernel behind reads early is older than that.
         gdc_launch_dependents()
         gdc_wait()
     column_block = tl.program_id(1)
@@ -201,7 +201,7 @@ class Tiles:
 
     `num_expected`: about so many will count, by which products are cut. `expert` has a number also where none counts. `done`: int32
     [tiles of shared experts + max_tiles], zeros: the ring's first product notes there what it has of each tile, so that the second
-    takes a tile's rows while other tiles are still computed.
+    takes a tile's rows while other tiles are still computed. For one pair of products: who places the rows makes the zeros.
     """
 
     expert: Tensor

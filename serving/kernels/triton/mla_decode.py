@@ -88,7 +88,7 @@ def _plan_kernel(
         low = tl.where(fits, low, middle + 1)
     parts = (pages + high - 1) // high
     num_parts = tl.sum(parts)
-    # Up to a tenth above the even share is made up by parts that need no merging; memory, not SMs, is the bound.
+    # Up to a tenth above the even share, or so many pages, is made up by parts that need no merging; memory, not SMs, is the bound.
     most = total + tl.maximum(total // 10, _MOST_UNEVEN_PAGES * num_workers)
     apart = (num_parts <= num_workers) & ((high == min_part) | (high * num_workers <= most))
     page_ends = tl.cumsum(pages)
