@@ -28,7 +28,7 @@ from serving.kernels.quant import (
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from serving.kernels.gluon import few_rows as ring
-from serving.kernels.gluon import mla_segments
+from serving.kernels.gluon import few_rows_ring, mla_segments
 from serving.kernels.triton import expert_rows, placing
 from serving.kernels.triton import experts as device
 from serving.kernels.triton.product import RING_TILE
@@ -50,8 +50,9 @@ def early(*, KNOWN: bool, **_: object) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    gluon_interpreter.install(monkeypatch, ring, mla_segments, name="few_rows_kernel", early=early)
-    monkeypatch.setattr(ring, "FP8_MAX", 448.0)
+    gluon_interpreter.install(monkeypatch, few_rows_ring, mla_segments, name="few_rows_kernel", early=early)
+    monkeypatch.setattr(few_rows_ring, "FP8_MAX", 448.0)
+    monkeypatch.setattr(ring, "few_rows_kernel", few_rows_ring.few_rows_kernel)
     monkeypatch.setattr(ring, "num_processors", lambda _device: NUM_PROCESSORS)
     monkeypatch.setattr(ring, "_descriptor", gluon_interpreter.Descriptor)
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
@@ -321,10 +322,10 @@ def test_every_unit_is_dealt_out_once_and_those_in_front_to_early_programs(early
         units: list[list[int]] = []
         for program in range(4):
             gluon_interpreter.be_program(program, 4)
-            index, own = ring._first_unit(order), []
+            index, own = few_rows_ring._first_unit(order), []
             while index < total:
                 own.append(int(index))
-                index = ring._next_unit(index, order)
+                index = few_rows_ring._next_unit(index, order)
             units.append(own)
         assert sorted(itertools.chain(*units)) == list(range(total))
         if early < 4 and total >= early * head + 4:
@@ -353,7 +354,7 @@ def test_heads_with_a_matrix_each(num_rows: int, quantise: bool) -> None:
 
 
 def test_a_kernel_that_does_not_wait_for_the_one_before_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring, "gdc_wait", lambda: None)
+    monkeypatch.setattr(few_rows_ring, "gdc_wait", lambda: None)
     with pytest.raises(AssertionError, match="before the kernel"):
         ring.few_rows(randn(3, 64), randn(32, 64, seed=1))
 
