@@ -44,6 +44,23 @@ def _chosen(experts_ptr, pair, num_pairs, PARTIAL: tl.constexpr):
     return expert, counts
 
 
+@triton.jit
+def _take(
+    x_ptr, x_scale_ptr, token, group, column, mask, has_group, x_stride, x_scale_row, x_scale_stride,
+    QUANTISE: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Groups of 128 columns of a token's row as its experts get them, and their scales; of a plain row there are none."""
+    x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
+    scale = x
+    if QUANTISE:
+        x, scale = quantise(x.to(tl.float32))
+    elif SCALED:
+        scale = tl.load(
+            x_scale_ptr + group * x_scale_stride + token.to(tl.int64) * x_scale_row, mask=has_group, other=0.0
+        )
+    return x, scale
+
+
 @triton.jit(do_not_specialize=["num_pairs", "num_done", "x_scale_row", "x_scale_stride", "out_scale_stride"])
 def send_kernel(
     experts_ptr,
@@ -86,13 +103,9 @@ def send_kernel(
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = column < width
     has_group = group * 128 < width
-    x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
-    if QUANTISE:
-        x, scale = quantise(x.to(tl.float32))
-    elif SCALED:
-        scale = tl.load(
-            x_scale_ptr + group * x_scale_stride + token.to(tl.int64) * x_scale_row, mask=has_group, other=0.0
-        )
+    x, scale = _take(
+        x_ptr, x_scale_ptr, token, group, column, mask, has_group, x_stride, x_scale_row, x_scale_stride, QUANTISE, SCALED
+    )  # fmt: skip
     total = tl.histogram(chosen, NUM_BINS, mask=counts)
     tiles = (total + TILE - 1) // TILE
     tile_end = tl.cumsum(tiles, axis=0)
@@ -154,13 +167,9 @@ def scatter_kernel(
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     mask = column < width
     has_group = group * 128 < width
-    x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
-    if QUANTISE:
-        x, scale = quantise(x.to(tl.float32))
-    elif SCALED:
-        scale = tl.load(
-            x_scale_ptr + group * x_scale_stride + token.to(tl.int64) * x_scale_row, mask=has_group, other=0.0
-        )
+    x, scale = _take(
+        x_ptr, x_scale_ptr, token, group, column, mask, has_group, x_stride, x_scale_row, x_scale_stride, QUANTISE, SCALED
+    )  # fmt: skip
     if ALONE:
         k_K = tl.arange(0, K)
         slots_K = tl.load(slots_ptr + token * TOP_K + k_K, mask=k_K < TOP_K, other=-1)
@@ -212,13 +221,9 @@ def fetch_kernel(
             column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
             mask = column < width
             has_group = group * 128 < width
-            x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=mask, other=0.0)
-            if QUANTISE:
-                x, scale = quantise(x.to(tl.float32))
-            elif SCALED:
-                scale = tl.load(
-                    x_scale_ptr + group * x_scale_stride + token.to(tl.int64) * x_scale_row, mask=has_group, other=0.0
-                )
+            x, scale = _take(
+                x_ptr, x_scale_ptr, token, group, column, mask, has_group, x_stride, x_scale_row, x_scale_stride, QUANTISE, SCALED
+            )  # fmt: skip
             tl.store(out_ptr + slot * out_stride + column, x, mask=mask)
             if QUANTISE or SCALED:
                 tl.store(out_scale_ptr + group * out_scale_stride + slot, scale, mask=has_group)
