@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvcache.layout import PAGE_TOKENS, PageLayout, num_pages_for
 from serving.cluster.preflight import embedded_model_dir
-from serving.core.config import Config, DecodeTable, KVTable, PrefillTable
+from serving.core.config import BalanceTable, Config, DecodeTable, KVTable, PrefillTable
 from serving.engine.build import Engine, build_engine
 from tests.cluster.unit_processes import UnitPair
 from tests.engine_factory import GREEDY, create_loop, random_prompts
 from tests.wire_client import create_config
 
 NUM_NEW = 6
+NUM_RANDOM = 24
 NUM_PAGES = 128
 SHAPES = {"tp2dp2": {"tp": 2, "dp": 2}, "tp1dp4": {"tp": 1, "dp": 4}}
 
@@ -30,12 +33,21 @@ def prompts() -> list[list[int]]:
     return drawn + [[*drawn[index][:130], 3 + index] for index in (5, 7, 13, 15, 21, 23, 29, 31)]
 
 
-def config_of(prefill: str, decode: str, *, microbatches: int = 1, checksum: str = "all") -> Config:
+def config_of(
+    prefill: str, decode: str, *, microbatches: int = 1, balances: bool = False, checksum: str = "all"
+) -> Config:
     """Each unit on two nodes of two ranks."""
     of_unit = {"ranks_per_node": 2, "microbatches": microbatches, "max_num_seqs": 24}
+    config = create_config(checksum=checksum)
+    of_prefill: dict[str, int] = {}
+    if balances:
+        # Short steps, since experts are looked at by their number.
+        of_unit |= {"redundant_experts": 4, "max_num_seqs": 8}
+        of_prefill = {"max_batched_tokens": 32}
+        config = dataclasses.replace(config, balance=BalanceTable(threshold=1.0, min_gain=0.001))
     return dataclasses.replace(
-        create_config(checksum=checksum),
-        prefill=PrefillTable(**SHAPES[prefill], **of_unit),
+        config,
+        prefill=PrefillTable(**SHAPES[prefill], **of_unit, **of_prefill),
         decode=DecodeTable(**SHAPES[decode], **of_unit),
         kv=KVTable(prefill_pages=NUM_PAGES, decode_pages=NUM_PAGES, expected_new_tokens=NUM_NEW),
     )
@@ -63,6 +75,54 @@ def test_the_text_is_that_of_one_rank_and_each_byte_crosses_once(
         assert units.generate(prompts(), NUM_NEW) == texts
         units.wait_until_quiet()
         check_bytes(units, alone.layout, tp=SHAPES[decode]["tp"])
+        units.drain()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize(("prefill", "decode"), [("tp2dp2", "tp1dp4"), ("tp1dp4", "tp2dp2")])
+@pytest.mark.timeout(120)
+def test_experts_of_two_nodes_that_are_placed_anew_meanwhile_change_no_text(
+    texts: list[list[int]], tmp_path: Path, prefill: str, decode: str, microbatches: int
+) -> None:
+    """In both units, while requests are served: a look is every 32 steps."""
+    config = config_of(prefill, decode, microbatches=microbatches, balances=True)
+    with UnitPair(config, embedded_model_dir(), tmp_path) as units:
+        # Each leader says its unit's version, which is 1 at the start.
+        num_leaders = {"prefill": SHAPES[prefill]["dp"], "decode": SHAPES[decode]["dp"]}
+        assert all(units.metric("baton_placement_version", role) <= num for role, num in num_leaders.items())
+        while any(units.metric("baton_placement_version", role) <= num for role, num in num_leaders.items()):
+            assert units.generate(prompts(), NUM_NEW) == texts
+        assert units.generate(prompts(), NUM_NEW) == texts
+        units.drain()
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [("tp2dp2", "tp1dp4"), ("tp1dp4", "tp2dp2")])
+@pytest.mark.timeout(120)
+def test_random_batches_with_idle_ranks_neither_hang_nor_differ(
+    alone: Engine, tmp_path: Path, prefill: str, decode: str
+) -> None:
+    """For 200 steps of a DP group of the decode unit, their mean; in each batch some group has nothing to do."""
+    some = prompts()[:16]
+    wanted = create_loop(alone).generate(some, GREEDY, NUM_RANDOM)
+    of_batch = st.tuples(st.integers(0, 7), st.integers(0, len(some) - 1), st.integers(1, NUM_RANDOM), st.booleans())
+
+    @given(idle=st.integers(0, 7), batch=st.lists(of_batch, min_size=1, max_size=12))
+    @settings(max_examples=10, deadline=None, derandomize=False, database=None)
+    def ask(idle: int, batch: list[tuple[int, int, int, bool]]) -> None:
+        clients = units.clients
+        busy = [client for index, client in enumerate(clients) if index != idle % len(clients)]
+        asked = []
+        for client, prompt, num_new, at_once in batch:
+            asked.append((busy[client % len(busy)], prompt, busy[client % len(busy)].submit(some[prompt], num_new)))
+            if not at_once:
+                asked[-1][0].pump(0.02)
+        for client, prompt, request in asked:
+            assert client.finish([request]) == [wanted[prompt][: request.max_new_tokens]]
+
+    with UnitPair(config_of(prefill, decode, microbatches=2), embedded_model_dir(), tmp_path) as units:
+        while units.metric("baton_step_seconds_count", "decode") < 200 * SHAPES[decode]["dp"]:
+            ask()
+        units.wait_until_quiet()
         units.drain()
 
 
