@@ -373,10 +373,9 @@ class TorchCollectives:
         while True:
             if (broken := self._read("broken")) is not None:
                 return [int(index) for index in broken.split(",") if index]
-            late = self._behind("came", number)
             if time.monotonic() >= expiry_s:
-                # All came, and one of them ended in the middle: it alone has not seen the call fail.
-                return late or self._behind("failed", number)
+                # If all came, one of them ended in the middle: it alone has not seen the call fail.
+                return self._behind("came", number) or self._behind("failed", number)
             self._alive()
             time.sleep(0.02)
 
