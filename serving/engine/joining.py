@@ -2,6 +2,7 @@
 
     rendezvous -> world -> control, control-tp       of the lockstep, in host memory        bell, and on GPUs what watches the device
                         -> tp | ep | rail, node      of tensors where the model is
+                        -> counts-rail, counts-node, back-rail, back-node       what else goes by nodes on GPUs, whose groups are queues
                         -> counts                    of the tokens of each expert, where replicas are chosen for them
                         -> peers, peers-tp           of decode's ranks on GPUs, which write each other's memory, in host memory
                         -> control-ep, weights       of experts that change their places, in host memory and where the model is
@@ -15,6 +16,7 @@ may write each other's memory, others exchange over NCCL. Ranks that share neith
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -82,10 +84,10 @@ def join(
     table = unit_table(spec.config, spec.role)
     shape = shape_of(table, config)
     groups = shape.groups
-    if groups.tp == groups.ep == 1:
+    alone, on_gpu = groups.tp == groups.ep == 1, device.type == "cuda"
+    store = _store(spec, groups, needed=not alone and (on_gpu or groups.num_nodes > 1))
+    if alone:
         return Place(shape=shape)
-    on_gpu = device.type == "cuda"
-    store = _store(spec, groups) if on_gpu or groups.num_nodes > 1 else None
     bells: list[TcpBell] = []
     opened = _opener(spec, groups, store, lambda: bells[0] if bells else None)
     world = opened("world", range(groups.world_size), START_DEADLINE_S, _SMALL_BYTES)
@@ -342,7 +344,12 @@ def _group(group_of: GroupOf, name: str, ranks: tuple[int, ...]) -> Collectives:
     return group_of(name, ranks) if len(ranks) > 1 else SingleRank(ranks=ranks)
 
 
-def _store(spec: WorkerSpec, groups: Groups) -> Store:
+def _store(spec: WorkerSpec, groups: Groups, *, needed: bool) -> Store | None:
+    """Where it is not needed, what listens for it is closed: nobody would ever answer there."""
+    if not needed:
+        if spec.listener >= 0:
+            os.close(spec.listener)
+        return None
     return open_store(
         spec.rendezvous,
         world_size=groups.world_size,

@@ -30,7 +30,7 @@ _log = logging.getLogger("baton.unit")
 
 
 class DeviceWatch:
-    """`presence`: the unit's group of CPU tensors. `deadline_s`: longer than the device takes for anything that is waited for at once."""
+    """`presence`: who knows of the unit's ranks that end, its group of CPU tensors or, across nodes, the bell. `deadline_s`: longer than the device takes for anything that is waited for at once."""
 
     def __init__(self, presence: Presence, bell: Bell, *, deadline_s: float) -> None:
         self._presence = presence
