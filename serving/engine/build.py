@@ -109,7 +109,7 @@ def build_engine(
     num_drafts = _num_drafts(draft_tokens, config)
     if num_drafts and lockstep is not None:
         raise ConfigError(
-            "drafts are made by units of one rank only; set decode.draft_tokens to 0 or auto, or tp and dp to 1"
+            "drafts are made by units of one rank only; set decode.draft_tokens to 0 or auto, or tp and ep to 1"
         )
     chosen = choose_kernels(kernels, config, torch_dtype, torch_device)
     layout = _layout(config, torch_dtype)

@@ -32,12 +32,14 @@ class WatchedServer(ServedProcess):
 
     def listens_at(self) -> set[str]:
         """The addresses of all sockets that listen, of whichever process."""
-        return {
+        addresses = {
             connection.laddr.ip.removeprefix("::ffff:")
             for process in [psutil.Process(self.process.pid), *self.family()]
             for connection in process.net_connections("inet")
             if connection.status == psutil.CONN_LISTEN
         }
+        assert addresses, "the router listens at least"
+        return addresses
 
     def router(self) -> psutil.Process:
         return next(process for process in self.family() if "router" in process.cmdline())
