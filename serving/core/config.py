@@ -134,7 +134,7 @@ class KernelsTable:
 
     mla_decode: str = _key(
         "auto",
-        "attention of decode steps; auto: baton, the fastest measured at every shape",
+        "attention of decode steps; auto: baton, the fastest measured or within 5 % of it at every shape",
         choices=("auto", "baton", "flashmla"),
     )
     linear_fp8: str = _key(
