@@ -1,6 +1,6 @@
 """Which kernels a model runs on where there is more than one: the [kernels] table, settled once for a model and a device.
 
-`auto` is ours at every shape (docs/PERFORMANCE.md): alone FlashMLA is within 5 % of it either way and lets no launch overlap its own, and
+`auto` is ours at every shape (docs/PERFORMANCE.md): alone FlashMLA is at most 5 % faster and lets no launch overlap its own, and
 DeepGEMM, faster from 64 rows on, compiles a kernel when a step of a new size comes.
 """
 
