@@ -88,10 +88,11 @@ def main(argv: Sequence[str]) -> int:
         report = provenance(["baton", "bench", "engine", *argv]) | {"model": model, "settings": _settings(options)}
         baton, peers = _systems(options, model_dir, stack)
         systems: list[System] = [baton, *peers]
+        report["kernels"] = {system.name: system.kernels for system in [baton, *peers] if isinstance(system, Baton)}
         report["versions"] |= {system.name: system.version for system in systems[1:]}
         vocab_size = ModelConfig.from_folder(model_dir).vocab_size
         if options.points:
-            timed = [peer for peer in peers if isinstance(peer, Foreign)]
+            timed = [peer for peer in peers if not isinstance(peer, Transformers)]
             _measure_points(options, baton, timed, vocab_size, report)
             return 0
         figures, agreement = measure(
@@ -169,7 +170,7 @@ def ratios(figures: Sequence[Figure]) -> dict[str, dict[str, float]]:
 def _measure_points(
     options: argparse.Namespace,
     baton: Baton,
-    peers: Sequence[Foreign],
+    peers: Sequence[Baton | Foreign],
     vocab_size: int,
     report: dict[str, Any],
 ) -> None:
@@ -247,6 +248,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--peer", action="append", choices=_PEERS, default=[], help="measure this one too")
     parser.add_argument(
+        "--against",
+        action="append",
+        type=_of_kernels,
+        default=[],
+        metavar="kernels.KEY=VALUE",
+        help="points: measure Baton with this setting too, its weights in memory a second time",
+    )
+    parser.add_argument(
         "--peer-python",
         action="append",
         type=_interpreter,
@@ -264,11 +273,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.prefill is None and options.decode is None and options.device == "cuda":
         options.prefill, options.decode = GPU_PREFILL, GPU_DECODE
     options.points = points_of(options.prefill or (), options.decode or ())
+    if options.against and not options.points:
+        parser.error("--against: settings of [kernels] are compared at points; give --prefill or --decode, or a GPU")
     if options.points:
         options.max_batched_tokens = options.max_batched_tokens or STEP_TOKENS
         if set(options.peer) - _TIMED_PEERS:
             parser.error(f"--peer: beside points of a GPU only {', '.join(sorted(_TIMED_PEERS))} can be measured")
     return options
+
+
+def _of_kernels(text: str) -> str:
+    if not text.startswith("kernels."):
+        raise argparse.ArgumentTypeError(f"{text!r}; give a key of [kernels]: kernels.linear_fp8=baton")
+    return text
 
 
 def _interpreter(text: str) -> tuple[str, Path]:
@@ -294,8 +311,8 @@ def _model(options: argparse.Namespace, scratch: Path) -> tuple[Path, dict[str, 
 
 def _systems(
     options: argparse.Namespace, model_dir: Path, stack: ExitStack
-) -> tuple[Baton, list[Transformers | Foreign]]:
-    """Baton and its peers. `stack` ends the processes of peers."""
+) -> tuple[Baton, list[Baton | Transformers | Foreign]]:
+    """Baton and its peers, itself with other settings first. `stack` ends the processes of peers."""
     batches = [(batch, options.prompt_tokens, options.new_tokens) for batch in options.batch]
     if options.points:
         batches = [
@@ -308,7 +325,7 @@ def _systems(
     if longest > limit:
         raise ConfigError(f"--prompt-tokens and --new-tokens come to {longest}; the model's limit is {limit}")
 
-    def baton() -> Baton:
+    def baton(kernels: str = "") -> Baton:
         return Baton(
             model_dir,
             dtype=options.dtype,
@@ -316,17 +333,18 @@ def _systems(
             max_num_seqs=most,
             max_tokens=longest,
             max_batched_tokens=options.max_batched_tokens,
+            kernels=kernels,
         )
 
     def peers() -> list[Transformers | Foreign]:
         return [_peer(name, options, model_dir, most, longest, stack) for name in options.peer]
 
     if options.device == "cpu":
-        return baton(), peers()
+        return baton(), [*map(baton, options.against), *peers()]
     # Each takes a minute or two, most of it compiling; memory is for both.
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(peers)
-        return baton(), loading.result()
+        return baton(), [*map(baton, options.against), *loading.result()]
 
 
 def _peer(

@@ -18,10 +18,12 @@ import torch
 from kvcache.layout import num_pages_for
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
+from serving.core.config import load_config
 from serving.core.errors import ConfigError
 from serving.core.request import SamplingParams
 from serving.core.request import Sequence as Job
 from serving.engine.build import build_engine
+from serving.model.deepseek_v3 import DeepseekV3
 
 
 class System(Protocol):
@@ -54,8 +56,19 @@ class Baton:
     name = "baton"
 
     def __init__(
-        self, model_dir: Path, *, dtype: str, device: str, max_num_seqs: int, max_tokens: int, max_batched_tokens: int
+        self,
+        model_dir: Path,
+        *,
+        dtype: str,
+        device: str,
+        max_num_seqs: int,
+        max_tokens: int,
+        max_batched_tokens: int,
+        kernels: str = "",
     ) -> None:
+        """`kernels`: a setting of that table, as `--set` takes one, which the system is then called by."""
+        if kernels:
+            self.name = f"baton {kernels}"
         # None: run from its folder, on a machine where nothing is installed.
         self.version = installed_version("baton-serving") or "not installed"
         num_pages = max_num_seqs * num_pages_for(max_tokens)
@@ -67,7 +80,10 @@ class Baton:
             max_model_len=max_tokens,
             dtype=dtype,
             device=device,
+            kernels=load_config(overrides=[kernels] if kernels else []).kernels,
         )
+        assert isinstance(engine.runner.model, DeepseekV3)
+        self.kernels = engine.runner.model.kernels.names()
         engine.runner.warm_up(max_batched_tokens=engine.max_batched_tokens, decodes=True)
         self._loop = Aggregated(
             engine.runner,

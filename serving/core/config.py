@@ -134,16 +134,18 @@ class KernelsTable:
 
     mla_decode: str = _key(
         "auto",
-        "attention of decode steps; auto: baton, the fastest measured or within 5 % of it at every shape",
+        "attention of decode steps; auto: baton, with which steps of every shape measured are shortest",
         choices=("auto", "baton", "flashmla"),
     )
     linear_fp8: str = _key(
         "auto",
-        "dense FP8 products; auto: baton, since DeepGEMM compiles for seconds at a step of a new size",
+        "dense FP8 products; auto: deepgemm from 64 rows on where it is installed, else baton",
         choices=("auto", "baton", "deepgemm"),
     )
     grouped_fp8: str = _key(
-        "auto", "FP8 products of the experts; auto: as linear_fp8", choices=("auto", "baton", "deepgemm")
+        "auto",
+        "FP8 products of the experts; auto: baton, with which steps are shortest",
+        choices=("auto", "baton", "deepgemm"),
     )
 
 

@@ -119,7 +119,6 @@ class Chunks:
 
     def _compile(self, max_batched_tokens: int, told: Callable[[str], None], *, packed: bool) -> None:
         """Steps that are not captured: many tokens, or a part of the context cached; and each number of rows that has code of its own."""
-        most = self._page_table_SP.shape[1] * PAGE_TOKENS
         if self._device.type == "cuda":
             small: tuple[int, ...] = (1, 2, 16, 32, PAGE_TOKENS)
         else:
@@ -127,28 +126,33 @@ class Chunks:
             small = PIECES if packed else (PAGE_TOKENS,)
         for num_tokens in sorted({max_batched_tokens, *(size for size in small if size < max_batched_tokens)}):
             told(f"compiling prefill of {num_tokens} tokens")
-            self._compile_step(PAGE_TOKENS, min(PAGE_TOKENS + num_tokens, most), num_tokens)
+            self._compile_step(PAGE_TOKENS, num_tokens)
         if self._graphs is None:
             # Where nothing is cached attention has code of its own.
-            num_tokens = min(PAGE_TOKENS, max_batched_tokens)
-            self._compile_step(0, min(num_tokens, most), num_tokens)
+            self._compile_step(0, min(PAGE_TOKENS, max_batched_tokens))
 
-    def _compile_step(self, start: int, end: int, num_tokens: int) -> None:
-        """Of one prompt's tokens from `start` to before `end`."""
-        chunk = PrefillChunk(
-            slot=self._scratch_slot,
-            token_ids=[0] * (end - start),
-            start=start,
-            store_from=end,
-            page_ids=[self._scratch_page] * num_pages_for(end),
-            sample=True,
+    def _compile_step(self, start: int, num_tokens: int) -> None:
+        """Of the tokens from `start` on of as many prompts as have so many."""
+        most = self._page_table_SP.shape[1] * PAGE_TOKENS - start
+        if most <= 0:
+            return
+        sizes = [min(most, num_tokens - before) for before in range(0, num_tokens, most)]
+        chunks = tuple(
+            PrefillChunk(
+                slot=self._scratch_slot,
+                token_ids=[0] * size,
+                start=start,
+                store_from=start + size,
+                page_ids=[self._scratch_page] * num_pages_for(start + size),
+                sample=True,
+            )
+            for size in sizes
         )
-        if chunk.token_ids:
-            last_ND, _ = self._run((chunk,))
-            if self._device.type == "cuda":
-                # As many prompts may end in a step that is not captured, and each number of them has code of its own.
-                last_ND = last_ND.expand(min(num_tokens, PAGE_TOKENS), -1).contiguous()
-            sampling.argmax(self._model.logits(last_ND))
+        last_ND, _ = self._run(chunks)
+        if self._device.type == "cuda":
+            # As many prompts may end in a step that is not captured, and each number of them has code of its own.
+            last_ND = last_ND[:1].expand(min(num_tokens, PAGE_TOKENS), -1).contiguous()
+        sampling.argmax(self._model.logits(last_ND))
 
     def _capture(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
         """Every size that a step of so many tokens may take."""

@@ -47,6 +47,8 @@ class Model(PrefillModel, Protocol):
 
     def fixed_rows(self, num_rows: int) -> AbstractContextManager[None]: ...
 
+    def stop_compiling(self) -> None: ...
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LaunchedStep:
@@ -128,6 +130,7 @@ class Runner:
                     self._decode_graphs.capture(size)
             elif decodes:
                 self._compile_decode(told)
+        self.model.stop_compiling()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

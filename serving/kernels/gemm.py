@@ -71,8 +71,9 @@ def _linear_fp8(x_MK: Tensor | QuantisedRows, weight_NK: Fp8Weight) -> Tensor:
     rows_MK = x_MK if isinstance(x_MK, QuantisedRows) else quantise_rows_fp8(x_MK)
     if not len(rows_MK.values):
         return torch.empty(0, weight_NK.shape[0], dtype=torch.bfloat16, device=weight_NK.quantised.device)
-    if weight_NK.library is not None:
-        return weight_NK.library.linear(rows_MK, weight_NK)
+    library = weight_NK.library
+    if library is not None and library.takes(len(rows_MK.values), weight_NK.shape):
+        return library.linear(rows_MK, weight_NK)
     from serving.kernels.triton.product import product
 
     out = product(rows_MK, weight_NK)

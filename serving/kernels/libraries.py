@@ -57,24 +57,38 @@ class FlashMla:
 class DeepGemm:
     """FP8 products, bf16 results. Scales are read as `QuantisedRows` and `Fp8Weight` have them, nothing is converted.
 
-    nvcc compiles a kernel, for seconds, when a weight's shape meets a number of rows that is cut in a new way.
+    nvcc compiles a kernel, for seconds, when a weight's shape meets a number of rows that is cut in a new way. So a number of
+    rows that no step had before `stop_compiling` is not taken afterwards. `fewest_rows`: nor are fewer.
     """
 
     ROWS_OF_AN_EXPERT = 128
     """In a grouped product so many rows that follow each other have one expert."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, *, fewest_rows: int = 1) -> None:
         self._product = module.fp8_gemm_nt
         self._grouped = module.m_grouped_fp8_gemm_nt_contiguous
+        self._fewest_rows = fewest_rows
+        self._met: set[tuple[int, torch.Size]] = set()
+        self._compiles = True
+
+    def takes(self, num_rows: int, shape: torch.Size) -> bool:
+        """Whether it multiplies so many rows by a weight of `shape`."""
+        return num_rows >= self._fewest_rows and (self._compiles or (num_rows, shape) in self._met)
+
+    def stop_compiling(self) -> None:
+        """Once the steps that are warmed up have run."""
+        self._compiles = False
 
     def linear(self, x_MK: QuantisedRows, w_NK: Fp8Weight) -> Tensor:
         """x W^T, [M, N]."""
+        self._met.add((x_MK.values.shape[0], w_NK.shape))
         out = torch.empty(x_MK.values.shape[0], w_NK.shape[0], dtype=torch.bfloat16, device=x_MK.values.device)
         self._product((x_MK.values, x_MK.scales), (w_NK.quantised, w_NK.scales), out, disable_ue8m0_cast=True)
         return out
 
     def grouped(self, x_SK: QuantisedRows, w_ENK: Fp8Weight, expert_S: Tensor) -> Tensor:
         """[S, N], each row times the matrix of its expert (`expert_of_rows`); rows of no expert are left undefined."""
+        self._met.add((x_SK.values.shape[0], w_ENK.shape))
         out = torch.empty(x_SK.values.shape[0], w_ENK.shape[1], dtype=torch.bfloat16, device=x_SK.values.device)
         operands = (x_SK.values, x_SK.scales), (w_ENK.quantised, w_ENK.scales)
         self._grouped(*operands, out, expert_S, disable_ue8m0_cast=True)

@@ -422,6 +422,10 @@ class DeepseekV3:
             return nullcontext()
         return self.routing.fixed(-(-num_rows // self.parallel.tp.world_size))
 
+    def stop_compiling(self) -> None:
+        """Steps of every size that is warmed up have run."""
+        self.kernels.stop_compiling()
+
     @torch.inference_mode()
     def prefill(self, batch: PrefillBatch, kv_pool: Tensor) -> Tensor:
         """Store the latents of the batch and return hidden states [T, D] after the final norm."""

@@ -1,14 +1,19 @@
 """Which kernels a model runs on where there is more than one: the [kernels] table, settled once for a model and a device.
 
-`auto` is ours at every shape (docs/PERFORMANCE.md): alone FlashMLA is at most 5 % faster and lets no launch overlap its own, and
-DeepGEMM, faster from 64 rows on, compiles a kernel when a step of a new size comes.
+`auto` is what makes whole steps shortest, shape by shape, measured on an H200 (docs/PERFORMANCE.md): DeepGEMM for dense FP8 products
+of 64 rows and more, where it is installed and can compile; all else is ours. FlashMLA alone is up to 5 % faster at some shapes, but lets no
+launch overlap its own; experts by DeepGEMM want rows in tiles of 128 and SiLU-mul as a pass of its own.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +27,10 @@ from serving.model.weight import keeps_fp8
 # As vLLM's wheel ships them: the builds that were measured.
 _FLASH_MLA = "vllm.third_party.flashmla.flash_mla_interface"
 _DEEP_GEMM = "vllm.third_party.deep_gemm"
+# Below, weights' bytes are the bound, and our kernel has them on their way before the rows are there.
+_FEWEST_ROWS = 64
+
+_LOG = logging.getLogger("baton.kernels")
 
 Load = Callable[[str], Any]
 
@@ -33,6 +42,20 @@ class KernelChoices:
     mla_decode: FlashMla | None = None
     linear_fp8: DeepGemm | None = None
     grouped_fp8: DeepGemm | None = None
+
+    def names(self) -> dict[str, str]:
+        """By key of the table, what computes."""
+        return {
+            "mla_decode": "flashmla" if self.mla_decode else "baton",
+            "linear_fp8": "deepgemm" if self.linear_fp8 else "baton",
+            "grouped_fp8": "deepgemm" if self.grouped_fp8 else "baton",
+        }
+
+    def stop_compiling(self) -> None:
+        """Steps of every size that is warmed up have run: no request is to wait for a library's compiler."""
+        for library in (self.linear_fp8, self.grouped_fp8):
+            if library is not None:
+                library.stop_compiling()
 
 
 OURS = KernelChoices()
@@ -46,11 +69,13 @@ def choose_kernels(
     *,
     load: Load = importlib.import_module,
 ) -> KernelChoices:
-    """`load`: a module by its name. Raises ConfigError if a library that `table` names does not load or does not take this model."""
+    """`load`: a module by its name. Raises ConfigError if a library that `table` names does not load or does not take this model; one that
+    `auto` would take and cannot is done without."""
     fp8 = keeps_fp8(config, dtype, device)
+    auto = fp8 and table.linear_fp8 == "auto"
     return KernelChoices(
         mla_decode=_flash_mla(table.mla_decode, config, dtype, device, load),
-        linear_fp8=_deep_gemm("linear_fp8", table.linear_fp8, fp8, load),
+        linear_fp8=_deep_gemm_if_it_can(load) if auto else _deep_gemm("linear_fp8", table.linear_fp8, fp8, load),
         grouped_fp8=_deep_gemm("grouped_fp8", table.grouped_fp8, fp8, load),
     )
 
@@ -81,15 +106,42 @@ def _deep_gemm(key: str, wanted: str, fp8: bool, load: Load) -> DeepGemm | None:
             "has none there; set it to auto or baton"
         )
     try:
-        return DeepGemm(load(_DEEP_GEMM))
+        return _load_deep_gemm(load)
     except Exception as error:
         raise _absent(key, wanted, error) from error
 
 
+def _deep_gemm_if_it_can(load: Load) -> DeepGemm | None:
+    try:
+        return _load_deep_gemm(load, fewest_rows=_FEWEST_ROWS)
+    except Exception as error:
+        if not isinstance(error, ModuleNotFoundError) or error.name != "vllm":
+            _LOG.warning("DeepGEMM is installed and does not load (%s); our kernels multiply", _reason(error))
+        return None
+
+
+def _load_deep_gemm(load: Load, *, fewest_rows: int = 1) -> DeepGemm:
+    library = DeepGemm(load(_DEEP_GEMM), fewest_rows=fewest_rows)
+    if not _has_nvcc():
+        raise FileNotFoundError("it compiles its kernels with nvcc, and there is none where CUDA_HOME or PATH point")
+    return library
+
+
+def _has_nvcc() -> bool:
+    """Where the library looks for it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return (Path(home) / "bin" / "nvcc").is_file()
+    return shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").is_file()
+
+
 def _absent(key: str, wanted: str, error: Exception) -> ConfigError:
-    """Whatever a library's import may raise."""
-    reason = " ".join(str(error).split()) or type(error).__name__
     return ConfigError(
-        f"kernels.{key} is {wanted}, which does not load ({reason}); install vLLM 0.24, whose wheel holds it, or set it "
-        "to auto or baton"
+        f"kernels.{key} is {wanted}, which does not load ({_reason(error)}); install vLLM 0.24, whose wheel holds it, or "
+        "set it to auto or baton"
     )
+
+
+def _reason(error: Exception) -> str:
+    """Whatever a library's import may raise, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

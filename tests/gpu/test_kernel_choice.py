@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcache.manager import KVManager
+from serving.aggregated import Aggregated
+from serving.core.request import SamplingParams
+from serving.engine.build import build_engine
 from serving.kernels import mla
 from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear, linear_fp8_reference
 from serving.kernels.libraries import DeepGemm, FlashMla
-from serving.kernels.quant import Fp8Weight, quantise_block_fp8, quantise_rows_fp8
+from serving.kernels.quant import Fp8Weight, QuantisedRows, quantise_block_fp8, quantise_rows_fp8
 from serving.kernels.rows import PAGE_TOKENS
 from serving.model.batch import DecodeBatch
 from serving.model.config import ModelConfig
 from serving.model.kernels import OURS, KernelChoices
 from serving.model.weights import load_weights
-from tests.fp8_model import WIDE
+from tests.fp8_model import WIDE, cosine, load_wide, logits_of
 from tests.gpu.graphs import replayed
 from tests.gpu.test_mla_decode import LATENT, SCALE, WIDTH, Pool, error, make_pool, reference
 from tests.model_factory import make_checkpoint
@@ -165,3 +170,55 @@ def test_deep_gemm_gives_our_experts(deep_gemm: DeepGemm) -> None:
     assert error(got, want) < 2e-2
     assert torch.equal(replayed(lambda: grouped_mlp(x, *theirs, experts, shares)), got)
     assert error(grouped_mlp(x, *theirs, (experts + 1) % 8, shares), want) > 0.5
+
+
+def test_a_model_prefills_with_deep_gemm_as_with_ours(deep_gemm: DeepGemm, tmp_path: Path) -> None:
+    exact = logits_of(load_wide(tmp_path, torch.float32, "cpu"))
+    config = ModelConfig.from_folder(tmp_path)
+
+    def off(kernels: KernelChoices, factor: float = 1.0) -> float:
+        model = load_weights(tmp_path, config, torch.bfloat16, "cuda", kernels=kernels)
+        out = model.blocks[1].attention.out
+        assert isinstance(out, Fp8Weight)
+        out.scales.mul_(factor)
+        return 1 - cosine(logits_of(model), exact)
+
+    ours, theirs = off(OURS), KernelChoices(linear_fp8=deep_gemm)
+    assert 0.8 * ours < off(theirs) < 1.2 * ours
+    assert off(theirs, factor=1.2) > 1.3 * ours
+
+
+def test_under_auto_no_request_waits_for_nvcc(
+    deep_gemm: DeepGemm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path, 3, storage="fp8", **WIDE)
+    rows: set[int] = set()
+    linear = DeepGemm.linear
+
+    def noted(self: DeepGemm, x: QuantisedRows, w: Fp8Weight) -> Tensor:
+        rows.add(len(x.values))
+        return linear(self, x, w)
+
+    monkeypatch.setattr(DeepGemm, "linear", noted)
+    engine = build_engine(tmp_path, max_num_seqs=80, max_batched_tokens=512, num_pages=200, device="cuda")
+    engine.runner.warm_up(max_batched_tokens=512, decodes=True)
+    # Decode and prefill steps that were captured, and the largest; none of fewer rows.
+    assert {64, 80, 128, 512} <= rows
+    assert min(rows) == 64
+    rows.clear()
+    loop = Aggregated(
+        engine.runner,
+        KVManager(engine.pool.num_pages, prefix_cache=True),
+        num_slots=80,
+        max_batched_tokens=512,
+        max_model_len=engine.max_model_len,
+        run_ahead=True,
+    )
+    draw = random.Random(0)
+    common = [draw.randrange(2, 120) for _ in range(64)]
+    for length in (300, 512, 77):
+        # Half a prompt is cached the second time, so these steps are no captured ones.
+        rest = [draw.randrange(2, 120) for _ in range(length)]
+        loop.generate([common], SamplingParams(temperature=0.0), 1)
+        loop.generate([common + rest], SamplingParams(temperature=0.0), 3)
+    assert rows == {512}

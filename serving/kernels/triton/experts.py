@@ -49,6 +49,7 @@ def grouped_mlp(
         library is not None
         and tile == library.ROWS_OF_AN_EXPERT
         and slots.tiles.num_expected * 2 > slots.tiles.max_tiles
+        and library.takes(slots.num_slots, gate_up_EID.shape)
     ):
         assert isinstance(x_SD, QuantisedRows)
         assert isinstance(gate_up_EID, Fp8Weight)

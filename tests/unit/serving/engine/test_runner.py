@@ -110,6 +110,32 @@ def test_warming_up_runs_prompts_with_a_cached_part_and_without(
     assert cached == {0, 64}
 
 
+def test_the_largest_step_is_warmed_up_though_no_text_is_so_long(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = create_engine(folder, num_pages=8, max_num_seqs=4)
+    model, sizes = engine.runner.model, set()
+    prefill = model.prefill
+
+    def noted(batch: PrefillBatch, kv_pool: torch.Tensor) -> torch.Tensor:
+        sizes.add((len(batch.token_ids_T), len(batch.seqs)))
+        return prefill(batch, kv_pool)
+
+    monkeypatch.setattr(model, "prefill", noted)
+    # Texts have up to 512 tokens, of which 64 are cached.
+    engine.runner.warm_up(max_batched_tokens=1000, decodes=False)
+    assert (1000, 3) in sizes
+
+
+def test_nothing_is_compiled_after_the_warm_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, order = engine.runner.model, []
+    prefill = model.prefill
+    monkeypatch.setattr(model, "prefill", lambda *args: order.append("step") or prefill(*args))
+    monkeypatch.setattr(model, "stop_compiling", lambda: order.append("stopped"))
+    engine.runner.warm_up(max_batched_tokens=100, decodes=True)
+    assert order[-1] == "stopped"
+    assert order.count("stopped") == 1
+    assert "step" in order
+
+
 @pytest.mark.parametrize("borders", [[64], [1], [50, 51, 149], [64, 128]])
 def test_chunks_store_the_same_rows_and_draw_the_same_token_as_one_piece(engine: Engine, borders: list[int]) -> None:
     whole = _prefill(engine, 0, PAGES, [])

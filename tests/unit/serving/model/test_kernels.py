@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from serving.core.config import KernelsTable
 from serving.core.errors import ConfigError
 from serving.kernels.libraries import DeepGemm, FlashMla
-from serving.kernels.quant import Fp8Weight
+from serving.kernels.quant import Fp8Weight, quantise_rows_fp8_reference
 from serving.model import deepseek_v3
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
@@ -22,6 +23,8 @@ from tests.model_factory import TINY
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}
 FLASH_MLA = SimpleNamespace(FlashMLASchedMeta=object, flash_mla_with_kvcache=None)
+KEYS = ("mla_decode", "linear_fp8", "grouped_fp8")
+SHAPE = torch.Size((128, 256))
 DEEP_GEMM = SimpleNamespace(fp8_gemm_nt=None, m_grouped_fp8_gemm_nt_contiguous=None)
 
 
@@ -38,7 +41,7 @@ def installed(name: str) -> Any:
 
 
 def missing(name: str) -> Any:
-    raise ModuleNotFoundError(f"No module named {name!r}")
+    raise ModuleNotFoundError(f"No module named {name!r}", name="vllm")
 
 
 def choose(
@@ -61,15 +64,78 @@ def message(config: ModelConfig, **options: Any) -> str:
     return str(caught.value)
 
 
+@pytest.fixture(autouse=True)
+def nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A compiler where DeepGEMM looks for one."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.touch()
+    return compiler
+
+
 @pytest.mark.parametrize("heads", [16, 32, 64, 128])
-@pytest.mark.parametrize("value", ["auto", "baton"])
-def test_ours_run_unless_another_is_asked_for_and_nothing_is_imported(heads: int, value: str) -> None:
+def test_ours_run_where_the_table_says_so_and_nothing_is_imported(heads: int) -> None:
     asked: list[str] = []
-    keys = dict.fromkeys(("mla_decode", "linear_fp8", "grouped_fp8"), value)
-    chosen = choose(with_heads(heads), load=asked.append, **keys)
-    assert (chosen.mla_decode, chosen.linear_fp8, chosen.grouped_fp8) == (None, None, None)
+    chosen = choose(with_heads(heads), load=asked.append, **dict.fromkeys(KEYS, "baton"))
+    assert chosen.names() == dict.fromkeys(KEYS, "baton")
     assert not asked
     assert isinstance(choose(with_heads(heads), mla_decode="flashmla").mla_decode, FlashMla)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_auto_multiplies_many_dense_rows_by_deep_gemm_and_all_else_by_ours(heads: int) -> None:
+    asked: list[str] = []
+
+    def load(name: str) -> Any:
+        asked.append(name)
+        return installed(name)
+
+    chosen = choose(with_heads(heads), load=load)
+    assert chosen.names() == {"mla_decode": "baton", "linear_fp8": "deepgemm", "grouped_fp8": "baton"}
+    assert asked == ["vllm.third_party.deep_gemm"]
+    assert chosen.linear_fp8 is not None
+    assert not chosen.linear_fp8.takes(63, SHAPE)
+    assert chosen.linear_fp8.takes(64, SHAPE)
+    named = choose(with_heads(heads), linear_fp8="deepgemm").linear_fp8
+    assert named is not None
+    assert named.takes(1, SHAPE)
+
+
+@pytest.mark.parametrize("other", [{"dtype": "float32"}, {"device": "cpu"}, {"config": {"quantization_config": None}}])
+def test_auto_imports_nothing_for_a_model_without_fp8_products(other: dict[str, Any]) -> None:
+    asked: list[str] = []
+    options = dict(other)
+    chosen = choose(model(**options.pop("config", {})), load=asked.append, **options)
+    assert chosen.names() == dict.fromkeys(KEYS, "baton")
+    assert not asked
+
+
+def test_auto_does_without_a_library_that_is_absent_and_says_so_of_one_that_is_broken(
+    caplog: pytest.LogCaptureFixture, nvcc: Path
+) -> None:
+    assert choose(model(), load=missing).names() == dict.fromkeys(KEYS, "baton")
+    assert not caplog.records
+    assert choose(model(), load=lambda _: SimpleNamespace()).linear_fp8 is None
+    assert "has no attribute" in caplog.text
+    nvcc.unlink()
+    assert choose(model()).linear_fp8 is None
+    assert "nvcc" in caplog.text
+    assert "nvcc" in message(model(), linear_fp8="deepgemm")
+
+
+def test_a_product_that_would_have_to_be_compiled_while_a_request_waits_is_not_the_librarys() -> None:
+    rows = quantise_rows_fp8_reference(torch.randn(96, 256))
+    weight = Fp8Weight(quantised=torch.zeros(128, 256).to(torch.float8_e4m3fn), scales=torch.ones(1, 2))
+    library = DeepGemm(SimpleNamespace(fp8_gemm_nt=lambda *_, **__: None, m_grouped_fp8_gemm_nt_contiguous=None))
+    kernels = KernelChoices(linear_fp8=library)
+    assert library.takes(96, weight.shape)
+    library.linear(rows, weight)
+    assert library.takes(97, weight.shape)
+    kernels.stop_compiling()
+    assert library.takes(96, weight.shape)
+    assert not library.takes(97, weight.shape)
+    assert not library.takes(96, torch.Size((256, 128)))
 
 
 @pytest.mark.parametrize("other", [{"dtype": "float32"}, {"device": "cpu"}, {"config": {"kv_lora_rank": 256}}])
@@ -82,7 +148,7 @@ def test_flash_mla_has_one_shape_dtype_and_device(other: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("key", ["linear_fp8", "grouped_fp8"])
 def test_deep_gemm_multiplies_what_is_fp8_on_a_gpu(key: str) -> None:
-    chosen = choose(model(), **{key: "deepgemm"})
+    chosen = choose(model(), **dict.fromkeys(KEYS, "baton") | {key: "deepgemm"})
     assert [name for name in ("linear_fp8", "grouped_fp8") if isinstance(getattr(chosen, name), DeepGemm)] == [key]
     for options in ({"dtype": "float32"}, {"device": "cpu"}):
         assert f"kernels.{key} is deepgemm" in message(model(), **options, **{key: "deepgemm"})
