@@ -11,6 +11,7 @@ from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp, grouped_mlp_fp8_reference, grouped_mlp_reference
 from serving.kernels.quant import Fp8Weight, QuantisedRows, quantise_rows_fp8, silu_mul_reference
+from serving.kernels.triton import experts as device
 from tests.gpu.graphs import replayed
 from tests.gpu.test_experts import error, fp8_stack, randn, shared_experts
 
@@ -35,6 +36,9 @@ class Case:
 
 
 FEW_BY_SLOT = Case(8320, 1, 9, 1024, 512, 230, 230)
+# Of the tokens that have an expert most have one; most have more.
+MOSTLY_ALONE = Case(6000, 12, 8, 1024, 384, 6400)
+RARELY_ALONE = Case(6000, 12, 8, 1024, 384, 12000)
 CASES = [
     # Placed by one launch, in the ring.
     Case(1, 8, 4, 256, 128, 2),
@@ -44,8 +48,8 @@ CASES = [
     Case(400, 64, 8, 512, 256, 500),
     Case(3000, 12, 8, 1024, 384, 9000),
     Case(3000, 12, 8, 1024, 384, 0),
-    # Most tokens that have an expert have one.
-    Case(6000, 12, 8, 1024, 384, 6400),
+    MOSTLY_ALONE,
+    RARELY_ALONE,
     # By slot: a fixed dispatch to many ranks with one or two experts each; the parts of K are summed of few rows alone.
     FEW_BY_SLOT,
     Case(8320, 1, 9, 1024, 512, 0, 230),
@@ -66,6 +70,21 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def placed_alone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each call whose second product brings what one expert makes of a token to the token's place."""
+    num_tokens: list[int] = []
+    alone = device._alone
+
+    def counted(x_TD: Tensor | QuantisedRows, *args: Any) -> Tensor:
+        out_TD = alone(x_TD, *args)
+        num_tokens.append(len(out_TD))
+        return out_TD
+
+    monkeypatch.setattr(device, "_alone", counted)
+    return num_tokens
 
 
 def routing(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +112,7 @@ def check(got: Tensor, want: Tensor, used_T: Tensor, *, fill: bool, limit: float
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_plain_experts(case: Case, dtype: torch.dtype) -> None:
+def test_plain_experts(case: Case, dtype: torch.dtype, placed_alone: list[int]) -> None:
     experts, weights, used_T = routing(case)
     x = torch.where(used_T[:, None], randn(case.num_tokens, case.width), float("nan")).to(dtype)
     gate, up, down = matrices(case)
@@ -113,9 +132,11 @@ def test_plain_experts(case: Case, dtype: torch.dtype) -> None:
         check(got, want, used_T, fill=fill, limit=limit)
         again = replayed(lambda: call(fill))  # noqa: B023
         assert torch.equal(again.nan_to_num(7.0), got.nan_to_num(7.0))
+    assert placed_alone == [], "nobody knows that most have one expert"
     exact = grouped_mlp(
         x, gate_up, down, experts, weights, partial=True, num_used=int(taken.sum()), max_used=int(taken.sum())
     )
+    assert placed_alone == ([case.num_tokens] if case == MOSTLY_ALONE and dtype == torch.bfloat16 else [])
     check(exact, want, used_T, fill=True, limit=limit)
     if used_T.any():
         assert error(call(True, gate_up.flip(1))[used_T], want[used_T]) > 0.5
@@ -127,7 +148,7 @@ def test_plain_experts(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("case", [*CASES, Case(8320, 1, 9, 7168, 2048, 230, 230)], ids=str)
-def test_fp8_experts(case: Case) -> None:
+def test_fp8_experts(case: Case, placed_alone: list[int]) -> None:
     experts, weights, used_T = routing(case)
     x = torch.where(used_T[:, None], randn(case.num_tokens, case.width), float("nan"))
     gate, up, down = matrices(case)
@@ -148,6 +169,7 @@ def test_fp8_experts(case: Case) -> None:
             assert torch.equal(call(other, fill)[used_T], got[used_T])
         again = replayed(lambda: call(arrived, fill))  # noqa: B023
         assert torch.equal(again.nan_to_num(7.0), got.nan_to_num(7.0))
+    assert placed_alone == [], "nobody knows that most have one expert"
     num_used = int((experts >= 0).sum())
 
     def exact(weights: Tensor) -> Tensor:
@@ -156,7 +178,8 @@ def test_fp8_experts(case: Case) -> None:
         )
 
     check(exact(weights), want, used_T, fill=True, limit=1e-2)
-    if case.num_tokens == 6000:
+    assert placed_alone == ([case.num_tokens] if case == MOSTLY_ALONE else [])
+    if case == MOSTLY_ALONE:
         assert torch.equal(exact(weights), call(rows, True)), "sums of one row"
         assert torch.equal(replayed(lambda: exact(weights)), exact(weights))
         assert not torch.equal(exact(weights.flip(0).nan_to_num(0.5)), exact(weights))
