@@ -368,9 +368,9 @@ class _Chosen:
         self._chosen = self._choose()
         return self._chosen.send(x, slots_TK, weights_TK)
 
-    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
+    def give_back(self, sending: Sending[X], y_RD: Tensor, added_TD: Tensor | None = None) -> Returning:
         assert self._chosen is not None
-        return self._chosen.give_back(sending, y_RD)
+        return self._chosen.give_back(sending, y_RD, added_TD)
 
 
 class _Texts:

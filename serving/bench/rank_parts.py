@@ -406,8 +406,8 @@ class Watched:
         self._seen.append(torch.stack([sent, here_TK.any(1).sum(), here_TK.sum()]))
         return self._dispatch.send(x, slots_TK, weights_TK)
 
-    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
-        return self._dispatch.give_back(sending, y_RD)
+    def give_back(self, sending: Sending[X], y_RD: Tensor, added_TD: Tensor | None = None) -> Returning:
+        return self._dispatch.give_back(sending, y_RD, added_TD)
 
     def loads(self) -> list[Load]:
         """Of each exchange."""

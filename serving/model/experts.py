@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -153,11 +152,11 @@ class Moe:
             yield Sent(name="counts", wait=sending.advance, gives_way=late)
         arrived: Arrived[Tensor | QuantisedRows] = yield Sent(name="dispatch", wait=sending.wait, gives_way=not late)
         y_RD = self.compute(arrived)
-        returning = self.routing.give_back(sending, y_RD)
+        returning = self.routing.give_back(sending, y_RD, shared_TD)
         # A hop inside the node comes first: it is waited for, so that the one between nodes travels meanwhile.
         if returning.num_more:
             yield Sent(name="combine in the node", wait=returning.advance, gives_way=False)
-        sum_TD: Tensor = yield Sent(name="combine", wait=partial(returning.wait, shared_TD))
+        sum_TD: Tensor = yield Sent(name="combine", wait=returning.wait)
         return sum_TD
 
     def compute(self, arrived: Arrived[Tensor | QuantisedRows]) -> Tensor:

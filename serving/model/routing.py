@@ -104,6 +104,9 @@ class Routing:
 
         return CountedSending(replicas.count(experts_TK), send)
 
-    def give_back(self, sending: Sending[Rows] | CountedSending, y_RD: Tensor) -> Returning:
+    def give_back(
+        self, sending: Sending[Rows] | CountedSending, y_RD: Tensor, added_TD: Tensor | None = None
+    ) -> Returning:
         """What the experts here made of the rows that `sending` brought, as `Dispatch.give_back`."""
-        return self.dispatch.give_back(sending.rows if isinstance(sending, CountedSending) else sending, y_RD)
+        rows = sending.rows if isinstance(sending, CountedSending) else sending
+        return self.dispatch.give_back(rows, y_RD, added_TD)

@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import Store
 
 from serving.core.errors import ConfigError
 from serving.parallel.dispatch import Arrived, Returning, Sending, Steps
-from serving.parallel.hops import X, payloads_of, rows_like
+from serving.parallel.hops import X, payloads_of, plus, rows_like
 
 _WORLD_SIZES = (2, 4, 8)
 _MOST_SLOTS = 128
@@ -107,10 +107,10 @@ class DeepEpDispatch:
         payloads_R = arriving if isinstance(arriving, tuple) else (arriving,)
         return _Sent(_arrived(x, event, payloads_R, slots_RK, weights_RK), ways)
 
-    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
+    def give_back(self, sending: Sending[X], y_RD: Tensor, added_TD: Tensor | None = None) -> Returning:
         assert isinstance(sending, _Sent), "what another dispatch has sent"
         sums_TD, _, event = self._buffer.combine(y_RD.contiguous(), sending.ways, async_finish=True)
-        return Returning(_returned(event, sums_TD), 0)
+        return Returning(_returned(event, sums_TD, added_TD), 0)
 
 
 def _arrived(x: X, event: Any, payloads: Sequence[Tensor], slots_RK: Tensor, weights_RK: Tensor) -> Steps[Arrived[X]]:
@@ -118,6 +118,6 @@ def _arrived(x: X, event: Any, payloads: Sequence[Tensor], slots_RK: Tensor, wei
     return Arrived(x_RD=rows_like(x, payloads), slots_RK=slots_RK, weights_RK=weights_RK)
 
 
-def _returned(event: Any, sums_TD: Tensor) -> Steps[Tensor]:
+def _returned(event: Any, sums_TD: Tensor, added_TD: Tensor | None) -> Steps[Tensor]:
     yield [_OnStream(event)]
-    return sums_TD
+    return plus(sums_TD, added_TD)

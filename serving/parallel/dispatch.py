@@ -106,21 +106,8 @@ class Sending(InFlight[Arrived[X]]):
         self.queues_rest = queues_rest
 
 
-class Returning(InFlight[Tensor]):
-    """Of the sums [T, D]. `last`: the hop that makes them, if it can add something to them on the way."""
-
-    def __init__(self, steps: Steps[Tensor], num_more: int, last: DeviceHop | None = None) -> None:
-        super().__init__(steps, num_more)
-        self._last = last
-
-    def wait(self, added_TD: Tensor | None = None) -> Tensor:
-        """The sums and, at the first wait, what is `added_TD` to them: on a GPU before they are rounded. Raises RanksMissing."""
-        if added_TD is None or self._results:
-            return super().wait()
-        if self._last is None:
-            return super().wait().add_(added_TD)
-        self._last.added_TD = added_TD
-        return super().wait()
+Returning = InFlight[Tensor]
+"""Of the sums [T, D]."""
 
 
 class Dispatch(Protocol):
@@ -130,9 +117,10 @@ class Dispatch(Protocol):
         """x: [T, D], or FP8 rows, which then arrive as such. slots_TK: int64 slots of the EP group, -1: none. weights_TK: fp32.
         T may be 0 and differ from rank to rank. None of them may be changed until the wait has returned."""
 
-    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
+    def give_back(self, sending: Sending[X], y_RD: Tensor, added_TD: Tensor | None = None) -> Returning:
         """y_RD: of each arrived row, the weighted sum over its experts here, in the dtype in which it is to travel. What
-        returns is the sum over the ranks, in one order whatever the batch, rounded to that dtype at the end of each hop."""
+        returns is the sum over the ranks, in one order whatever the batch, rounded to that dtype at the end of each hop, and
+        `added_TD`: by a `DeviceHop` before it rounds. Neither may be changed until the wait has returned."""
 
 
 class DirectDispatch:
@@ -169,8 +157,8 @@ class DirectDispatch:
         first = self._ep.rank * self._slots_per_rank
         return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(picks))
 
-    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
-        return _returning(sending.hops, y_RD)
+    def give_back(self, sending: Sending[X], y_RD: Tensor, added_TD: Tensor | None = None) -> Returning:
+        return Returning(_return(sending.hops, [self._ep], y_RD, added_TD), 0)
 
 
 class HierarchicalDispatch:
@@ -260,11 +248,8 @@ class HierarchicalDispatch:
         first = rail.rank * self._slots_per_node + node.rank * self._slots_per_rank
         return arrived(x, payloads, routing_RM, first, self._slots_per_rank, max_used=_num_picks(picks))
 
-    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
-        for hop, group in zip(sending.hops, self._returning, strict=True):
-            assert isinstance(hop, Hop)
-            hop.returns = group
-        return _returning(sending.hops, y_RD)
+    def give_back(self, sending: Sending[X], y_RD: Tensor, added_TD: Tensor | None = None) -> Returning:
+        return Returning(_return(sending.hops, self._returning, y_RD, added_TD), 1)
 
 
 class FixedDispatch:
@@ -295,8 +280,8 @@ class FixedDispatch:
         came = arrived(x, payloads, routing_RM, first, self._slots_per_rank)
         return replace(came, num_used=self._capacity * top_k)
 
-    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
-        return _returning(sending.hops, y_RD)
+    def give_back(self, sending: Sending[X], y_RD: Tensor, added_TD: Tensor | None = None) -> Returning:
+        return Returning(_return(sending.hops, [self._ep], y_RD, added_TD), 0)
 
 
 def arrived(
@@ -349,15 +334,12 @@ def _num_picks(picks_CW: list[list[int]]) -> int | None:
     return sum(picks_CW[0]) if picks_CW else None
 
 
-def _returning(hops: Sequence[Hop | FixedHop], y_RD: Tensor) -> Returning:
-    last = hops[0]
-    return Returning(_return(hops, y_RD), len(hops) - 1, last if isinstance(last, DeviceHop) else None)
-
-
-def _return(hops: Sequence[Hop | FixedHop], y: Tensor) -> Steps[Tensor]:
-    """Back along the hops, summed at the near end of each."""
-    for hop in reversed(hops):
-        back, handle = hop.back(y)
+def _return(
+    hops: Sequence[Hop | FixedHop], groups: Sequence[Collectives], y: Tensor, added_TD: Tensor | None
+) -> Steps[Tensor]:
+    """Back along the hops, each over its group, summed at the near end of each; to the last sums `added_TD`."""
+    for hop, group in reversed([*zip(hops, groups, strict=True)]):
+        back, handle = hop.back(y, group)
         yield [handle]
-        y = hop.total(back)
+        y = hop.total(back, added_TD if hop is hops[0] else None)
     return y

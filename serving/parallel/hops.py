@@ -74,10 +74,8 @@ def members_wanted(targets_TK: Tensor, world_size: int) -> Tensor:
 
 class Hop:
     """Row t goes once to each member with wanted_TW[t, member]. Whoever makes it has `sent` and `received`, the rows for and from
-    each member, set before anything goes. counts_WC: int64, rows for each member. `returns`: the group again, if what comes back goes
-    over another queue."""
+    each member, set before anything goes. counts_WC: int64, rows for each member."""
 
-    returns: Collectives | None = None
     sent: list[int] | None = None
     received: list[int]
 
@@ -93,23 +91,23 @@ class Hop:
 
     def go(self) -> tuple[list[Tensor], Handle]:
         """Each to [R, ...], to be read when the handle has been waited for."""
-        return self._exchange(self._copies(), self.received, self._sent)
+        return _exchange(self.group, self._copies(), self.received, self._sent)
 
     def go_uncounted(self, group: Exchanges) -> Incoming:
         """The same where nobody knows yet how many will come; `sent` is set here, `received` by whoever has waited."""
         self.sent = self.counts_WC[:, 0].tolist()
         return group.exchange(self._copies(), self._sent)
 
-    def back(self, y_RD: Tensor) -> tuple[Tensor, Handle]:
-        """[N, D] for `total`, once the handle has been waited for."""
-        (y_ND,), handle = self._exchange([y_RD], self._sent, self.received, self.returns)
+    def back(self, y_RD: Tensor, group: Collectives) -> tuple[Tensor, Handle]:
+        """[N, D] for `total`, once the handle has been waited for. `group`: the hop's, or the same members with another queue."""
+        (y_ND,), handle = _exchange(group, [y_RD], self._sent, self.received)
         return y_ND, handle
 
-    def total(self, y_ND: Tensor) -> Tensor:
-        """[T, D]: over the members in their order, summed in fp32 at least; rows that nobody wanted are 0."""
+    def total(self, y_ND: Tensor, added_TD: Tensor | None = None) -> Tensor:
+        """[T, D]: over the members in their order, summed in fp32 at least; rows that nobody wanted are 0; and `added_TD`."""
         counts_T = self.wanted_TW.sum(1)
         by_row = self.rows_N.argsort(stable=True)
-        return F.embedding_bag(by_row, y_ND, counts_T.cumsum(0) - counts_T, mode="sum")
+        return plus(F.embedding_bag(by_row, y_ND, counts_T.cumsum(0) - counts_T, mode="sum"), added_TD)
 
     def _copies(self) -> list[Tensor]:
         return [row.index_select(0, self.rows_N) for row in self._rows]
@@ -119,22 +117,13 @@ class Hop:
         assert self.sent is not None, "nobody knows how many go"
         return self.sent
 
-    def _exchange(
-        self, rows: list[Tensor], received: list[int], sent: list[int], over: Collectives | None = None
-    ) -> tuple[list[Tensor], Handle]:
-        num_rows = sum(received)
-        outs = [row.new_empty((num_rows, *row.shape[1:])) for row in rows]
-        return outs, (over or self.group).all_to_all(outs, rows, received, sent)
-
 
 class DeviceHop(Hop):
     """The same on a GPU, from the members that hold a row's slots; counts_WC also has the picks that the rows have at each member.
 
     Copies are made when rows are loaded, for the device is idle while the host learns how many there are: until that is known,
     into memory for the most that there may be. They leave when they are made, over the stream `beside` if there is one: what has
-    been queued meanwhile on the stream that computes is not waited for. `added_TD`: what `total` adds to the sums."""
-
-    added_TD: Tensor | None = None
+    been queued meanwhile on the stream that computes is not waited for. `total` adds what it is given before it rounds."""
 
     def __init__(
         self, group: Collectives, slots_TK: Tensor, slots_per_member: int, beside: torch.cuda.Stream | None = None
@@ -164,14 +153,14 @@ class DeviceHop(Hop):
             rows.record_stream(self._beside)
         self._beside.wait_event(self._made)
         with torch.cuda.stream(self._beside):
-            outs, handle = self._exchange(copies, self.received, self._sent)
+            outs, handle = _exchange(self.group, copies, self.received, self._sent)
             issued = self._beside.record_event()
         for out in outs:
             out.record_stream(torch.cuda.current_stream(self._beside.device))
         return outs, _Departed(handle, issued, copies)
 
-    def total(self, y_ND: Tensor) -> Tensor:
-        return total(y_ND, self._where, self.added_TD)
+    def total(self, y_ND: Tensor, added_TD: Tensor | None = None) -> Tensor:
+        return total(y_ND, self._where, added_TD)
 
     def _copies(self) -> list[Tensor]:
         loaded, self._loaded = self._loaded, []
@@ -190,6 +179,19 @@ class _Departed:
         self._handle.wait()
         self._issued.wait()
         self._rows = []
+
+
+def _exchange(
+    group: Collectives, rows: list[Tensor], received: list[int], sent: list[int]
+) -> tuple[list[Tensor], Handle]:
+    num_rows = sum(received)
+    outs = [row.new_empty((num_rows, *row.shape[1:])) for row in rows]
+    return outs, group.all_to_all(outs, rows, received, sent)
+
+
+def plus(sums_TD: Tensor, added_TD: Tensor | None) -> Tensor:
+    """The sums, and in place what is to be added to them."""
+    return sums_TD if added_TD is None else sums_TD.add_(added_TD)
 
 
 def hop_to(group: Collectives, slots_TK: Tensor, slots_per_member: int, beside: torch.cuda.Stream | None = None) -> Hop:
@@ -219,17 +221,17 @@ class FixedHop:
 
     def go(self, rows: Sequence[Tensor]) -> tuple[list[Tensor], Handle]:
         """Each [T, ...] to [W * capacity, ...], to be read when the handle has been waited for."""
-        return self._exchange([self._spread(row) for row in rows])
+        return self._exchange(self.group, [self._spread(row) for row in rows])
 
-    def back(self, y_RD: Tensor) -> tuple[Tensor, Handle]:
-        """[W * capacity, D] for `total`, once the handle has been waited for."""
-        (y,), handle = self._exchange([y_RD])
+    def back(self, y_RD: Tensor, group: Collectives) -> tuple[Tensor, Handle]:
+        """[W * capacity, D] for `total`, once the handle has been waited for. `group`: as of `Hop.back`."""
+        (y,), handle = self._exchange(group, [y_RD])
         return y, handle
 
-    def total(self, y: Tensor) -> Tensor:
-        """[T, D]: over the members in one order, summed in fp32 at least."""
+    def total(self, y: Tensor, added_TD: Tensor | None = None) -> Tensor:
+        """[T, D]: over the members in one order, summed in fp32 at least; and `added_TD`."""
         y_WCD = y.view(self.group.world_size, self._capacity, *y.shape[1:])
-        return y_WCD[:, : self._num_rows].sum(0)
+        return plus(y_WCD[:, : self._num_rows].sum(0), added_TD)
 
     def _spread(self, row_TX: Tensor) -> Tensor:
         # FP8 knows no choice between values.
@@ -240,6 +242,6 @@ class FixedHop:
         into.copy_(values if self._wanted_WT1 is None else values.where(self._wanted_WT1, 0))
         return spread_WCX.flatten(0, 1).view(row_TX.dtype)
 
-    def _exchange(self, rows: list[Tensor]) -> tuple[list[Tensor], Handle]:
+    def _exchange(self, group: Collectives, rows: list[Tensor]) -> tuple[list[Tensor], Handle]:
         outs = [torch.empty_like(row) for row in rows]
-        return outs, self.group.all_to_all(outs, rows, self._counts, self._counts)
+        return outs, group.all_to_all(outs, rows, self._counts, self._counts)

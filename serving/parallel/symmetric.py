@@ -23,7 +23,7 @@ from serving.kernels.dispatch import GIVEN_UP, Layout, Window, layout_for
 from serving.kernels.quant import QuantisedRows
 from serving.parallel.collectives import Collectives, RanksMissing
 from serving.parallel.dispatch import Arrived, Returning, Sending, Steps
-from serving.parallel.hops import X
+from serving.parallel.hops import X, plus
 from serving.parallel.peer_memory import CudaDriver, PeerMemory
 
 
@@ -123,11 +123,11 @@ class SymmetricDispatch:
             x_RD=cast(X, rows.x), slots_RK=rows.slots_RM, weights_RK=rows.weights_RM, fill=False, num_used=num_used
         )
 
-    def give_back(self, sending: Sending[X], y_RD: Tensor) -> Returning:
+    def give_back(self, sending: Sending[X], y_RD: Tensor, added_TD: Tensor | None = None) -> Returning:
         assert isinstance(sending, _Sent)
-        return Returning(self._give_back(sending.window, sending.slots_TK, y_RD), 0)
+        return Returning(self._give_back(sending.window, sending.slots_TK, y_RD, added_TD), 0)
 
-    def _give_back(self, window: Window, slots_TK: Tensor, y_RD: Tensor) -> Steps[Tensor]:
+    def _give_back(self, window: Window, slots_TK: Tensor, y_RD: Tensor, added_TD: Tensor | None) -> Steps[Tensor]:
         symmetric, capacity = self._symmetric, self._capacity
         layout, exchanged = symmetric.layout, symmetric.exchanged
         assert y_RD.element_size() <= exchanged.itemsize, f"results of {y_RD.dtype} do not fit"
@@ -143,7 +143,7 @@ class SymmetricDispatch:
             dtype=y_RD.dtype,
         )
         symmetric.give(window)
-        return total_TD
+        return plus(total_TD, added_TD)
 
 
 class _Sent(Sending[X]):

@@ -198,6 +198,6 @@ def test_sums_of_a_hop_are_in_the_members_order() -> None:
     (came,), handle = hop.go()
     handle.wait()
     assert torch.equal(came, x)
-    back, handle = hop.back(came)
+    back, handle = hop.back(came, hop.group)
     handle.wait()
     assert torch.equal(hop.total(back), x)

@@ -18,5 +18,5 @@ class Recorded:
         self._slots.append(slots_TK.numpy().copy())
         return self._dispatch.send(x, slots_TK, weights_TK)
 
-    def give_back(self, sending: Sending[Tensor], y_RD: Tensor) -> Returning:
-        return self._dispatch.give_back(sending, y_RD)
+    def give_back(self, sending: Sending[Tensor], y_RD: Tensor, added_TD: Tensor | None = None) -> Returning:
+        return self._dispatch.give_back(sending, y_RD, added_TD)

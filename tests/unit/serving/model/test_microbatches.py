@@ -183,9 +183,9 @@ class Queueing:
 
         return SimpleNamespace(name=name, num_more=1, queues_rest=self._queues_rest, advance=advance, wait=wait)
 
-    def give_back(self, sending: Any, y_RD: Tensor) -> Any:
+    def give_back(self, sending: Any, y_RD: Tensor, added_TD: Tensor) -> Any:
         self._called.append(f"back {sending.name}")
-        return SimpleNamespace(num_more=0, wait=lambda added_TD: y_RD + added_TD)
+        return SimpleNamespace(num_more=0, wait=lambda: y_RD + added_TD)
 
 
 @pytest.mark.parametrize("queues_rest", [False, True])

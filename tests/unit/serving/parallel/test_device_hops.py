@@ -8,7 +8,7 @@ from torch import Tensor
 
 from serving.parallel import dispatch, hops
 from serving.parallel.collectives import Collectives
-from serving.parallel.dispatch import DirectDispatch, Dispatch, HierarchicalDispatch
+from serving.parallel.dispatch import DirectDispatch, Dispatch, FixedDispatch, HierarchicalDispatch
 from serving.parallel.virtual import VirtualCollectives, VirtualUnit
 from tests.unit.serving.parallel.dispatch_cases import Layer
 
@@ -21,6 +21,8 @@ LAYER = Layer(
 def make(group: VirtualCollectives, form: str) -> Dispatch:
     if form == "direct":
         return DirectDispatch(group, SLOTS_PER_RANK)
+    if form == "fixed":
+        return FixedDispatch(group, SLOTS_PER_RANK, max(LAYER.num_tokens))
     rail = group.subgroup(LAYER.groups.rail_group(group.rank), "rail")
     return HierarchicalDispatch(rail, group.subgroup(LAYER.groups.node_group(group.rank), "node"), SLOTS_PER_RANK)
 
@@ -45,8 +47,8 @@ def added_up(group: VirtualCollectives, form: str) -> tuple[Tensor, Tensor, Tens
         for into, added in ((sums, None), (both, 3 * x)):
             sending = one.send(x, slots, weights)
             came = sending.wait()
-            returning = one.give_back(sending, came.x_RD * (came.slots_RK >= 0).sum(1, keepdim=True))
-            into += [returning.wait(added).clone(), returning.wait(added)]
+            returning = one.give_back(sending, came.x_RD * (came.slots_RK >= 0).sum(1, keepdim=True), added)
+            into += [returning.wait().clone(), returning.wait()]
         assert torch.equal(*sums)
         return sums[0], 3 * x, both[0], both[1]
 
@@ -75,8 +77,10 @@ def test_they_bring_what_the_cpus_bring(form: str, monkeypatch: pytest.MonkeyPat
     assert got[0][3].abs().sum() > 0
 
 
-@pytest.mark.parametrize("form", ["direct", "hierarchical"])
-@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    ("form", "gpu"),
+    [("direct", False), ("direct", True), ("hierarchical", False), ("hierarchical", True), ("fixed", False)],
+)
 def test_what_is_added_to_the_sums_is_added_once(form: str, gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if gpu:
         on_a_gpu(monkeypatch)

@@ -137,10 +137,10 @@ def test_a_rank_alone_rehearses_a_unit() -> None:
     pairs = {(token, slot // 3) for token, picks in enumerate(slots.tolist()) for slot in picks}
     rows = (arrived.slots_RK >= 0).any(1).nonzero().flatten().tolist()
     assert {(row % 6, row // 6) for row in rows} == pairs
-    total = alone.dispatch(6).give_back(sending, arrived.x_RD * 2).wait()
+    total = alone.dispatch(6).give_back(sending, arrived.x_RD * 2, 3 * x).wait()
     alone.check()
     num_ranks = torch.tensor([len({slot // 3 for slot in picks}) for picks in slots.tolist()])
-    assert torch.allclose(total, 2 * x * num_ranks[:, None])
+    assert torch.allclose(total, 2 * x * num_ranks[:, None] + 3 * x)
 
 
 class FakeDriver:
