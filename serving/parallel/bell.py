@@ -91,6 +91,8 @@ class TcpBell:
         self._closing = False
         self._changed = threading.Condition()
         self._sending = threading.Lock()
+        self._deciding = threading.Lock()
+        """Held from when rank 0 tells who is missing until its own wait knows: of what two threads hear at once, all ranks go by the same."""
         self._told: Callable[[], None] = _nobody
         self._peers = self._join(world, host, deadline_s)
         self._thread = threading.Thread(target=self._read, name=f"bell-{self._rank}", daemon=True)
@@ -173,18 +175,19 @@ class TcpBell:
             else:
                 self._ask_all(sender, numbers)
             return
-        if kind is not _Kind.FAR and (not self._rank or sender == self._rank):
-            # First: where it ends a wait, this rank may end too, and the others would hear of that alone.
-            self._pass_on(kind, numbers, sender)
-        with self._changed:
-            if kind is _Kind.RING:
-                self._rung = max(self._rung, numbers[0])
-            elif kind is _Kind.FAR:
-                if self._far is not None:
-                    self._far[sender] = numbers[0]
-            elif self._missing is None:
-                self._missing = self._named(kind, numbers)
-            self._changed.notify_all()
+        with self._deciding if kind in _REASONS else contextlib.nullcontext():
+            if kind is not _Kind.FAR and (not self._rank or sender == self._rank):
+                # First: where it ends a wait, this rank may end too, and the others would hear of that alone.
+                self._pass_on(kind, numbers, sender)
+            with self._changed:
+                if kind is _Kind.RING:
+                    self._rung = max(self._rung, numbers[0])
+                elif kind is _Kind.FAR:
+                    if self._far is not None:
+                        self._far[sender] = numbers[0]
+                elif self._missing is None:
+                    self._missing = self._named(kind, numbers)
+                self._changed.notify_all()
         self._told()
 
     def _pass_on(self, kind: _Kind, numbers: list[int], sender: int) -> None:

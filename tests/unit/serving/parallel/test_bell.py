@@ -148,6 +148,23 @@ def test_rank_0_ends_a_wait_of_its_own_when_the_others_have_been_told(
     assert missing_of(partial(bells[1].wait, 0, DEADLINE_S)) == {RANKS[2]}
 
 
+def test_of_two_news_at_once_all_hear_the_same(bells: list[TcpBell], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 2 ends while rank 0 tells the others, from another thread, that rank 1 is behind."""
+    say = bells[0]._say
+
+    def slowly(kind: _Kind, numbers: list[int], *, to: Iterable[int]) -> None:
+        say(kind, numbers, to=to)
+        if kind is _Kind.BEHIND:
+            bells[2].close()
+            time.sleep(0.2)
+
+    monkeypatch.setattr(bells[0], "_say", slowly)
+    for bell in bells[::2]:
+        bell.advance()
+    assert missing_of(bells[0].give_up) == {RANKS[1]}
+    assert missing_of(partial(bells[1].wait, 0, DEADLINE_S)) == {RANKS[1]}
+
+
 def missing_of(call: Callable[[], object]) -> set[int]:
     with pytest.raises(RanksMissing) as missing:
         call()
