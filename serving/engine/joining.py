@@ -310,11 +310,12 @@ def parallel_of(
 
 
 def first_placement(shape: UnitShape, config: ModelConfig) -> Placement:
-    """Before any load is known: all experts alike, but for a routed shared one, which every token takes."""
-    loads = np.ones((num_moe_layers(config), shape.num_experts))
+    """Before any load is known: all experts alike, but for a routed shared one, which every token takes. So one layer is as the other."""
+    loads = np.ones((1, shape.num_experts))
     if shape.shared_expert_routed:
         loads[:, -1] = config.num_routed_experts / config.num_experts_per_token
-    return placement_for(loads, shape, config)
+    layer = placement_for(loads, shape, config)
+    return replace(layer, slots=layer.slots.repeat(num_moe_layers(config), axis=0))
 
 
 def placement_for(loads: Floats, shape: UnitShape, config: ModelConfig) -> Placement:
