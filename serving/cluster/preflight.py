@@ -13,7 +13,7 @@ from serving.cluster.placement import UnitPlan
 from serving.core.config import Config, PrefillTable, unit_table
 from serving.core.errors import ConfigError, ModelFolderError, StartupError
 from serving.model.config import ModelConfig
-from serving.model.units import UnitShape, shape_of
+from serving.model.units import UnitShape, check_drafts, shape_of
 
 _PREFILL_KEYS_OF_BOTH = ("max_batched_tokens",)
 """Where one worker prefills and decodes."""
@@ -104,10 +104,7 @@ def _check_drafts(config: Config, shape: UnitShape, model: ModelConfig) -> None:
     wanted = config.decode.draft_tokens
     if wanted in ("auto", "0"):
         return
-    if shape.groups.tp > 1 or shape.groups.ep > 1:
-        raise ConfigError(
-            f"[decode] draft_tokens = {wanted}: units of several ranks make no drafts as yet; set it to 0 or auto, or tp and ep to 1"
-        )
+    check_drafts(wanted, alone=shape.groups.tp == shape.groups.ep == 1)
     if not (model.num_mtp_layers and config.model.mtp):
         raise ConfigError(
             f"[decode] draft_tokens = {wanted}: there is no MTP layer to draft with; set it to 0 or auto, or serve a model that has one with model.mtp = true"

@@ -35,6 +35,7 @@ from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.heap import products_use_the_heap
 from serving.model.kernels import choose_kernels
 from serving.model.parallel import SINGLE, Parallel
+from serving.model.units import check_drafts
 from serving.model.weight import keeps_fp8
 from serving.model.weights import Progress, load_weights
 
@@ -107,10 +108,7 @@ def build_engine(
     torch_dtype = _dtype(dtype, torch_device)
     config = _model_config(folder, mtp=mtp)
     num_drafts = _num_drafts(draft_tokens, config)
-    if num_drafts and lockstep is not None:
-        raise ConfigError(
-            "drafts are made by units of one rank only; set decode.draft_tokens to 0 or auto, or tp and ep to 1"
-        )
+    check_drafts(draft_tokens, alone=lockstep is None)
     chosen = choose_kernels(kernels, config, torch_dtype, torch_device)
     layout = _layout(config, torch_dtype)
     with packing(decodes):

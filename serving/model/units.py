@@ -97,6 +97,14 @@ def shape_of(table: UnitTable, model: ModelConfig) -> UnitShape:
     )
 
 
+def check_drafts(draft_tokens: str, *, alone: bool) -> None:
+    """Raises ConfigError where a unit is to draft and cannot. `alone`: its ranks share neither heads nor experts."""
+    if draft_tokens not in ("auto", "0") and not alone:
+        raise ConfigError(
+            f"[decode] draft_tokens = {draft_tokens}: units of several ranks make no drafts as yet; set it to 0 or auto, or tp and ep to 1"
+        )
+
+
 def _choice(active: int, num_experts: int) -> str:
     if active == num_experts:
         return "set it to 0, or raise ep, so that a rank does not hold every expert"

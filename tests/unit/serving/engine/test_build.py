@@ -94,6 +94,11 @@ def test_drafts_need_the_layer_that_makes_them(folder: Path) -> None:
     assert engine.runner.step_s(3, 1) == float("inf"), "there are two slots"
 
 
+def test_a_rank_of_several_makes_no_drafts(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^\[decode\] draft_tokens = 2: units of several ranks make no drafts"):
+        _build(folder, draft_tokens="2", lockstep=SimpleNamespace())
+
+
 def test_a_copy_of_the_folder_has_the_same_identity_and_anything_else_another(folder: Path, tmp_path: Path) -> None:
     layout = PageLayout(num_layers=3, num_mtp_layers=1, row_width=48, element_bytes=4)
 
