@@ -83,8 +83,8 @@ def _check_placement(config: Config, role: str, shape: UnitShape, model: ModelCo
     """Raises ConfigError where experts do not fit their nodes, or are to follow the load and cannot."""
     if shape.groups.ep == 1:
         return
-    from serving.engine.balancing import policy_of
     from serving.engine.joining import first_placement
+    from serving.parallel.balance import check_choice
 
     name, table = "prefill" if role == "prefill" else "decode", unit_table(config, role)
     try:
@@ -95,7 +95,7 @@ def _check_placement(config: Config, role: str, shape: UnitShape, model: ModelCo
         ) from None
     try:
         if config.balance.period_s:
-            policy_of(shape, model)
+            check_choice(num_experts=shape.num_experts, num_slots=shape.num_slots, num_gpus=shape.groups.ep)
     except ConfigError as error:
         raise ConfigError(f"[{name}] {error}") from None
 

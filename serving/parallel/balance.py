@@ -97,6 +97,19 @@ def incremental_placement(present: Placement, loads: Floats, *, max_changes: int
     return Placement(slots=slots, num_experts=present.num_experts, num_gpus=present.num_gpus)
 
 
+def check_choice(*, num_experts: int, num_slots: int, num_gpus: int) -> None:
+    """Raises ConfigError where all placements are alike."""
+    if num_slots == num_gpus == num_experts:
+        raise ConfigError(
+            f"experts cannot be balanced: each of {num_gpus} GPUs holds one of {num_experts} experts, so no place is better than "
+            "another; give redundant_experts and as many GPUs more, a smaller ep, or set balance.period_s to 0"
+        )
+    if num_slots == num_experts * num_gpus:
+        raise ConfigError(
+            f"experts cannot be balanced: every GPU holds all {num_experts}; give fewer redundant_experts, or set balance.period_s to 0"
+        )
+
+
 def pack(loads: Floats, copies: Ints, num_gpus: int) -> Ints:
     """The expert in each slot, [P, S], for `loads` and `copies` [P, E] with sums of S and at most G copies of one expert.
 

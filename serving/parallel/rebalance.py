@@ -18,7 +18,13 @@ import torch
 
 from serving.core.errors import ConfigError
 from serving.metrics import Metrics
-from serving.parallel.balance import global_placement, hierarchical_placement, incremental_placement, single_placement
+from serving.parallel.balance import (
+    check_choice,
+    global_placement,
+    hierarchical_placement,
+    incremental_placement,
+    single_placement,
+)
 from serving.parallel.loads import ExpertLoads, with_shared_expert
 from serving.parallel.moves import fewest_moves
 from serving.parallel.placement import Floats, Ints, Placement, balance
@@ -80,15 +86,7 @@ class Policy:
             )
         # The functions themselves refuse what does not fit together.
         self.initial(1)
-        if self.num_slots == self.num_gpus == self.num_experts:
-            raise ConfigError(
-                f"experts cannot be balanced: each of {self.num_gpus} GPUs holds one of {self.num_experts} experts, so no place is better than "
-                "another; give redundant_experts and as many GPUs more, a smaller ep, or set balance.period_s to 0"
-            )
-        if self.num_slots == self.num_experts * self.num_gpus:
-            raise ConfigError(
-                f"experts cannot be balanced: every GPU holds all {self.num_experts}; give fewer redundant_experts, or set balance.period_s to 0"
-            )
+        check_choice(num_experts=self.num_experts, num_slots=self.num_slots, num_gpus=self.num_gpus)
         if self.max_changes is not None and self.max_changes < 1:
             raise ConfigError(f"with {self.max_changes} changes a layer nothing is balanced; allow at least 1")
         assert self.active is None or self.max_changes is None, "hosts are chosen as a whole"
