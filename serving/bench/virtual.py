@@ -31,7 +31,7 @@ from serving.bench.units import (
 )
 from serving.core.config import UnitTable, load_config
 from serving.core.errors import ConfigError
-from serving.engine.joining import placement_for
+from serving.engine.placing import placement_for
 from serving.model.config import ModelConfig
 from serving.model.units import UnitShape, shape_of
 from serving.parallel.dispatch import Dispatch

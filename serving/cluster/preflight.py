@@ -83,7 +83,7 @@ def _check_placement(config: Config, role: str, shape: UnitShape, model: ModelCo
     """Raises ConfigError where experts do not fit their nodes, or are to follow the load and cannot."""
     if shape.groups.ep == 1:
         return
-    from serving.engine.joining import first_placement
+    from serving.engine.placing import first_placement
     from serving.parallel.balance import check_choice
 
     name, table = "prefill" if role == "prefill" else "decode", unit_table(config, role)

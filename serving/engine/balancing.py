@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from serving.core.config import BalanceTable
-from serving.engine.joining import nodes_and_groups
+from serving.engine.placing import nodes_and_groups
 from serving.metrics import Metrics
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
