@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         baton, peers = _systems(options, model_dir, stack)
         systems: list[System] = [baton, *peers]
         report["kernels"] = {system.name: system.kernels for system in [baton, *peers] if isinstance(system, Baton)}
-        report["versions"] |= {system.name: system.version for system in systems[1:]}
+        report["versions"] |= {system.name: system.version for system in peers if not isinstance(system, Baton)}
         vocab_size = ModelConfig.from_folder(model_dir).vocab_size
         if options.points:
             timed = [peer for peer in peers if not isinstance(peer, Transformers)]

@@ -7,14 +7,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from serving.bench import systems
 from serving.bench.engine import main
 from serving.bench.foreign import FOREIGN
 from serving.bench.points import Point, batches_of_prompts, idle_of, measure_points, point_ratios, tpot
 from serving.bench.systems import Run
+from serving.core.config import KernelsTable
 from serving.core.errors import ConfigError
+from serving.engine.build import Engine, build_engine
 
 TIMED = """
 def load(*, model_dir, dtype, max_num_seqs, max_tokens, threads):
@@ -123,6 +127,37 @@ def test_the_report_has_every_point_of_both_systems(tmp_path: Path, monkeypatch:
     assert all(row["seconds"] > 0 for row in report["results"])
     assert report["results"][-1]["seconds"] == pytest.approx(2.0)
     assert set(report["ratios"]["vllm"]) == {"prefill 1x30", "prefill 2x40", "decode 3x40"}
+
+
+def test_baton_is_measured_against_itself_with_another_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[KernelsTable] = []
+
+    def noted(*args: Any, kernels: KernelsTable, **options: Any) -> Engine:
+        tables.append(kernels)
+        return build_engine(*args, **options)
+
+    monkeypatch.setattr(systems, "build_engine", noted)
+    out = tmp_path / "engine.json"
+    command = ["--shape", "tiny", "--threads", "1", "--repeats", "1", "--new-tokens", "5", "--decode", "2x16"]
+    assert main([*command, "--against", "kernels.linear_fp8=baton", "--out", str(out)]) == 0
+    assert [table.linear_fp8 for table in tables] == ["auto", "baton"]
+    report = json.loads(out.read_text())
+    other = "baton kernels.linear_fp8=baton"
+    assert [row["system"] for row in report["results"]] == ["baton", other]
+    assert set(report["ratios"]) == set(report["kernels"]) - {"baton"} == {other}
+    assert report["kernels"]["baton"] == {"mla_decode": "baton", "linear_fp8": "baton", "grouped_fp8": "baton"}
+
+
+@pytest.mark.parametrize(
+    ("against", "said"),
+    [("router.port=1", "give a key of [kernels]"), ("kernels.linear_fp8=baton", "give --prefill or --decode")],
+)
+def test_settings_are_compared_at_points_and_are_those_of_kernels(
+    against: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--shape", "tiny", "--device", "cpu", "--against", against])
+    assert said in capsys.readouterr().err
 
 
 def test_points_are_not_for_peers_that_do_not_tell_their_steps(capsys: pytest.CaptureFixture[str]) -> None:
