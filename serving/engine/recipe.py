@@ -44,16 +44,13 @@ class Penalties:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draws:
-    """[N] each, float64 where real. `truncated`: which of the N have a top-k or a top-p."""
+    """Of every row, as `kernels.sampling.sample` takes them: temperature 0 is greedy, None is what no row asked for."""
 
-    host_rows: list[int]
-    rows: Tensor
-    seeds: Tensor
-    temperatures: Tensor
-    truncated: Tensor | None
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor | None
+    seeds_B: Tensor
+    temperatures_B: Tensor
+    top_k_B: Tensor | None
+    top_p_B: Tensor | None
+    min_p_B: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,21 +132,16 @@ def _make_penalties(
 
 
 def _make_draws(params: list[SamplingParams], vocab_size: int, device: torch.device) -> Draws | None:
-    rows = [row for row, param in enumerate(params) if param.temperature > 0]
-    if not rows:
+    if all(param.temperature == 0 for param in params):
         return None
-    chosen = [params[row] for row in rows]
-    truncated = [i for i, param in enumerate(chosen) if 0 < param.top_k < vocab_size or param.top_p < 1]
-    top_k = [min(chosen[i].top_k, vocab_size) or vocab_size for i in truncated]
+    drawn = [param for param in params if param.temperature > 0]
+    top_k = [min(param.top_k, vocab_size) or vocab_size for param in params]
     return Draws(
-        host_rows=rows,
-        rows=ids(rows, device),
-        seeds=ids([_wrapped(param.seed) for param in chosen], device),
-        temperatures=reals([max(param.temperature, _COLDEST) for param in chosen], device),
-        truncated=ids(truncated, device) if truncated else None,
-        top_k=ids(top_k, device),
-        top_p=reals([chosen[i].top_p for i in truncated], device),
-        min_p=reals([param.min_p for param in chosen], device) if any(param.min_p > 0 for param in chosen) else None,
+        seeds_B=ids([_wrapped(param.seed) for param in params], device),
+        temperatures_B=reals([param.temperature and max(param.temperature, _COLDEST) for param in params], device),
+        top_k_B=ids(top_k, device) if any(0 < param.top_k < vocab_size for param in drawn) else None,
+        top_p_B=reals([param.top_p for param in params], device) if any(param.top_p < 1 for param in drawn) else None,
+        min_p_B=reals([param.min_p for param in params], device) if any(param.min_p > 0 for param in drawn) else None,
     )
 
 

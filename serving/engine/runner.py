@@ -130,6 +130,9 @@ class Runner:
                     self._decode_graphs.capture(size)
             elif decodes:
                 self._compile_decode(told)
+            if self.device.type == "cuda":
+                told("compiling the sampler")
+                self.sampler.warm_up(self.model.logits(self._hidden_SD[:1]))
         self.model.stop_compiling()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

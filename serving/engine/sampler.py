@@ -7,6 +7,7 @@ penalties own a row of the count tables. Must not know where logits come from, n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -102,13 +103,7 @@ class Sampler:
             )
         if recipe.penalties is not None:
             self._penalise(logits_BV, recipe.penalties)
-        token_ids_B = ops.argmax(logits_BV)
-        if recipe.draws is not None:
-            if isinstance(positions, Tensor):
-                positions_N = positions.index_select(0, recipe.draws.rows)
-            else:
-                positions_N = ids([positions[row] for row in recipe.draws.host_rows], self.device)
-            token_ids_B.index_copy_(0, recipe.draws.rows, _draw(logits_BV, positions_N, recipe.draws))
+        token_ids_B = ops.argmax(logits_BV) if recipe.draws is None else self._draw(logits_BV, positions, recipe.draws)
         if recipe.penalties is not None:
             rows_N = recipe.penalties.rows
             counted_N = None if counted_B is None else counted_B.index_select(0, rows_N)
@@ -142,6 +137,30 @@ class Sampler:
                 found.append(replace(logprobs, rows=tuple(row * num_tokens + t for row in logprobs.rows)))
         return torch.stack(drawn, dim=1), found
 
+    def warm_up(self, logits_BV: Tensor) -> None:
+        """Compiles what draws run on a GPU, whatever of the limits is asked for. Logits as `sample` gets them."""
+        logits_BV = logits_BV[:, : self.vocab_size].to(torch.float32)
+        rows = range(logits_BV.shape[0])
+        for top_k, top_p, min_p in itertools.product((0, 1), (1.0, 0.5), (0.0, 0.5)):
+            asked = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+            recipe = make_recipe(
+                [asked for _ in rows], [None for _ in rows], [None for _ in rows], self.vocab_size, self.device
+            )
+            assert recipe.draws is not None
+            self._draw(logits_BV, [0 for _ in rows], recipe.draws)
+
+    def _draw(self, logits_BV: Tensor, positions: Sequence[int] | Tensor, draws: Draws) -> Tensor:
+        positions_B = positions if isinstance(positions, Tensor) else ids(positions, self.device)
+        return ops.sample(
+            logits_BV,
+            draws.temperatures_B,
+            draws.seeds_B,
+            positions_B,
+            top_k_B=draws.top_k_B,
+            top_p_B=draws.top_p_B,
+            min_p_B=draws.min_p_B,
+        )
+
     def _recipe(self, slots: tuple[int, ...]) -> Recipe:
         recipe = self._recipes.get(slots)
         if recipe is None:
@@ -168,16 +187,6 @@ class Sampler:
             penalties.presence,
         )
         logits_BV.index_copy_(0, penalties.rows, penalised_NV)
-
-
-def _draw(logits_BV: Tensor, positions_N: Tensor, draws: Draws) -> Tensor:
-    logits_NV = logits_BV.index_select(0, draws.rows).to(torch.float64) / draws.temperatures[:, None]
-    if draws.truncated is not None:
-        kept = ops.keep_top(logits_NV.index_select(0, draws.truncated), draws.top_k, draws.top_p)
-        logits_NV.index_copy_(0, draws.truncated, kept)
-    if draws.min_p is not None:
-        logits_NV = ops.keep_likely(logits_NV, draws.min_p)
-    return ops.draw(logits_NV, ops.uniforms(draws.seeds, positions_N))
 
 
 def _logprobs(logits_BV: Tensor, token_ids_B: Tensor, wanted: WantedLogprobs | None) -> Logprobs | None:

@@ -118,15 +118,21 @@ def sample_reference(
     top_p_B: Tensor | None = None,
     min_p_B: Tensor | None = None,
 ) -> Tensor:
-    wide_BV = logits_BV.to(torch.float64) / torch.where(temperatures_B > 0, temperatures_B, 1.0)[:, None]
+    tokens_B = logits_BV.argmax(dim=-1)
+    drawn_N = (temperatures_B > 0).nonzero()[:, 0]
+    if not len(drawn_N):
+        return tokens_B
+    wide_NV = logits_BV[drawn_N].to(torch.float64) / temperatures_B[drawn_N, None]
     if top_k_B is not None or top_p_B is not None:
-        top_k_B = torch.full_like(seeds_B, logits_BV.shape[1]) if top_k_B is None else top_k_B
-        top_p_B = torch.ones_like(temperatures_B) if top_p_B is None else top_p_B
-        wide_BV = keep_top(wide_BV, top_k_B, top_p_B)
+        top_k_N = torch.full_like(drawn_N, logits_BV.shape[1]) if top_k_B is None else top_k_B[drawn_N]
+        top_p_N = torch.ones_like(temperatures_B[drawn_N]) if top_p_B is None else top_p_B[drawn_N]
+        # Whole rows are sorted for it.
+        cut_M = ((top_k_N < logits_BV.shape[1]) | (top_p_N < 1)).nonzero()[:, 0]
+        wide_NV[cut_M] = keep_top(wide_NV[cut_M], top_k_N[cut_M], top_p_N[cut_M])
     if min_p_B is not None:
-        wide_BV = keep_likely(wide_BV, min_p_B)
-    drawn_B = draw(wide_BV, uniforms(seeds_B, positions_B))
-    return torch.where(temperatures_B > 0, drawn_B, logits_BV.argmax(dim=-1))
+        wide_NV = keep_likely(wide_NV, min_p_B[drawn_N])
+    tokens_B[drawn_N] = draw(wide_NV, uniforms(seeds_B[drawn_N], positions_B[drawn_N]))
+    return tokens_B
 
 
 def token_logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:

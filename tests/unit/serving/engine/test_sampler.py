@@ -11,6 +11,7 @@ import torch
 
 from serving.core.request import SamplingParams
 from serving.engine.sampler import Sampler
+from serving.kernels import sampling as ops
 from tests.engine_factory import penalised_reference, probabilities_reference, sample_reference
 
 VOCAB = 50
@@ -82,6 +83,22 @@ def test_a_token_is_the_same_in_any_batch_slot_and_order() -> None:
         assert together == [alone[slot] for slot in order]
         shifted = _sample(_create(params), order, logits[order], [positions[slot] + 1 for slot in order])
         assert shifted != together
+
+
+def test_rows_that_draw_and_rows_that_do_not_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, set[str]]] = []
+    sample = ops.sample
+
+    def noted(logits: torch.Tensor, *args: torch.Tensor, **limits: torch.Tensor | None) -> torch.Tensor:
+        calls.append((len(logits), {name for name, limit in limits.items() if limit is not None}))
+        return sample(logits, *args, **limits)
+
+    monkeypatch.setattr(ops, "sample", noted)
+    sampler = _create([OPTIONS[name] for name in ("greedy", "temperature", "top-k", "frequency")])
+    _sample(sampler, [0, 1, 2, 3], _logits(4, 0), [5, 6, 7, 8])
+    assert calls == [(4, {"top_k_B"})]
+    _sample(sampler, [0, 3], _logits(2, 0), [5, 8])
+    assert len(calls) == 1, "nobody draws"
 
 
 def test_penalties_count_the_tokens_drawn_since_the_slot_was_opened() -> None:
