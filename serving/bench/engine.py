@@ -50,6 +50,7 @@ from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES, random_prompts, write_checkpoint
 from serving.bench.systems import Baton, System, Transformers
 from serving.bench.virtual import report_of, run_units, table
+from serving.core.config import load_config
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
 
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         report = provenance(["baton", "bench", "engine", *argv]) | {"model": model, "settings": _settings(options)}
         baton, peers = _systems(options, model_dir, stack)
         systems: list[System] = [baton, *peers]
-        report["kernels"] = {system.name: system.kernels for system in [baton, *peers] if isinstance(system, Baton)}
+        report["kernel_choices"] = {system.name: system.kernels for system in [baton, *peers] if isinstance(system, Baton)}
         report["versions"] |= {system.name: system.version for system in peers if not isinstance(system, Baton)}
         vocab_size = ModelConfig.from_folder(model_dir).vocab_size
         if options.points:
@@ -285,6 +286,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _of_kernels(text: str) -> str:
     if not text.startswith("kernels."):
         raise argparse.ArgumentTypeError(f"{text!r}; give a key of [kernels]: kernels.linear_fp8=baton")
+    try:
+        load_config(overrides=[text])
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 
@@ -340,11 +345,11 @@ def _systems(
         return [_peer(name, options, model_dir, most, longest, stack) for name in options.peer]
 
     if options.device == "cpu":
-        return baton(), [*map(baton, options.against), *peers()]
+        return baton(), [*map(baton, dict.fromkeys(options.against)), *peers()]
     # Each takes a minute or two, most of it compiling; memory is for both.
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(peers)
-        return baton(), [*map(baton, options.against), *loading.result()]
+        return baton(), [*map(baton, dict.fromkeys(options.against)), *loading.result()]
 
 
 def _peer(

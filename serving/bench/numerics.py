@@ -28,6 +28,7 @@ from kvcache.layout import PAGE_TOKENS
 from serving.bench.options import count, counts
 from serving.bench.report import provenance, write_report
 from serving.bench.shapes import random_prompts
+from serving.core.config import KernelsTable
 from serving.core.errors import ConfigError
 from serving.kernels.packed import packing
 from serving.kernels.quant import BLOCK, Fp8Weight, dequantise_block_fp8
@@ -35,6 +36,7 @@ from serving.model.batch import DecodeBatch, PrefillBatch, SeqChunk
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import Attention, Block, DeepseekV3, Head
 from serving.model.experts import Mlp, Moe
+from serving.model.kernels import choose_kernels
 from serving.model.progress import ConsoleProgress
 from serving.model.weight import keeps_fp8
 from serving.model.weights import load_weights
@@ -286,9 +288,15 @@ def main(argv: Sequence[str]) -> int:
             "for one: baton bench make-checkpoint --shape lite-fp8"
         )
     report = provenance(["baton", "bench", "numerics", *argv])
+    kernels = choose_kernels(KernelsTable(), config, torch.bfloat16, device)
     with packing(False):
         model = load_weights(
-            options.model, config, torch.bfloat16, device, progress=ConsoleProgress(sys.stderr, "loading")
+            options.model,
+            config,
+            torch.bfloat16,
+            device,
+            kernels=kernels,
+            progress=ConsoleProgress(sys.stderr, "loading"),
         )
     lengths = [length + options.decode for length in options.lengths]
     prompts = [random_prompts(1, n, config.vocab_size, options.seed + i)[0] for i, n in enumerate(lengths)]
@@ -302,6 +310,7 @@ def main(argv: Sequence[str]) -> int:
     passed = holds(found)
     report |= {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "kernel_choices": kernels.names(),
         "model": str(options.model),
         "prompt_tokens": options.lengths,
         "decoded_tokens": options.decode,

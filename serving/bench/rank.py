@@ -33,7 +33,7 @@ from serving.bench.kernels import OWN, run_case
 from serving.bench.rank_parts import Load, Part, Parts, Step, Watched
 from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES
-from serving.core.config import load_config, unit_table
+from serving.core.config import KernelsTable, load_config, unit_table
 from serving.core.errors import ConfigError
 from serving.core.request import SamplingParams
 from serving.engine.joining import parallel_of
@@ -42,6 +42,7 @@ from serving.engine.runner import LaunchedStep, Runner
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.experts import Moe
+from serving.model.kernels import choose_kernels
 from serving.model.parallel import Parallel, shares
 from serving.model.units import UnitShape, shape_of
 from serving.parallel.rehearsal import Rehearsal
@@ -162,7 +163,8 @@ def build_rank(
     arrived_bytes: Counter[tuple[str, str]] = Counter()
     world = Rehearsal(range(shape.groups.world_size), 0, arrived_bytes=arrived_bytes)
     parallel = _parallel(shape, config, world, step, device)
-    model = DeepseekV3(config, dtype, device, parallel=parallel)
+    kernels = choose_kernels(KernelsTable(), config, dtype, device, tp=shape.groups.tp)
+    model = DeepseekV3(config, dtype, device, kernels=kernels, parallel=parallel)
     fill_random(model, seed)
     pages_each = num_pages_for(step.context + _NUM_DECODE_STEPS)
     layout = PageLayout(
@@ -391,6 +393,7 @@ def measure_rank(
     best = min(step_s.values())
     return {
         "case": asdict(case),
+        "kernel_choices": rank.model.kernels.names(),
         "settings": {"layers": layers, "seed": seed, "repeats": repeats},
         "tokens": {"of_tp_group": case.step.num_tokens, "of_rank": parts.share},
         "load": asdict(load)

@@ -109,7 +109,7 @@ def build_engine(
     config = _model_config(folder, mtp=mtp)
     num_drafts = _num_drafts(draft_tokens, config)
     check_drafts(draft_tokens, alone=lockstep is None)
-    chosen = choose_kernels(kernels, config, torch_dtype, torch_device)
+    chosen = choose_kernels(kernels, config, torch_dtype, torch_device, tp=parallel.tp.world_size)
     layout = _layout(config, torch_dtype)
     with packing(decodes):
         model = load_weights(

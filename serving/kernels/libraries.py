@@ -11,9 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from serving.kernels.quant import (
+    Fp8Weight,
+    QuantisedRows,
+    dequantise_block_fp8,
+    quantise_block_fp8,
+    quantise_rows_fp8,
+)
+
 if TYPE_CHECKING:
-    from serving.kernels.quant import Fp8Weight, QuantisedRows
     from serving.kernels.triton.gemm import Tiles
+
+# Of a product rounded to bf16, beside one that is not.
+_MOST_ERROR = 0.01
 
 
 class FlashMla:
@@ -70,6 +80,20 @@ class DeepGemm:
         self._fewest_rows = fewest_rows
         self._met: set[tuple[int, torch.Size]] = set()
         self._compiles = True
+
+    def try_out(self, device: torch.device) -> None:
+        """Raises whatever its compiler does, and RuntimeError if the product is not ours: another version may want other scales."""
+        generator = torch.Generator(device).manual_seed(0)
+        x, w = torch.randn(2, 128, 256, generator=generator, device=device)
+        # Scales that differ from block to block and from row to row.
+        x *= torch.linspace(1, 8, 128, device=device)[:, None]
+        w[:, :128] *= 4
+        x_MK, (values, scales) = quantise_rows_fp8(x), quantise_block_fp8(w, (128, 128))
+        w_NK = Fp8Weight(quantised=values, scales=scales)
+        want = x_MK.dequantise(torch.float32) @ dequantise_block_fp8(values, scales, (128, 128), torch.float32).T
+        error = float((self.linear(x_MK, w_NK) - want).norm() / want.norm())
+        if not error < _MOST_ERROR:
+            raise RuntimeError(f"its product of a small matrix is off by {error:.3f} of its size")
 
     def takes(self, num_rows: int, shape: torch.Size) -> bool:
         """Whether it multiplies so many rows by a weight of `shape`."""

@@ -67,16 +67,21 @@ def choose_kernels(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    tp: int = 1,
     load: Load = importlib.import_module,
 ) -> KernelChoices:
-    """`load`: a module by its name. Raises ConfigError if a library that `table` names does not load or does not take this model; one that
+    """`tp`: ranks that share a layer. `load`: a module by its name. Raises ConfigError if a library that `table` names does not load or does not take this model; one that
     `auto` would take and cannot is done without."""
-    fp8 = keeps_fp8(config, dtype, device)
-    auto = fp8 and table.linear_fp8 == "auto"
+    fp8_on = device if keeps_fp8(config, dtype, device, tp) else None
+    linear_fp8: DeepGemm | None = None
+    if table.linear_fp8 != "auto":
+        linear_fp8 = _deep_gemm("linear_fp8", table.linear_fp8, fp8_on, load)
+    elif fp8_on is not None:
+        linear_fp8 = _deep_gemm_if_it_can(fp8_on, load)
     return KernelChoices(
         mla_decode=_flash_mla(table.mla_decode, config, dtype, device, load),
-        linear_fp8=_deep_gemm_if_it_can(load) if auto else _deep_gemm("linear_fp8", table.linear_fp8, fp8, load),
-        grouped_fp8=_deep_gemm("grouped_fp8", table.grouped_fp8, fp8, load),
+        linear_fp8=linear_fp8,
+        grouped_fp8=_deep_gemm("grouped_fp8", table.grouped_fp8, fp8_on, load),
     )
 
 
@@ -97,33 +102,37 @@ def _flash_mla(
         raise _absent("mla_decode", wanted, error) from error
 
 
-def _deep_gemm(key: str, wanted: str, fp8: bool, load: Load) -> DeepGemm | None:
+def _deep_gemm(key: str, wanted: str, fp8_on: torch.device | None, load: Load) -> DeepGemm | None:
     if wanted != "deepgemm":
         return None
-    if not fp8:
+    if fp8_on is None:
         raise ConfigError(
             f"kernels.{key} is deepgemm, which multiplies FP8 weights in blocks of 128 x 128 on a GPU, and this model "
             "has none there; set it to auto or baton"
         )
     try:
-        return _load_deep_gemm(load)
+        return _load_deep_gemm(fp8_on, load)
     except Exception as error:
         raise _absent(key, wanted, error) from error
 
 
-def _deep_gemm_if_it_can(load: Load) -> DeepGemm | None:
+def _deep_gemm_if_it_can(device: torch.device, load: Load) -> DeepGemm | None:
     try:
-        return _load_deep_gemm(load, fewest_rows=_FEWEST_ROWS)
+        return _load_deep_gemm(device, load, fewest_rows=_FEWEST_ROWS)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("vllm"):
+            _LOG.warning("DeepGEMM does not load (%s); our kernels multiply", _reason(error))
     except Exception as error:
-        if not isinstance(error, ModuleNotFoundError) or error.name != "vllm":
-            _LOG.warning("DeepGEMM is installed and does not load (%s); our kernels multiply", _reason(error))
-        return None
+        _LOG.warning("DeepGEMM is installed and cannot be used (%s); our kernels multiply", _reason(error))
+    return None
 
 
-def _load_deep_gemm(load: Load, *, fewest_rows: int = 1) -> DeepGemm:
+def _load_deep_gemm(device: torch.device, load: Load, *, fewest_rows: int = 1) -> DeepGemm:
     library = DeepGemm(load(_DEEP_GEMM), fewest_rows=fewest_rows)
     if not _has_nvcc():
         raise FileNotFoundError("it compiles its kernels with nvcc, and there is none where CUDA_HOME or PATH point")
+    if torch.cuda.is_available():
+        library.try_out(device)
     return library
 
 

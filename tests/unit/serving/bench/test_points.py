@@ -144,13 +144,17 @@ def test_baton_is_measured_against_itself_with_another_kernel(tmp_path: Path, mo
     report = json.loads(out.read_text())
     other = "baton kernels.linear_fp8=baton"
     assert [row["system"] for row in report["results"]] == ["baton", other]
-    assert set(report["ratios"]) == set(report["kernels"]) - {"baton"} == {other}
-    assert report["kernels"]["baton"] == {"mla_decode": "baton", "linear_fp8": "baton", "grouped_fp8": "baton"}
+    assert set(report["ratios"]) == set(report["kernel_choices"]) - {"baton"} == {other}
+    assert report["kernel_choices"]["baton"] == {"mla_decode": "baton", "linear_fp8": "baton", "grouped_fp8": "baton"}
 
 
 @pytest.mark.parametrize(
     ("against", "said"),
-    [("router.port=1", "give a key of [kernels]"), ("kernels.linear_fp8=baton", "give --prefill or --decode")],
+    [
+        ("router.port=1", "give a key of [kernels]"),
+        ("kernels.linear_fp9=baton", "linear_fp8"),
+        ("kernels.linear_fp8=baton", "give --prefill or --decode"),
+    ],
 )
 def test_settings_are_compared_at_points_and_are_those_of_kernels(
     against: str, said: str, capsys: pytest.CaptureFixture[str]

@@ -124,6 +124,39 @@ def test_auto_does_without_a_library_that_is_absent_and_says_so_of_one_that_is_b
     assert "nvcc" in message(model(), linear_fp8="deepgemm")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("nvcc: unknown architecture"), PermissionError("/root/.deep_gemm")])
+def test_a_library_that_fails_its_trial_is_done_without_unless_it_is_named(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(self: DeepGemm, device: torch.device) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(DeepGemm, "try_out", fails)
+    assert choose(model()).linear_fp8 is None
+    assert str(error) in caplog.text
+    assert str(error) in message(model(), linear_fp8="deepgemm")
+
+
+def test_the_trial_knows_another_product_from_ours() -> None:
+    def product(x: Any, w: Any, out: torch.Tensor, **_: Any) -> None:
+        (values, scales), (w_values, w_scales) = x, w
+        wide = values.float() * scales.repeat_interleave(128, 1)
+        out.copy_(wide @ (w_values.float() * w_scales.repeat_interleave(128, 1)).T)
+
+    def without_scales(x: Any, w: Any, out: torch.Tensor, **_: Any) -> None:
+        product((x[0], torch.ones_like(x[1])), w, out)
+
+    def tried(multiply: Any) -> None:
+        module = SimpleNamespace(fp8_gemm_nt=multiply, m_grouped_fp8_gemm_nt_contiguous=None)
+        DeepGemm(module).try_out(torch.device("cpu"))
+
+    tried(product)
+    for wrong in (without_scales, lambda *_, **__: None):
+        with pytest.raises(RuntimeError, match="is off by"):
+            tried(wrong)
+
+
 def test_a_product_that_would_have_to_be_compiled_while_a_request_waits_is_not_the_librarys() -> None:
     rows = quantise_rows_fp8_reference(torch.randn(96, 256))
     weight = Fp8Weight(quantised=torch.zeros(128, 256).to(torch.float8_e4m3fn), scales=torch.ones(1, 2))
