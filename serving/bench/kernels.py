@@ -1,6 +1,6 @@
 """`baton bench kernels`: each kernel's time, its share of what the machine can do, and its ratio to installed peers.
 
-A case (`kernel_cases`) prepares several sets of fresh random inputs, together larger than the caches, and says what one call
+A case (`kernel_cases.stage`) prepares several sets of fresh random inputs, together larger than the caches, and says what one call
 moves or computes. Calls over all sets one after the other are captured as one CUDA graph, as the engine runs them; own
 kernel and peers take turns, and medians over the turns are reported. A kernel whose output is not finite or is not a
 peer's fails its case. The ceilings (device copy, matrix products of the library) are measured in the same run. Figures
@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from serving.bench.kernel_cases import Bound, Call, Case, Stage, Work, cases, ceilings
+from serving.bench.kernel_cases.ceilings import ceilings
+from serving.bench.kernel_cases.named import cases
+from serving.bench.kernel_cases.stage import Bound, Call, Case, Stage, Work
 from serving.bench.options import count
 from serving.bench.report import provenance, write_report
 from serving.core.errors import ConfigError

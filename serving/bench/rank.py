@@ -28,7 +28,8 @@ import torch
 from kvcache.layout import PageLayout, num_pages_for
 from kvcache.pool import KVPool
 from serving.bench.filled import fill_random
-from serving.bench.kernel_cases import Bound, Stage, Work, ceilings
+from serving.bench.kernel_cases.ceilings import ceilings
+from serving.bench.kernel_cases.stage import Bound, Stage, Work
 from serving.bench.kernels import OWN, run_case
 from serving.bench.rank_parts import Load, Part, Parts, Step, Watched
 from serving.bench.report import provenance, write_report

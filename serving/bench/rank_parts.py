@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcache.layout import PAGE_TOKENS
-from serving.bench.kernel_cases import Bound
+from serving.bench.kernel_cases.stage import Bound
 from serving.kernels import mla
 from serving.kernels.attention import attend_varlen
 from serving.kernels.gemm import linear, linear_by_head, per_head

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.bench import kernel_cases, kernels
-from serving.bench.kernel_cases import Case, Stage, Work
+from serving.bench import kernels
+from serving.bench.kernel_cases import attention, experts, products, rows, steps
+from serving.bench.kernel_cases.ceilings import device_copy
+from serving.bench.kernel_cases.named import cases
+from serving.bench.kernel_cases.stage import Call, Case, Stage, Work
 from serving.bench.kernels import OWN, choose, main, run_case
 from serving.cli import main as baton
 from serving.core.errors import ConfigError
@@ -49,7 +52,7 @@ def test_a_row_says_time_rate_share_and_ratio() -> None:
 def test_every_set_of_inputs_is_used_in_every_turn_and_systems_take_turns() -> None:
     used: list[tuple[str, int]] = []
 
-    def call(system: str) -> kernel_cases.Call:
+    def call(system: str) -> Call:
         return lambda i: used.append((system, i))
 
     work = Work(own=call("own"), peers={"peer": call("peer")}, num_sets=3, amount=1.0, bound="copy")
@@ -116,7 +119,7 @@ def test_one_failure_stops_nothing_and_ends_with_1(
 
 def _run(named: dict[str, Case], out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """The command with these cases, its ceiling a small copy."""
-    limits = {"ceiling/copy": lambda: kernel_cases._copy(Stage(CPU), 1 << 20)}
+    limits = {"ceiling/copy": lambda: device_copy(Stage(CPU), 1 << 20)}
     monkeypatch.setattr(kernels, "_device", lambda: CPU)
     monkeypatch.setattr(kernels, "cases", lambda stage: named)
     monkeypatch.setattr(kernels, "ceilings", lambda stage: limits)
@@ -140,7 +143,7 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_every_case_has_a_name_of_its_own_and_the_shapes_that_are_published() -> None:
-    names = kernel_cases.cases(Stage(CPU))
+    names = cases(Stage(CPU))
     for batch in (32, 64, 128):
         assert f"mla_decode/bf16/h16/b{batch}" in names
         assert f"mla_decode/fp8/h128/b{batch}" in names
@@ -150,24 +153,24 @@ def test_every_case_has_a_name_of_its_own_and_the_shapes_that_are_published() ->
 
 
 SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
-    "mla_decode": (kernel_cases.mla_decode, {"heads": 4, "batch": 2, "ctx": 128, "fp8": False}),
-    "latent_store": (kernel_cases.latent_store, {"tokens": 5, "heads": 2, "fp8": False}),
-    "latent_store_fp8": (kernel_cases.latent_store, {"tokens": 5, "heads": 2, "fp8": True}),
-    "gather": (kernel_cases.gather, {"num_pages": 2, "num_layers": 3, "fp8": False}),
-    "scatter": (kernel_cases.scatter, {"num_pages": 2, "num_layers": 3, "fp8": True}),
-    "attention": (kernel_cases.prefill_attention, {"batch": 2, "tokens": 9, "heads": 2}),
-    "linear_fp8": (kernel_cases.linear_fp8, {"m": 3, "n": 160, "k": 256}),
-    "linear_fp8_few": (kernel_cases.linear_fp8, {"m": 3, "n": 160, "k": 256, "few": True}),
-    "experts_fp8": (kernel_cases.experts_mlp, {"tokens": 4, "hidden": 128, "inner": 128, "num_experts": 4, "top_k": 2, "fp8": True}),
-    "experts": (kernel_cases.experts_mlp, {"tokens": 4, "hidden": 64, "inner": 48, "num_experts": 4, "top_k": 2, "fp8": False}),
-    "gate": (kernel_cases.gate, {"tokens": 7, "num_experts": 16, "num_groups": 4, "kept": 2, "top_k": 4}),
-    "norm": (kernel_cases.norm, {"tokens": 3, "width": 96}),
-    "add_norm": (kernel_cases.add_norm, {"tokens": 3, "width": 96}),
-    "norm_quantise": (kernel_cases.norm_quantise, {"tokens": 3, "width": 96}),
-    "quantise": (kernel_cases.quantise, {"tokens": 3, "width": 96}),
-    "silu_quantise": (kernel_cases.silu_quantise, {"tokens": 3, "inner": 96}),
-    "argmax": (kernel_cases.greedy, {"rows": 3, "vocab": 1000}),
-    "draw": (kernel_cases.drawn, {"rows": 3, "vocab": 1000}),
+    "mla_decode": (attention.mla_decode, {"heads": 4, "batch": 2, "ctx": 128, "fp8": False}),
+    "latent_store": (attention.latent_store, {"tokens": 5, "heads": 2, "fp8": False}),
+    "latent_store_fp8": (attention.latent_store, {"tokens": 5, "heads": 2, "fp8": True}),
+    "gather": (attention.gather, {"num_pages": 2, "num_layers": 3, "fp8": False}),
+    "scatter": (attention.scatter, {"num_pages": 2, "num_layers": 3, "fp8": True}),
+    "attention": (attention.prefill_attention, {"batch": 2, "tokens": 9, "heads": 2}),
+    "linear_fp8": (products.linear_fp8, {"m": 3, "n": 160, "k": 256}),
+    "linear_fp8_few": (products.linear_fp8, {"m": 3, "n": 160, "k": 256, "few": True}),
+    "experts_fp8": (experts.experts_mlp, {"tokens": 4, "hidden": 128, "inner": 128, "num_experts": 4, "top_k": 2, "fp8": True}),
+    "experts": (experts.experts_mlp, {"tokens": 4, "hidden": 64, "inner": 48, "num_experts": 4, "top_k": 2, "fp8": False}),
+    "gate": (experts.gate, {"tokens": 7, "num_experts": 16, "num_groups": 4, "kept": 2, "top_k": 4}),
+    "norm": (rows.norm, {"tokens": 3, "width": 96}),
+    "add_norm": (rows.add_norm, {"tokens": 3, "width": 96}),
+    "norm_quantise": (rows.norm_quantise, {"tokens": 3, "width": 96}),
+    "quantise": (rows.quantise, {"tokens": 3, "width": 96}),
+    "silu_quantise": (rows.silu_quantise, {"tokens": 3, "inner": 96}),
+    "argmax": (steps.greedy, {"rows": 3, "vocab": 1000}),
+    "draw": (steps.drawn, {"rows": 3, "vocab": 1000}),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from serving.bench.engine import main
-from serving.bench.kernel_cases import Bound
+from serving.bench.kernel_cases.stage import Bound
 from serving.bench.rank import RANKS, build_rank, measure_rank, table
 from serving.bench.rank_parts import Part, Step
 from serving.bench.shapes import SHAPES

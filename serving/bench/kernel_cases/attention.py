@@ -1,0 +1,168 @@
+"""Cases of attention, of latent rows on their way into the pool, and of pages on theirs between workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kvcache.layout import PAGE_TOKENS
+from serving.bench.kernel_cases.stage import (
+    EPS,
+    LATENT,
+    NOPE,
+    ROPE,
+    SOFTMAX_SCALE,
+    VALUE,
+    Call,
+    Stage,
+    Work,
+    peer_library,
+    sets_for,
+)
+from serving.kernels import mla
+from serving.kernels.attention import attend_varlen
+from serving.kernels.kv_store import absorb_and_store, norm_rope_store
+from serving.kernels.norm_rope import inverse_frequencies, rotations
+from serving.kernels.pages import gather_pages, scatter_pages
+from serving.kernels.rows import slots
+
+
+def mla_decode(stage: Stage, *, heads: int, batch: int, ctx: int, fp8: bool, num_tokens: int = 1) -> Work:
+    """Pages drawn at random from all of the pool; the plan is made before, as a step makes it once for all layers."""
+    pool = stage.pool(fp8=fp8)
+    pages = ctx // PAGE_TOKENS
+    lens = torch.full((batch,), ctx, dtype=torch.int32, device=stage.device)
+    tables = [stage.permutation(pool.num_pages)[: batch * pages].view(batch, pages).int() for _ in range(4)]
+    shape = (batch, heads, LATENT + ROPE) if num_tokens == 1 else (batch, num_tokens, heads, LATENT + ROPE)
+    queries = [stage.randn(*shape) for _ in tables]
+    last_rows = [table[:, -1].long() * PAGE_TOKENS + PAGE_TOKENS - 1 for table in tables]
+    plans = [mla.plan_decode(pool.tensor, rows, table, lens) for rows, table in zip(last_rows, tables, strict=True)]
+
+    def own(i: int) -> Tensor:
+        layer = stage.layer(i)
+        out, _ = mla.decode_latent(queries[i], pool.tensor, layer, plans[i], latent=LATENT, scale=SOFTMAX_SCALE)
+        return out
+
+    peers: dict[str, Call] = {}
+    library = peer_library("vllm.third_party.flashmla.flash_mla_interface")
+    if library is not None and not fp8:
+        schedule, _ = library.get_mla_metadata()
+
+        def flash_mla(i: int) -> Tensor:
+            q_BTHW = queries[i].view(batch, num_tokens, heads, LATENT + ROPE)
+            cache = pool.tensor[:, stage.layer(i)].unsqueeze(2)
+            out, _ = library.flash_mla_with_kvcache(
+                q_BTHW, cache, tables[i], lens, LATENT, schedule, softmax_scale=SOFTMAX_SCALE, causal=True
+            )
+            latents: Tensor = out.view(*queries[i].shape[:-1], LATENT)
+            return latents
+
+        peers["FlashMLA"] = flash_mla
+    if heads * num_tokens >= 128:
+        flops = 2.0 * batch * num_tokens * heads * ctx * (2 * LATENT + ROPE)
+        return Work(own=own, peers=peers, num_sets=len(tables), amount=flops, bound="bf16")
+    row_bytes = pool.layout.row_bytes
+    return Work(own=own, peers=peers, num_sets=len(tables), amount=batch * ctx * row_bytes, bound="copy")
+
+
+def latent_store(stage: Stage, *, tokens: int, heads: int, fp8: bool) -> Work:
+    """With `heads` the queries' rope parts are turned too."""
+    pool = stage.pool(fp8=fp8)
+    num_bytes = tokens * (2 * (LATENT + ROPE) + pool.layout.row_bytes + heads * ROPE * 4)
+    sets = range(sets_for(num_bytes))
+    latents = [stage.randn(tokens, 1536 + LATENT + ROPE)[:, 1536:] for _ in sets]
+    queries = [stage.randn(tokens, heads, NOPE + ROPE)[:, :, NOPE:] if heads else None for _ in sets]
+    weight = stage.randn(LATENT)
+    turns = _turns(stage, tokens)
+    places = [slots(pool.tensor, stage.permutation(pool.num_pages * PAGE_TOKENS)[:tokens]) for _ in sets]
+
+    def own(i: int) -> None:
+        layer = stage.layer(i)
+        norm_rope_store(latents[i], weight, EPS, turns, pool.tensor, layer, places[i], q_rope_THR=queries[i])
+
+    return Work(own=own, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def absorbed_query(stage: Stage, *, tokens: int, heads: int, fp8: bool) -> Work:
+    """What a decode step of few rows does between the query's product and its attention."""
+    pool = stage.pool(fp8=fp8)
+    num_bytes = heads * NOPE * LATENT * 2 + tokens * (
+        heads * (NOPE + LATENT + 2 * ROPE) * 2 + 2 * (LATENT + ROPE) + pool.layout.row_bytes
+    )
+    sets = range(sets_for(num_bytes))
+    queries = [stage.randn(tokens, heads, NOPE + ROPE) for _ in sets]
+    weights = [stage.randn(heads, NOPE + VALUE, LATENT)[:, :NOPE] for _ in sets]
+    latents = [stage.randn(tokens, 1536 + LATENT + ROPE)[:, 1536:] for _ in sets]
+    norm = stage.randn(LATENT)
+    turns = _turns(stage, tokens)
+    places = [slots(pool.tensor, stage.permutation(pool.num_pages * PAGE_TOKENS)[:tokens]) for _ in sets]
+
+    def own(i: int) -> Tensor:
+        of_layer = pool.tensor, stage.layer(i), places[i]
+        return absorb_and_store(queries[i], weights[i], latents[i], norm, EPS, turns, *of_layer)
+
+    return Work(own=own, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def _turns(stage: Stage, tokens: int) -> Tensor:
+    return rotations(
+        torch.arange(tokens, device=stage.device),
+        inverse_frequencies(ROPE, 1e4).to(stage.device),
+        torch.ones(1, device=stage.device),
+    )
+
+
+def gather(stage: Stage, *, num_pages: int, num_layers: int, fp8: bool) -> Work:
+    return _moved(stage, gather_pages, num_pages, num_layers, fp8)
+
+
+def scatter(stage: Stage, *, num_pages: int, num_layers: int, fp8: bool) -> Work:
+    return _moved(stage, scatter_pages, num_pages, num_layers, fp8)
+
+
+def _moved(stage: Stage, move: Callable[..., None], num_pages: int, num_layers: int, fp8: bool) -> Work:
+    pool = stage.pool(fp8=fp8)
+    ids = [stage.permutation(pool.num_pages)[:num_pages] for _ in range(4)]
+    buffer = torch.zeros(num_pages, num_layers, *pool.tensor.shape[2:], dtype=pool.tensor.dtype, device=stage.device)
+
+    def own(i: int) -> None:
+        move(pool.tensor, ids[i], 0, num_layers, buffer)
+
+    return Work(own=own, num_sets=len(ids), amount=2 * buffer.numel() * buffer.element_size(), bound="copy")
+
+
+def prefill_attention(stage: Stage, *, batch: int, tokens: int, heads: int) -> Work:
+    """Causal, the half below the diagonal counted. Torch's own gets keys with the rope part copied to every head beforehand."""
+    total = batch * tokens
+    num_bytes = total * heads * (NOPE + ROPE + NOPE + 2 * VALUE) * 2
+    sets = range(sets_for(num_bytes))
+    ends = torch.arange(0, total + 1, tokens, dtype=torch.int32, device=stage.device)
+    queries = [stage.randn(total, heads, NOPE + ROPE) for _ in sets]
+    keys_values = [stage.randn(total, heads, NOPE + VALUE) for _ in sets]
+    ropes = [stage.randn(total, ROPE) for _ in sets]
+
+    def own(i: int) -> Tensor:
+        k, v = keys_values[i][:, :, :NOPE], keys_values[i][:, :, NOPE:]
+        out, _ = attend_varlen(queries[i], k, ropes[i], v, ends, ends, scale=SOFTMAX_SCALE, causal=True)
+        return out
+
+    whole = [
+        torch.cat([kv[:, :, :NOPE], rope[:, None].expand(-1, heads, -1)], dim=-1)
+        for kv, rope in zip(keys_values, ropes, strict=True)
+    ]
+
+    def sdpa(i: int) -> Tensor:
+        q, k, v = (
+            x.unflatten(0, (batch, tokens)).transpose(1, 2) for x in (queries[i], whole[i], keys_values[i][:, :, NOPE:])
+        )
+        # Torch's plain products would take the time of all other cases.
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SOFTMAX_SCALE)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    flops = 2.0 * batch * heads * tokens * (tokens + 1) / 2 * (NOPE + ROPE + VALUE)
+    return Work(own=own, peers={"torch": sdpa}, num_sets=len(sets), amount=flops, bound="bf16")

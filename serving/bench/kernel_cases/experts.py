@@ -1,0 +1,154 @@
+"""Cases of the routed experts: the gate, and products by expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from serving.bench.kernel_cases.stage import Call, Stage, Work, peer_library, product_work, sets_for
+from serving.kernels.experts import grouped_mlp
+from serving.kernels.quant import Fp8Weight, QuantisedRows
+from serving.kernels.topk import gate_topk
+
+
+def grouped_fp8(stage: Stage, *, experts: int, tokens: int, n: int, k: int, few: bool = False) -> Work:
+    """So many tokens for each of the experts; `few`: the weights' bytes are the bound, and the peer takes masked rows."""
+    from serving.kernels.triton.gemm import Tiles
+    from serving.kernels.triton.product import grouped_tile, product
+
+    tile = grouped_tile(experts * tokens, experts, torch.float8_e4m3fn)
+    rows = -(-tokens // tile) * tile
+    num_bytes = experts * n * k
+    sets = range(sets_for(num_bytes))
+    x, w = [stage.rows(experts * rows, k) for _ in sets], [stage.weight(experts, n, k) for _ in sets]
+    expert = torch.arange(experts, dtype=torch.int32, device=stage.device).repeat_interleave(rows // tile)
+    used = torch.tensor([len(expert)], dtype=torch.int32, device=stage.device)
+    tiles = Tiles(expert=expert, num_used=used, max_tiles=len(expert), num_rows=tile, num_expected=len(expert))
+
+    def own(i: int) -> Tensor:
+        out = product(x[i], w[i], tiles=tiles)
+        assert isinstance(out, Tensor)
+        return out.view(experts, rows, n)[:, :tokens]
+
+    peers: dict[str, Call] = {}
+    library = peer_library("vllm.third_party.deep_gemm")
+    if library is not None:
+        outs = [torch.empty(experts, rows, n, dtype=torch.bfloat16, device=stage.device) for _ in sets]
+        masks = torch.full((experts,), tokens, dtype=torch.int32, device=stage.device)
+        of_row = torch.arange(experts, dtype=torch.int32, device=stage.device).repeat_interleave(rows)
+        stacked = [_stacked(rows_, experts) for rows_ in x] if few else []
+
+        def masked(i: int) -> Tensor:
+            weight = w[i].quantised, w[i].scales
+            library.m_grouped_fp8_gemm_nt_masked(stacked[i], weight, outs[i], masks, tokens, disable_ue8m0_cast=True)
+            return outs[i][:, :tokens]
+
+        def contiguous(i: int) -> Tensor:
+            operands = (x[i].values, x[i].scales), (w[i].quantised, w[i].scales)
+            library.m_grouped_fp8_gemm_nt_contiguous(*operands, outs[i].view(-1, n), of_row, disable_ue8m0_cast=True)
+            return outs[i][:, :tokens]
+
+        peers["DeepGEMM"] = masked if few else contiguous
+    return product_work(own, peers, len(sets), 2.0 * experts * tokens * n * k, num_bytes if few else None, "fp8")
+
+
+def grouped_bf16(stage: Stage, *, experts: int, tokens: int, n: int, k: int) -> Work:
+    from serving.kernels.triton.gemm import Tiles
+    from serving.kernels.triton.product import grouped_tile, product
+
+    tile = grouped_tile(experts * tokens, experts, torch.bfloat16)
+    expert = torch.arange(experts, dtype=torch.int32, device=stage.device).repeat_interleave(tokens // tile)
+    used = torch.tensor([len(expert)], dtype=torch.int32, device=stage.device)
+    tiles = Tiles(expert=expert, num_used=used, max_tiles=len(expert), num_rows=tile, num_expected=len(expert))
+    sets = range(sets_for(2 * experts * n * k))
+    x = [stage.randn(experts * tokens, k) for _ in sets]
+    w = [stage.randn(experts, n, k).mul_(k**-0.5) for _ in sets]
+    ends = torch.arange(tokens, experts * tokens + 1, tokens, dtype=torch.int32, device=stage.device)
+
+    def own(i: int) -> Tensor:
+        out = product(x[i], w[i], tiles=tiles)
+        assert isinstance(out, Tensor)
+        return out
+
+    def grouped_mm(i: int) -> Tensor:
+        return torch._grouped_mm(x[i], w[i].transpose(1, 2), offs=ends)
+
+    flops = 2.0 * experts * tokens * n * k
+    return product_work(own, {"torch": grouped_mm}, len(sets), flops, None, "bf16")
+
+
+def one_expert(stage: Stage, *, tokens: int, hidden: int, inner: int) -> Work:
+    """An EP320 rank's expert: both products, SiLU-mul and quantise between; the peer's two products have neither."""
+    from serving.kernels.triton.product import product
+
+    num_bytes = 3 * hidden * inner
+    sets = range(sets_for(num_bytes))
+    x = [stage.rows(tokens, hidden) for _ in sets]
+    gate_up = [stage.weight(1, 2 * inner, hidden) for _ in sets]
+    down = [stage.weight(1, hidden, inner) for _ in sets]
+
+    def own(i: int) -> Tensor:
+        first = Fp8Weight(quantised=gate_up[i].quantised[0], scales=gate_up[i].scales[0])
+        second = Fp8Weight(quantised=down[i].quantised[0], scales=down[i].scales[0])
+        out = product(product(x[i], first, silu=True), second)
+        assert isinstance(out, Tensor)
+        return out
+
+    peers: dict[str, Call] = {}
+    library = peer_library("vllm.third_party.deep_gemm")
+    if library is not None:
+        between = _stacked(stage.rows(tokens, inner), 1)
+        outs = [torch.empty(1, tokens, n, dtype=torch.bfloat16, device=stage.device) for n in (2 * inner, hidden)]
+        masks = torch.tensor([tokens], dtype=torch.int32, device=stage.device)
+        stacked = [_stacked(rows, 1) for rows in x]
+
+        def products(i: int) -> None:
+            for operand, weight, out in ((stacked[i], gate_up[i], outs[0]), (between, down[i], outs[1])):
+                pair = weight.quantised, weight.scales
+                library.m_grouped_fp8_gemm_nt_masked(operand, pair, out, masks, tokens, disable_ue8m0_cast=True)
+
+        peers["DeepGEMM's products"] = products
+    return Work(own=own, peers=peers, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def experts_mlp(stage: Stage, *, tokens: int, hidden: int, inner: int, num_experts: int, top_k: int, fp8: bool) -> Work:
+    """The whole routed half of a layer, tokens spread evenly at random. Few tokens: the bytes of the experts they choose."""
+    width = 1 if fp8 else 2
+    x = [stage.randn(tokens, hidden) for _ in range(4)]
+    chosen = [stage.rand(tokens, num_experts).topk(top_k, dim=-1).indices for _ in x]
+    shares = [stage.rand(tokens, top_k) for _ in x]
+    gate_up: Fp8Weight | Tensor
+    down: Fp8Weight | Tensor
+    if fp8:
+        gate_up, down = stage.weight(num_experts, 2 * inner, hidden), stage.weight(num_experts, hidden, inner)
+    else:
+        gate_up = stage.randn(num_experts, 2 * inner, hidden).mul_(hidden**-0.5)
+        down = stage.randn(num_experts, hidden, inner).mul_(inner**-0.5)
+
+    def own(i: int) -> Tensor:
+        return grouped_mlp(x[i], gate_up, down, chosen[i], shares[i])
+
+    num_used = sum(len(experts.unique()) for experts in chosen) / len(chosen)
+    num_bytes = num_used * 3 * hidden * inner * width
+    flops = 6.0 * tokens * top_k * hidden * inner
+    few = tokens * top_k / num_experts < 128
+    return product_work(own, {}, len(x), flops, num_bytes if few else None, "fp8" if fp8 else "bf16")
+
+
+def gate(stage: Stage, *, tokens: int, num_experts: int, num_groups: int, kept: int, top_k: int) -> Work:
+    num_bytes = tokens * (4 * num_experts + 12 * top_k)
+    sets = range(sets_for(num_bytes))
+    logits, bias = [stage.randn(tokens, num_experts, dtype=torch.float32) for _ in sets], 0.01 * stage.rand(num_experts)
+
+    def own(i: int) -> None:
+        gate_topk(
+            logits[i], bias, num_groups=num_groups, num_groups_kept=kept, top_k=top_k, renormalise=True, scaling=2.5
+        )
+
+    return Work(own=own, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def _stacked(rows: QuantisedRows, experts: int) -> tuple[Tensor, Tensor]:
+    """Values [E, M, K] and scales [E, M, K / 128], each expert's of one column side by side, as DeepGEMM reads them."""
+    scales = rows.scales.unflatten(0, (experts, -1)).transpose(1, 2).contiguous().transpose(1, 2)
+    return rows.values.unflatten(0, (experts, -1)), scales
