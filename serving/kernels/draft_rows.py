@@ -54,6 +54,21 @@ def opened(
 
         slots = page_table_SP, positions_S, last_token_S, hidden_SD
         return Opened(*device.opened(*slots, slots_B, known_B, page_places_B, page_ids_B))
+    return opened_reference(
+        page_table_SP, positions_S, last_token_S, hidden_SD, slots_B, known_B, page_places_B, page_ids_B
+    )
+
+
+def opened_reference(
+    page_table_SP: Tensor,
+    positions_S: Tensor,
+    last_token_S: Tensor,
+    hidden_SD: Tensor,
+    slots_B: Tensor,
+    known_B: Tensor,
+    page_places_B: Tensor,
+    page_ids_B: Tensor,
+) -> Opened:
     page_table_SP.index_put_((slots_B, page_places_B), page_ids_B.to(page_table_SP.dtype))
     return Opened(
         page_table_SP.index_select(0, slots_B),
@@ -69,6 +84,10 @@ def placed(page_table_BP: Tensor, positions_B: Tensor, *, first: int, num_tokens
         from serving.kernels.triton import draft_rows as device
 
         return Placed(*device.placed(page_table_BP, positions_B, first=first, num_tokens=num_tokens))
+    return placed_reference(page_table_BP, positions_B, first=first, num_tokens=num_tokens)
+
+
+def placed_reference(page_table_BP: Tensor, positions_B: Tensor, *, first: int, num_tokens: int) -> Placed:
     positions_BT = positions_B[:, None] + first + torch.arange(num_tokens, device=positions_B.device)
     pages_BT = page_table_BP.gather(1, positions_BT // PAGE_TOKENS).to(torch.int64)
     row_ids_BT = pages_BT * PAGE_TOKENS + positions_BT % PAGE_TOKENS
@@ -95,11 +114,24 @@ def accepted(
 
     The slots go on with the last token that counts, its hidden state, and the position behind it. K = T - 1.
     """
+    state = last_token_S, hidden_SD, positions_S
     if last_token_S.is_cuda:
         from serving.kernels.triton import draft_rows as device
 
-        state = last_token_S, hidden_SD, positions_S
         return device.accepted(*state, slots_B, positions_B, hidden_BTD, tokens_BT, drafts_BK)
+    return accepted_reference(*state, slots_B, positions_B, hidden_BTD, tokens_BT, drafts_BK)
+
+
+def accepted_reference(
+    last_token_S: Tensor,
+    hidden_SD: Tensor,
+    positions_S: Tensor,
+    slots_B: Tensor,
+    positions_B: Tensor,
+    hidden_BTD: Tensor,
+    tokens_BT: Tensor,
+    drafts_BK: Tensor,
+) -> Tensor:
     accepted_B = num_accepted(tokens_BT, drafts_BK)
     chosen_B1 = accepted_B[:, None]
     hidden_BD = hidden_BTD.gather(1, chosen_B1[:, :, None].expand(-1, 1, hidden_BTD.shape[2]))[:, 0]

@@ -16,6 +16,8 @@ from serving.kernels.quant import (
     quantise_rows_fp8_reference,
     silu_mul,
     silu_mul_quantise,
+    silu_mul_quantise_reference,
+    silu_mul_reference,
 )
 
 
@@ -36,6 +38,14 @@ def linear(x_MK: Tensor | QuantisedRows, weight_NK: Tensor | Fp8Weight) -> Tenso
     return F.linear(x_MK, weight_NK)
 
 
+def linear_reference(x_MK: Tensor | QuantisedRows, weight_NK: Tensor | Fp8Weight) -> Tensor:
+    """`linear` of a weight that is not packed, with fp32 sums."""
+    if isinstance(weight_NK, Fp8Weight):
+        return linear_fp8_reference(x_MK, weight_NK)
+    assert isinstance(x_MK, Tensor), "quantised rows are for an FP8 weight"
+    return linear_fp32_reference(x_MK, weight_NK).to(x_MK.dtype)
+
+
 def linear_fp32(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """x W^T, [M, N], plain, in fp32 from factors of one dtype, bf16 or fp32."""
     if weight_NK.is_cuda and weight_NK.dtype == torch.bfloat16 and len(x_MK):
@@ -43,6 +53,11 @@ def linear_fp32(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
 
         return device_linear(x_MK, weight_NK, dtype=torch.float32)
     return linear(x_MK.to(torch.float32), weight_NK.to(torch.float32))
+
+
+def linear_fp32_reference(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """`linear_fp32`; fp64 of fp64."""
+    return F.linear(_wide(x_MK), _wide(weight_NK))
 
 
 def linear_silu_mul(x_MK: Tensor | QuantisedRows, weight_NK: Tensor | Fp8Weight) -> Tensor | QuantisedRows:
@@ -56,6 +71,14 @@ def linear_silu_mul(x_MK: Tensor | QuantisedRows, weight_NK: Tensor | Fp8Weight)
     from serving.kernels.triton.product import linear_silu_mul as device_linear_silu_mul
 
     return device_linear_silu_mul(x_MK, weight_NK)
+
+
+def linear_silu_mul_reference(x_MK: Tensor | QuantisedRows, weight_NK: Tensor | Fp8Weight) -> Tensor | QuantisedRows:
+    """`linear_silu_mul`; of a plain weight nothing is rounded between."""
+    if isinstance(weight_NK, Fp8Weight):
+        return silu_mul_quantise_reference(linear_fp8_reference(x_MK, weight_NK))
+    assert isinstance(x_MK, Tensor), "quantised rows are for an FP8 weight"
+    return silu_mul_reference(linear_fp32_reference(x_MK, weight_NK)).to(x_MK.dtype)
 
 
 def linear_fp8_reference(x_MK: Tensor | QuantisedRows, weight_NK: Fp8Weight) -> Tensor:
@@ -95,6 +118,12 @@ def linear_by_head(x_THC: Tensor, w_HVC: Tensor, *, quantise: bool) -> Tensor | 
     return quantise_rows_fp8(out_THV.flatten(1)) if quantise else out_THV.flatten(1)
 
 
+def linear_by_head_reference(x_THC: Tensor, w_HVC: Tensor, *, quantise: bool) -> Tensor | QuantisedRows:
+    """`linear_by_head`; what is quantised was not rounded before."""
+    out_TX = torch.einsum("thc,hvc->thv", _wide(x_THC), _wide(w_HVC)).flatten(1)
+    return quantise_rows_fp8_reference(out_TX) if quantise else out_TX.to(x_THC.dtype)
+
+
 def per_head(x_THK: Tensor, w_HKN: Tensor, out_THN: Tensor) -> None:
     """out[t, h] = x[t, h] W[h] of every head h, into `out`; plain, any strides."""
     num_rows, num_heads, width = x_THK.shape
@@ -105,3 +134,11 @@ def per_head(x_THK: Tensor, w_HKN: Tensor, out_THN: Tensor) -> None:
             device.per_head(x_THK, w_HKN, out_THN)
             return
     torch.bmm(x_THK.transpose(0, 1), w_HKN, out=out_THN.transpose(0, 1))
+
+
+def per_head_reference(x_THK: Tensor, w_HKN: Tensor, out_THN: Tensor) -> None:
+    out_THN.copy_(torch.einsum("thk,hkn->thn", _wide(x_THK), _wide(w_HKN)))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

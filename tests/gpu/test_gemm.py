@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.kernels.gemm import linear, linear_by_head, linear_fp8_reference, linear_fp32
+from serving.kernels.gemm import (
+    linear,
+    linear_by_head,
+    linear_by_head_reference,
+    linear_fp8_reference,
+    linear_fp32,
+    linear_fp32_reference,
+    linear_silu_mul_reference,
+)
 from serving.kernels.quant import (
     Fp8Weight,
     QuantisedRows,
     quantise_block_fp8,
     quantise_rows_fp8,
-    quantise_rows_fp8_reference,
-    silu_mul_quantise_reference,
 )
 from serving.kernels.triton.gemm import FewRows, few_rows
 from tests.gpu.graphs import replayed
@@ -82,7 +88,7 @@ def test_graph_and_eager_equal_the_reference(rows: int, columns: int, width: int
 )
 def test_plain_products_of_long_rows_in_fp32(rows: int, columns: int, width: int) -> None:
     x, w = randn(rows, width).bfloat16(), randn(columns, width, seed=1).bfloat16() / width**0.5
-    got, want = linear_fp32(x, w), x.double() @ w.double().T
+    got, want = linear_fp32(x, w), linear_fp32_reference(x.double(), w.double())
     assert got.dtype == torch.float32
     assert error(got, want) < 1e-5
     assert error(got.bfloat16(), want) > 1e-4
@@ -95,13 +101,16 @@ def test_plain_products_of_long_rows_in_fp32(rows: int, columns: int, width: int
 def test_each_head_has_a_matrix_of_its_own(rows: int, heads: int, quantise: bool) -> None:
     x = randn(rows, heads, 512).bfloat16()
     w = (randn(heads, 256, 512, seed=1) / 512**0.5).bfloat16()[:, 128:]
-    want = torch.einsum("bhc,hvc->bhv", x.double(), w.double()).flatten(1)
+    want = linear_by_head_reference(x.double(), w.double(), quantise=False)
+    assert isinstance(want, Tensor)
     got = linear_by_head(x, w, quantise=quantise)
     again = replayed(lambda: linear_by_head(x, w, quantise=quantise))
     if quantise:
         assert isinstance(got, QuantisedRows)
         assert isinstance(again, QuantisedRows)
-        torch.testing.assert_close(got.scales, quantise_rows_fp8_reference(want.float()).scales, rtol=1e-2, atol=0)
+        exact = linear_by_head_reference(x, w, quantise=True)
+        assert isinstance(exact, QuantisedRows)
+        torch.testing.assert_close(got.scales, exact.scales, rtol=1e-2, atol=0)
         got, again = got.dequantise(torch.float32), again.dequantise(torch.float32)
     assert isinstance(got, Tensor)
     assert isinstance(again, Tensor)
@@ -136,7 +145,8 @@ def test_rows_that_end_within_a_tile_leave_the_other_scales_alone() -> None:
     from serving.kernels.gluon.gemm import ManyRows, many_rows
 
     x, w = operands(200, 1024, 512)
-    got, want = many_rows(x, w, ManyRows(), silu=True), silu_mul_quantise_reference(linear_fp8_reference(x, w))
+    got, want = many_rows(x, w, ManyRows(), silu=True), linear_silu_mul_reference(x, w)
     assert isinstance(got, QuantisedRows)
+    assert isinstance(want, QuantisedRows)
     assert error(got.dequantise(torch.float32), want.dequantise(torch.float32)) < 2e-2
     assert error(got.dequantise(torch.float32), want.dequantise(torch.float32).roll(1, dims=0)) > 0.5

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.experts import grouped_mlp_fp8_reference, grouped_mlp_reference
-from serving.kernels.gemm import linear_fp8_reference
+from serving.kernels.gemm import linear_by_head_reference, linear_fp8_reference
 from serving.kernels.quant import (
     Fp8Weight,
     QuantisedRows,
@@ -338,12 +338,14 @@ def test_heads_with_a_matrix_each(num_rows: int, quantise: bool) -> None:
     num_heads, width, columns = 5, 512, 128
     x = randn(num_rows, num_heads, width).bfloat16()
     w = (randn(num_heads, columns + 32, width, seed=1) / width**0.5).bfloat16()[:, 32:]
-    want = torch.einsum("bhc,hvc->bhv", x.double(), w.double()).flatten(1)
+    want = linear_by_head_reference(x.double(), w.double(), quantise=False)
+    assert isinstance(want, Tensor)
     got = ring.few_rows_by_head(x, w, quantise=quantise)
     if quantise:
         assert isinstance(got, QuantisedRows)
         assert error(got.dequantise(torch.float32), want) < 4e-2
-        exact = quantise_rows_fp8_reference(want.float())
+        exact = linear_by_head_reference(x, w, quantise=True)
+        assert isinstance(exact, QuantisedRows)
         torch.testing.assert_close(got.scales, exact.scales, rtol=1e-5, atol=0)
         got = got.dequantise(torch.float32)
     else:

@@ -11,9 +11,20 @@ from torch import Tensor
 
 from serving.kernels import packed as packing_rules
 from serving.kernels.experts import grouped_mlp
-from serving.kernels.gemm import linear, linear_fp32
+from serving.kernels.gemm import (
+    linear,
+    linear_by_head,
+    linear_by_head_reference,
+    linear_fp32,
+    linear_fp32_reference,
+    linear_reference,
+    linear_silu_mul,
+    linear_silu_mul_reference,
+    per_head,
+    per_head_reference,
+)
 from serving.kernels.packed import pack, row_pieces
-from serving.kernels.quant import BLOCK, Fp8Weight, quantise_block_fp8, silu_mul
+from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows, quantise_block_fp8, silu_mul
 from serving.kernels.topk import gate_topk
 
 
@@ -160,6 +171,26 @@ def test_padded_rows_leave_no_trace_in_a_product(num_rows: int) -> None:
 
 def test_sums_of_bf16_factors_are_fp32() -> None:
     x, w = randn(3, 200).bfloat16(), randn(5, 200, seed=1).bfloat16()
-    want = x.double() @ w.double().T
+    want = linear_fp32_reference(x.double(), w.double())
     torch.testing.assert_close(linear_fp32(x, w).double(), want, rtol=1e-5, atol=1e-5)
     assert not torch.allclose((x @ w.T).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_a_cpu_are_those_of_the_references() -> None:
+    x, w, by_head = randn(5, 3 * 64), randn(512, 3 * 64, seed=1), randn(3, 128, 64, seed=2)
+    heads = x.unflatten(1, (3, 64))
+    out, want = torch.empty(5, 3, 64), torch.empty(5, 3, 64)
+    per_head(heads, by_head[:, :64], out)
+    per_head_reference(heads, by_head[:, :64], want)
+    pairs = [
+        (linear(x, w), linear_reference(x, w)),
+        (linear_silu_mul(x, w), linear_silu_mul_reference(x, w)),
+        (linear_by_head(heads, by_head, quantise=False), linear_by_head_reference(heads, by_head, quantise=False)),
+        (linear_by_head(heads, by_head, quantise=True), linear_by_head_reference(heads, by_head, quantise=True)),
+        (out, want),
+    ]
+    for got, exact in pairs:
+        assert type(got) is type(exact)
+        wide, exact = (y.dequantise(torch.float32) if isinstance(y, QuantisedRows) else y for y in (got, exact))
+        assert float((wide - exact).norm() / exact.norm()) < 1e-2
+        assert float((wide - exact.roll(1, dims=0)).norm() / exact.norm()) > 0.5

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from serving.kernels import draft_rows
+from serving.kernels.draft_rows import accepted_reference, opened_reference, placed_reference
 from serving.kernels.triton import draft_rows as device
 
 NUM_SLOTS, NUM_PAGES, WIDTH, SCRATCH = 6, 21, 40, 99
@@ -33,7 +33,7 @@ def test_a_row_has_what_its_slot_has(block: int, monkeypatch: pytest.MonkeyPatch
         torch.tensor([2, 10, 20, 20, 20]),
         torch.tensor([91, 92, SCRATCH, SCRATCH, SCRATCH]),
     )
-    got, want = device.opened(*ours, *rows), draft_rows.opened(*theirs, *rows)
+    got, want = device.opened(*ours, *rows), opened_reference(*theirs, *rows)
     for one, other in zip([*ours, *got], [*theirs, *want], strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
@@ -45,7 +45,7 @@ def test_a_row_has_what_its_slot_has(block: int, monkeypatch: pytest.MonkeyPatch
 def test_tokens_have_places_behind_the_position(first: int, num_tokens: int) -> None:
     table, positions = torch.randint(0, 90, (3, NUM_PAGES), dtype=torch.int32), torch.tensor([0, 62, 640])
     got = device.placed(table, positions, first=first, num_tokens=num_tokens)
-    want = draft_rows.placed(table, positions, first=first, num_tokens=num_tokens)
+    want = placed_reference(table, positions, first=first, num_tokens=num_tokens)
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other.to(one.dtype))
     assert not torch.equal(device.placed(table + 1, positions, first=first, num_tokens=num_tokens)[2], got[2])
@@ -69,7 +69,7 @@ def test_drafts_count_up_to_the_first_that_was_not_drawn(
     ours = [tokens.clone(), hidden.clone(), positions.clone()]
     got = device.accepted(*ours, slots, at, states, drawn, drafts)
     theirs = [tokens.clone(), hidden.clone(), positions.clone()]
-    want = draft_rows.accepted(*theirs, slots, at, states, drawn, drafts)
+    want = accepted_reference(*theirs, slots, at, states, drawn, drafts)
     assert torch.equal(got, want)
     assert got[:, -1].tolist() == [min(row, num_drafts) for row in range(rows)]
     for one, other, old in zip(ours, theirs, (tokens, hidden, positions), strict=True):
