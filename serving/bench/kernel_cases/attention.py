@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +15,48 @@ from serving.bench.kernel_cases.stage import (
     EPS,
     LATENT,
     NOPE,
+    PLANES,
     ROPE,
     SOFTMAX_SCALE,
     VALUE,
     Call,
+    Case,
     Stage,
     Work,
     peer_library,
     sets_for,
 )
 from serving.kernels import mla
-from serving.kernels.attention import attend_varlen
+from serving.kernels.attention import attend_varlen, attend_varlen_quantised, merge_into, merge_into_reference
 from serving.kernels.kv_store import absorb_and_store, norm_rope_store
 from serving.kernels.norm_rope import inverse_frequencies, rotations
 from serving.kernels.pages import gather_pages, scatter_pages
 from serving.kernels.rows import slots
+
+
+def cases(stage: Stage) -> dict[str, Case]:
+    """By name; all of a kind of pool side by side."""
+    named: dict[str, Case] = {}
+    for fp8 in (False, True):
+        kind = "fp8" if fp8 else "bf16"
+        decode, store = partial(mla_decode, stage, ctx=4096, fp8=fp8), partial(latent_store, stage, fp8=fp8)
+        for heads in (16, 32, 64, 128):
+            for batch in (32, 64, 128):
+                named[f"mla_decode/{kind}/h{heads}/b{batch}"] = partial(decode, heads=heads, batch=batch)
+        named[f"mla_decode/{kind}/h32/b64/drafts3"] = partial(decode, heads=32, batch=64, num_tokens=4)
+        for tokens in (64, 4096):
+            named[f"norm_rope_store/{kind}/{tokens}"] = partial(store, tokens=tokens, heads=0)
+            named[f"norm_rope_store/{kind}/{tokens}/queries"] = partial(store, tokens=tokens, heads=128)
+        named[f"absorb_and_store/{kind}/16"] = partial(absorbed_query, stage, tokens=16, heads=128, fp8=fp8)
+        for way in (gather, scatter):
+            named[f"pages/{way.__name__}/{kind}"] = partial(way, stage, num_pages=64, num_layers=PLANES, fp8=fp8)
+    for lengths, heads in ((4, 4096), 128), ((1, 1024), 128), ((1, 4096), 16), ((32, 2048), 16):
+        attend = partial(prefill_attention, stage, batch=lengths[0], tokens=lengths[1], heads=heads)
+        named[f"attention/{lengths[0]}x{lengths[1]}/h{heads}"] = attend
+    whole = partial(prefill_attention, stage, batch=4, tokens=4096, heads=128, quantise=True)
+    named["attention/4x4096/h128/quantise"] = whole
+    named["attention/merge/4096/h128"] = partial(merge, stage, tokens=4096, heads=128)
+    return named
 
 
 def mla_decode(stage: Stage, *, heads: int, batch: int, ctx: int, fp8: bool, num_tokens: int = 1) -> Work:
@@ -135,8 +163,8 @@ def _moved(stage: Stage, move: Callable[..., None], num_pages: int, num_layers: 
     return Work(own=own, num_sets=len(ids), amount=2 * buffer.numel() * buffer.element_size(), bound="copy")
 
 
-def prefill_attention(stage: Stage, *, batch: int, tokens: int, heads: int) -> Work:
-    """Causal, the half below the diagonal counted. Torch's own gets keys with the rope part copied to every head beforehand."""
+def prefill_attention(stage: Stage, *, batch: int, tokens: int, heads: int, quantise: bool = False) -> Work:
+    """Causal, the half below the diagonal counted. Torch's own gets keys with the rope part copied to every head beforehand, and quantises nothing."""
     total = batch * tokens
     num_bytes = total * heads * (NOPE + ROPE + NOPE + 2 * VALUE) * 2
     sets = range(sets_for(num_bytes))
@@ -147,7 +175,10 @@ def prefill_attention(stage: Stage, *, batch: int, tokens: int, heads: int) -> W
 
     def own(i: int) -> Tensor:
         k, v = keys_values[i][:, :, :NOPE], keys_values[i][:, :, NOPE:]
-        out, _ = attend_varlen(queries[i], k, ropes[i], v, ends, ends, scale=SOFTMAX_SCALE, causal=True)
+        inputs = queries[i], k, ropes[i], v, ends, ends
+        if quantise:
+            return attend_varlen_quantised(*inputs, scale=SOFTMAX_SCALE, causal=True).scales
+        out, _ = attend_varlen(*inputs, scale=SOFTMAX_SCALE, causal=True)
         return out
 
     whole = [
@@ -155,14 +186,30 @@ def prefill_attention(stage: Stage, *, batch: int, tokens: int, heads: int) -> W
         for kv, rope in zip(keys_values, ropes, strict=True)
     ]
 
-    def sdpa(i: int) -> Tensor:
+    def sdpa(i: int) -> Tensor | None:
         q, k, v = (
             x.unflatten(0, (batch, tokens)).transpose(1, 2) for x in (queries[i], whole[i], keys_values[i][:, :, NOPE:])
         )
         # Torch's plain products would take the time of all other cases.
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SOFTMAX_SCALE)
-        return out.transpose(1, 2).flatten(0, 1)
+        return None if quantise else out.transpose(1, 2).flatten(0, 1)
 
     flops = 2.0 * batch * heads * tokens * (tokens + 1) / 2 * (NOPE + ROPE + VALUE)
     return Work(own=own, peers={"torch": sdpa}, num_sets=len(sets), amount=flops, bound="bf16")
+
+
+def merge(stage: Stage, *, tokens: int, heads: int) -> Work:
+    """Two parts of a context. The first is what comes out, so that neither side finds what the other found, and they are not compared."""
+    num_bytes = 3 * tokens * heads * (2 * VALUE + 4)
+    outs = [[stage.randn(tokens, heads, VALUE) for _ in range(2)] for _ in range(sets_for(num_bytes))]
+    lses = [[stage.randn(tokens, heads, dtype=torch.float32) for _ in range(2)] for _ in outs]
+
+    def own(i: int) -> Tensor:
+        merge_into(outs[i][0], lses[i][0], outs[i][1], lses[i][1])
+        return outs[i][0]
+
+    def eager(i: int) -> None:
+        merge_into_reference(outs[i][0], lses[i][0], outs[i][1], lses[i][1])
+
+    return Work(own=own, peers={"torch": eager}, num_sets=len(outs), amount=num_bytes, bound="copy")

@@ -1,14 +1,51 @@
-"""Cases of the routed experts: the gate, and products by expert."""
+"""Cases of the routed experts: the gate, rows by expert, and products by expert."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from serving.bench.kernel_cases.stage import Call, Stage, Work, peer_library, product_work, sets_for
+from serving.bench.kernel_cases.stage import HIDDEN, Call, Case, Stage, Work, peer_library, product_work, sets_for
 from serving.kernels.experts import grouped_mlp
-from serving.kernels.quant import Fp8Weight, QuantisedRows
+from serving.kernels.gemm import linear_fp32
+from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows
 from serving.kernels.topk import gate_topk
+
+
+def cases(stage: Stage) -> dict[str, Case]:
+    named: dict[str, Case] = {}
+    for tokens, n, k in (1024, 4096, 7168), (1024, 7168, 2048), (4096, 4096, 7168):
+        sizes: dict[str, Any] = {"experts": 9, "tokens": tokens, "n": n, "k": k}
+        named[f"grouped_fp8/9x{tokens}x{n}x{k}"] = partial(grouped_fp8, stage, **sizes)
+        named[f"grouped_bf16/9x{tokens}x{n}x{k}"] = partial(grouped_bf16, stage, **sizes)
+    for experts, tokens in (1, 256), (9, 64):
+        for n, k in (4096, HIDDEN), (HIDDEN, 2048):
+            masked = partial(grouped_fp8, stage, experts=experts, tokens=tokens, n=n, k=k, few=True)
+            named[f"grouped_fp8/masked/{experts}x{tokens}x{n}x{k}"] = masked
+    named["experts/one/256"] = partial(one_expert, stage, tokens=256, hidden=HIDDEN, inner=2048)
+    v3: dict[str, Any] = {"hidden": HIDDEN, "inner": 2048, "num_experts": 256, "top_k": 8, "fp8": True}
+    for tokens in (64, 256, 4096):
+        named[f"experts/v3/{tokens}"] = partial(experts_mlp, stage, tokens=tokens, **v3)
+    lite: dict[str, Any] = {"hidden": 2048, "inner": 1408, "num_experts": 64, "top_k": 6, "fp8": False}
+    for tokens in (1, 64, 256, 4096):
+        named[f"experts/lite/{tokens}"] = partial(experts_mlp, stage, tokens=tokens, **lite)
+    for tokens in (64, 4096):
+        for way in (send, combine):
+            placed = partial(way, stage, tokens=tokens, hidden=HIDDEN, num_experts=256, top_k=8)
+            named[f"expert_rows/{way.__name__}/{tokens}"] = placed
+    groups: dict[str, Any] = {"num_experts": 256, "num_groups": 8, "kept": 4, "top_k": 8}
+    for tokens in (64, 4096):
+        named[f"gate/v3/{tokens}"] = partial(gate, stage, tokens=tokens, **groups)
+        named[f"gate/lite/{tokens}"] = partial(
+            gate, stage, tokens=tokens, num_experts=64, num_groups=1, kept=1, top_k=6
+        )
+    for tokens in (16, 64):
+        named[f"gate/product/v3/{tokens}"] = partial(gate_product, stage, tokens=tokens, hidden=HIDDEN, **groups)
+    return named
 
 
 def grouped_fp8(stage: Stage, *, experts: int, tokens: int, n: int, k: int, few: bool = False) -> Work:
@@ -115,7 +152,7 @@ def experts_mlp(stage: Stage, *, tokens: int, hidden: int, inner: int, num_exper
     """The whole routed half of a layer, tokens spread evenly at random. Few tokens: the bytes of the experts they choose."""
     width = 1 if fp8 else 2
     x = [stage.randn(tokens, hidden) for _ in range(4)]
-    chosen = [stage.rand(tokens, num_experts).topk(top_k, dim=-1).indices for _ in x]
+    chosen = [_chosen(stage, tokens, num_experts, top_k) for _ in x]
     shares = [stage.rand(tokens, top_k) for _ in x]
     gate_up: Fp8Weight | Tensor
     down: Fp8Weight | Tensor
@@ -135,6 +172,50 @@ def experts_mlp(stage: Stage, *, tokens: int, hidden: int, inner: int, num_exper
     return product_work(own, {}, len(x), flops, num_bytes if few else None, "fp8" if fp8 else "bf16")
 
 
+def send(stage: Stage, *, tokens: int, hidden: int, num_experts: int, top_k: int) -> Work:
+    """Rows to where their experts have them, quantised on the way. Torch's own sorts and copies them in bf16."""
+    from serving.kernels.triton import expert_rows
+    from serving.kernels.triton.product import grouped_tile
+
+    pairs = tokens * top_k
+    num_bytes = 2 * tokens * hidden + pairs * (hidden + 4 * hidden // BLOCK)
+    x = [stage.randn(tokens, hidden) for _ in range(sets_for(num_bytes))]
+    chosen = [_chosen(stage, tokens, num_experts, top_k) for _ in x]
+    tile = grouped_tile(pairs, num_experts, torch.float8_e4m3fn)
+
+    def own(i: int) -> Tensor:
+        slots, _ = expert_rows.send(x[i], chosen[i], num_experts, tile, quantise=True)
+        return slots.slots_TK
+
+    def by_sorting(i: int) -> None:
+        x[i].index_select(0, chosen[i].view(-1).argsort() // top_k)
+
+    return Work(own=own, peers={"torch": by_sorting}, num_sets=len(x), amount=num_bytes, bound="copy")
+
+
+def combine(stage: Stage, *, tokens: int, hidden: int, num_experts: int, top_k: int) -> Work:
+    """From the experts' rows to each token's weighted sum."""
+    from serving.kernels.triton import expert_rows
+    from serving.kernels.triton.placing import place
+    from serving.kernels.triton.product import grouped_tile
+
+    num_bytes = 2 * hidden * tokens * (top_k + 1)
+    tile = grouped_tile(tokens * top_k, num_experts, torch.float8_e4m3fn)
+    sets = range(sets_for(num_bytes))
+    slots = [place(_chosen(stage, tokens, num_experts, top_k), num_experts, tile) for _ in sets]
+    y = [stage.randn(of_set.num_slots, hidden) for of_set in slots]
+    shares = [stage.rand(tokens, top_k) for _ in sets]
+    rounded = [share.bfloat16() for share in shares]
+
+    def own(i: int) -> Tensor:
+        return expert_rows.combine(y[i], slots[i], shares[i])
+
+    def embedding_bag(i: int) -> Tensor:
+        return F.embedding_bag(slots[i].slots_TK, y[i], mode="sum", per_sample_weights=rounded[i])
+
+    return Work(own=own, peers={"torch": embedding_bag}, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
 def gate(stage: Stage, *, tokens: int, num_experts: int, num_groups: int, kept: int, top_k: int) -> Work:
     num_bytes = tokens * (4 * num_experts + 12 * top_k)
     sets = range(sets_for(num_bytes))
@@ -146,6 +227,34 @@ def gate(stage: Stage, *, tokens: int, num_experts: int, num_groups: int, kept: 
         )
 
     return Work(own=own, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def gate_product(
+    stage: Stage, *, tokens: int, hidden: int, num_experts: int, num_groups: int, kept: int, top_k: int
+) -> Work:
+    """The gate's product and what it chooses; torch's own is the product alone."""
+    num_bytes = 2 * hidden * (num_experts + tokens) + 12 * tokens * top_k
+    sets = range(sets_for(num_bytes))
+    x = [stage.randn(tokens, hidden) for _ in sets]
+    weights = [stage.randn(num_experts, hidden).mul_(hidden**-0.5) for _ in sets]
+    bias = 0.01 * stage.rand(num_experts)
+
+    def own(i: int) -> Tensor:
+        _, weights_TK = gate_topk(
+            linear_fp32(x[i], weights[i]), bias, num_groups=num_groups, num_groups_kept=kept, top_k=top_k,
+            renormalise=True, scaling=2.5,
+        )  # fmt: skip
+        return weights_TK
+
+    def product(i: int) -> None:
+        torch.mm(x[i], weights[i].t(), out_dtype=torch.float32)
+
+    return Work(own=own, peers={"torch's product": product}, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def _chosen(stage: Stage, tokens: int, num_experts: int, top_k: int) -> Tensor:
+    """Distinct experts of each token, int64 [T, K], spread evenly at random."""
+    return stage.rand(tokens, num_experts).topk(top_k, dim=-1).indices
 
 
 def _stacked(rows: QuantisedRows, experts: int) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from serving.bench.kernel_cases.stage import Call, Stage, Work, peer_library, product_work, sets_for
-from serving.kernels.gemm import linear
+from serving.bench.kernel_cases.stage import (
+    LATENT,
+    NOPE,
+    ROPE,
+    VALUE,
+    Call,
+    Case,
+    Stage,
+    Work,
+    peer_library,
+    product_work,
+    sets_for,
+)
+from serving.kernels.gemm import linear, linear_by_head, linear_fp32, linear_silu_mul, per_head
+from serving.kernels.quant import QuantisedRows, silu_mul_reference
+
+
+def cases(stage: Stage) -> dict[str, Case]:
+    """Plain ones are V2-Lite's, and V3's head and gate."""
+    named: dict[str, Case] = {}
+    for m, n, k in (4096, 7168, 2048), (4096, 24576, 1536), (4096, 4096, 7168):
+        named[f"linear_fp8/{m}x{n}x{k}"] = partial(linear_fp8, stage, m=m, n=n, k=k)
+    for m, n, k in (128, 7168, 16384), (64, 4096, 7168), (128, 24576, 1536), (16, 4096, 7168):
+        named[f"linear_fp8/{m}x{n}x{k}"] = partial(linear_fp8, stage, m=m, n=n, k=k, few=True)
+    for n, k in (3648, 2048), (2048, 2048):
+        for m in (1, 16, 64):
+            named[f"linear_bf16/{m}x{n}x{k}"] = partial(linear_bf16, stage, m=m, n=n, k=k)
+    named["linear_bf16/16x129280x7168"] = partial(linear_bf16, stage, m=16, n=129280, k=7168)
+    for m in (16, 64):
+        named[f"linear_fp32/{m}x256x7168"] = partial(linear_bf16, stage, m=m, n=256, k=7168, fp32=True)
+    for m in (1, 16, 64):
+        named[f"linear_silu_mul/{m}x5632x2048"] = partial(gate_up, stage, m=m, n=5632, k=2048, few=True)
+    named["linear_silu_mul/4096x21888x2048"] = partial(gate_up, stage, m=4096, n=21888, k=2048)
+    for heads in (16, 128):
+        named[f"per_head/absorb/16/h{heads}"] = partial(absorb, stage, tokens=16, heads=heads)
+        named[f"linear_by_head/16/h{heads}"] = partial(values_by_head, stage, tokens=16, heads=heads)
+    named["linear_by_head/16/h128/quantise"] = partial(values_by_head, stage, tokens=16, heads=128, quantise=True)
+    return named
 
 
 def linear_fp8(stage: Stage, *, m: int, n: int, k: int, few: bool = False) -> Work:
@@ -28,3 +67,77 @@ def linear_fp8(stage: Stage, *, m: int, n: int, k: int, few: bool = False) -> Wo
     return product_work(
         lambda i: linear(x[i], w[i]), peers, len(sets), 2.0 * m * n * k, num_bytes if few else None, "fp8"
     )
+
+
+def linear_bf16(stage: Stage, *, m: int, n: int, k: int, fp32: bool = False) -> Work:
+    """Rows so few that the weight's bytes are the bound. `fp32`: of what comes out."""
+    num_bytes = 2 * n * k
+    sets = range(sets_for(num_bytes))
+    x, w = [stage.randn(m, k) for _ in sets], [_plain_weight(stage, n, k) for _ in sets]
+    dtype = torch.float32 if fp32 else torch.bfloat16
+    own: Call = lambda i: (linear_fp32 if fp32 else linear)(x[i], w[i])  # noqa: E731
+    peers: dict[str, Call] = {
+        "torch": lambda i: torch.mm(x[i], w[i].t(), out_dtype=dtype) if fp32 else F.linear(x[i], w[i])
+    }
+    return Work(own=own, peers=peers, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def gate_up(stage: Stage, *, m: int, n: int, k: int, few: bool = False) -> Work:
+    """Plain, with SiLU-mul behind. `few`: rows so few that the weight's bytes are the bound."""
+    num_bytes = 2 * n * k
+    sets = range(sets_for(num_bytes))
+    x, w = [stage.randn(m, k) for _ in sets], [_plain_weight(stage, n, k) for _ in sets]
+
+    def own(i: int) -> Tensor:
+        out = linear_silu_mul(x[i], w[i])
+        assert isinstance(out, Tensor)
+        return out
+
+    peers: dict[str, Call] = {"torch": lambda i: silu_mul_reference(F.linear(x[i], w[i]))}
+    return product_work(own, peers, len(sets), 2.0 * m * n * k, num_bytes if few else None, "bf16")
+
+
+def absorb(stage: Stage, *, tokens: int, heads: int) -> Work:
+    """From each head's query to its latent's width, parts of wider rows on both sides."""
+    num_bytes = 2 * heads * NOPE * LATENT
+    sets = range(sets_for(num_bytes))
+    queries = [stage.randn(tokens, heads, NOPE + ROPE)[:, :, :NOPE] for _ in sets]
+    weights = [_by_head(stage, heads)[:, :NOPE] for _ in sets]
+    outs = [stage.randn(tokens, heads, LATENT + ROPE)[:, :, :LATENT] for _ in sets]
+
+    def own(i: int) -> Tensor:
+        per_head(queries[i], weights[i], outs[i])
+        return outs[i]
+
+    def bmm(i: int) -> Tensor:
+        return torch.bmm(queries[i].transpose(0, 1), weights[i]).transpose(0, 1)
+
+    return Work(own=own, peers={"torch": bmm}, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def values_by_head(stage: Stage, *, tokens: int, heads: int, quantise: bool = False) -> Work:
+    """From each head's latent to its value; torch's own quantises nothing."""
+    num_bytes = 2 * heads * VALUE * LATENT
+    sets = range(sets_for(num_bytes))
+    latents = [stage.randn(tokens, heads, LATENT) for _ in sets]
+    weights = [_by_head(stage, heads)[:, NOPE:] for _ in sets]
+
+    def own(i: int) -> Tensor:
+        out = linear_by_head(latents[i], weights[i], quantise=quantise)
+        return out.scales if isinstance(out, QuantisedRows) else out
+
+    def bmm(i: int) -> Tensor | None:
+        out_THV = latents[i].new_empty(tokens, heads, VALUE)
+        torch.bmm(latents[i].transpose(0, 1), weights[i].transpose(1, 2), out=out_THV.transpose(0, 1))
+        return None if quantise else out_THV.flatten(1)
+
+    return Work(own=own, peers={"torch": bmm}, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def _plain_weight(stage: Stage, n: int, k: int) -> Tensor:
+    return stage.randn(n, k).mul_(k**-0.5)
+
+
+def _by_head(stage: Stage, heads: int) -> Tensor:
+    """[H, N + V, C], the keys' part above the values'."""
+    return stage.randn(heads, NOPE + VALUE, LATENT).mul_(LATENT**-0.5)

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from serving.bench.kernel_cases.stage import EPS, Call, Stage, Work, sets_for
+from serving.bench.kernel_cases.stage import EPS, HIDDEN, Call, Case, Stage, Work, sets_for
 from serving.kernels.norm_rope import add_rms_norm, rms_norm, rms_norm_quantise
-from serving.kernels.quant import BLOCK, quantise_rows_fp8, silu_mul_quantise
+from serving.kernels.quant import BLOCK, quantise_rows_fp8, silu_mul, silu_mul_quantise, silu_mul_reference
+
+
+def cases(stage: Stage) -> dict[str, Case]:
+    named: dict[str, Case] = {}
+    of_name = {"rms_norm": norm, "rms_norm/add": add_norm, "rms_norm/quantise": norm_quantise, "quantise": quantise}
+    for name, build in of_name.items():
+        for tokens in (64, 32768):
+            named[f"{name}/{tokens}"] = partial(build, stage, tokens=tokens, width=HIDDEN)
+    for tokens, inner in (64, 2048), (32768, 2048), (32768, 18432):
+        named[f"silu_mul_quantise/{tokens}x{inner}"] = partial(silu_quantise, stage, tokens=tokens, inner=inner)
+    for tokens in (64, 32768):
+        named[f"silu_mul/{tokens}x2048"] = partial(silu, stage, tokens=tokens, inner=2048)
+    return named
 
 
 def norm(stage: Stage, *, tokens: int, width: int) -> Work:
@@ -54,6 +69,12 @@ def silu_quantise(stage: Stage, *, tokens: int, inner: int) -> Work:
         silu_mul_quantise(x[i])
 
     return Work(own=own, num_sets=len(x), amount=tokens * _quantised_bytes(inner, read=2 * inner), bound="copy")
+
+
+def silu(stage: Stage, *, tokens: int, inner: int) -> Work:
+    x = _activations(stage, tokens, 2 * inner)
+    peers: dict[str, Call] = {"torch": lambda i: silu_mul_reference(x[i])}
+    return Work(own=lambda i: silu_mul(x[i]), peers=peers, num_sets=len(x), amount=6 * tokens * inner, bound="copy")
 
 
 def _activations(stage: Stage, tokens: int, width: int) -> list[Tensor]:
