@@ -59,6 +59,11 @@ def decode(
     return mla.decode_latent(q, pool.tensor, layer, plan, latent=latent, scale=SCALE)
 
 
+def queries(batch: int, tokens: int, heads: int) -> Tensor:
+    shape = (batch, heads, WIDTH) if tokens == 1 else (batch, tokens, heads, WIDTH)
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
 def reference(pool: Pool, q: Tensor, *, layer: int = 1, first: int = 0, latent: int = LATENT) -> tuple[Tensor, Tensor]:
     q_BTHW = (q if q.dim() == 4 else q[:, None]).float()
     out, lse = mla.decode_latent_reference(
@@ -89,7 +94,9 @@ def test_any_mix_of_lengths(heads: int, dtype: torch.dtype, lens: list[int], fir
     assert error(other_layer, want_out) > 0.1
 
 
-@pytest.mark.parametrize(("heads", "tokens"), [(16, 2), (16, 3), (16, 4), (32, 2), (128, 4), (20, 2)])
+@pytest.mark.parametrize(
+    ("heads", "tokens"), [(16, 2), (16, 3), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (20, 2)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
 def test_draft_tokens_are_causal(heads: int, tokens: int, dtype: torch.dtype) -> None:
     pool = make_pool([4, 66, 130, 700, 64, 65], dtype)
@@ -115,10 +122,12 @@ def test_fp32_is_exact(latent: int, width: int, heads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("heads", [16, 32, 128])
-def test_a_graph_holds_while_lengths_change(dtype: torch.dtype, heads: int) -> None:
-    pool = make_pool([700, 65, 1, 640], dtype)
-    q = torch.randn(4, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("heads", "tokens"), [(16, 1), (32, 1), (128, 1), (16, 3), (20, 3), (32, 2), (64, 2), (128, 3)]
+)
+def test_a_graph_holds_while_lengths_change(dtype: torch.dtype, heads: int, tokens: int) -> None:
+    pool = make_pool([700, 65, tokens, 640], dtype)
+    q = queries(4, tokens, heads)
     decode(pool, q)
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
@@ -127,7 +136,7 @@ def test_a_graph_holds_while_lengths_change(dtype: torch.dtype, heads: int) -> N
         with torch.cuda.graph(graph, stream=stream):
             out, lse = decode(pool, q)
     torch.cuda.synchronize()
-    for lens in ([700, 65, 1, 640], [699, 3, 1, 128], [64, 65, 1, 640]):
+    for lens in ([700, 65, tokens, 640], [699, 3, tokens, 128], [64, 65, tokens, 640]):
         pool.lens.copy_(torch.tensor(lens, dtype=torch.int32))
         before = out.clone()
         graph.replay()
@@ -150,8 +159,10 @@ def test_every_run_gives_the_same_bits(dtype: torch.dtype, heads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("heads", [32, 128])
-def test_pages_past_2_31_elements(heads: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("heads", "tokens"), [(16, 1), (32, 1), (64, 1), (128, 1), (16, 2), (16, 4), (32, 4), (64, 2), (128, 3)]
+)
+def test_pages_past_2_31_elements(heads: int, tokens: int, dtype: torch.dtype) -> None:
     # Pages of 62 layers, as the published model has them.
     row = 656 if dtype == torch.uint8 else WIDTH
     num_pages = 2**31 // (62 * 64 * row) + 40
@@ -162,7 +173,7 @@ def test_pages_past_2_31_elements(heads: int, dtype: torch.dtype) -> None:
     pool[far, 61] = pack_fp8_rows(rows.flatten(0, 1), LATENT).view(8, 64, -1) if row == 656 else rows.to(dtype)
     lens = torch.tensor([200, 256], dtype=torch.int32, device="cuda")
     here = Pool(pool, far.to(torch.int32).view(2, 4), lens)
-    q = torch.randn(2, heads, WIDTH, device="cuda", dtype=torch.bfloat16)
+    q = queries(2, tokens, heads)
     want, _ = reference(here, q, layer=61)
     assert error(decode(here, q, layer=61)[0], want) < 6e-3
     near = Pool(pool, here.table - (num_pages - 9), lens)
