@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,9 @@ from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.core.request import SamplingParams, Sequence
 from serving.engine.build import Engine, build_engine
-from serving.engine.plan import SlotSpec
+from serving.engine.graphs import StepGraphs
+from serving.engine.plan import DecodeRow, PrefillChunk, SlotSpec, StepPlan
+from serving.engine.runner import Runner
 from tests.gpu.texts import DEMO, TIE, partings, trained_questions
 
 pytestmark = [
@@ -26,9 +30,17 @@ NEW_TOKENS = 24
 ANSWER_TOKENS = 40
 
 
-def engine_on(device: str, dtype: str = "float32") -> Engine:
+def engine_on(device: str, dtype: str = "float32", draft_tokens: str = "0") -> Engine:
     # More threads of a CPU than small products have work for only wait for each other.
-    engine = build_engine(DEMO, max_num_seqs=16, num_pages=512, dtype=dtype, device=device, num_threads=4)
+    engine = build_engine(
+        DEMO,
+        max_num_seqs=16,
+        num_pages=512,
+        dtype=dtype,
+        device=device,
+        draft_tokens=draft_tokens,
+        num_threads=4,
+    )
     engine.runner.warm_up(max_batched_tokens=256, decodes=True)
     engine.pool.poison_all()
     return engine
@@ -99,6 +111,16 @@ def test_a_latent_that_is_off_shows(prompts: list[list[int]], texts: list[list[i
     assert loop_over(engine).generate(prompts, GREEDY, NEW_TOKENS) != texts
 
 
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Inside, torch raises where it would wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_sequence_joins_without_waiting_for_the_step_in_flight() -> None:
     runner = engine_on("cuda").runner
     hidden_D = torch.randn(runner._hidden_SD.shape[1])
@@ -109,16 +131,133 @@ def test_a_sequence_joins_without_waiting_for_the_step_in_flight() -> None:
     plain = SlotSpec(sampling=GREEDY, token_ids=[5, 9, 9], num_prompt_tokens=2, page_ids=[3])
     specs = [replace(plain, sampling=sampling) for sampling in (GREEDY, biased, penalised, penalised)]
     specs.append(replace(specs[-1], hidden=hidden_D.numpy().tobytes()))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for slot, spec in enumerate(specs):
             runner.open_slot(slot, spec)
         with pytest.raises(RuntimeError, match="synchroniz"):
             runner._last_token_S[0] = 9
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(runner._hidden_SD[len(specs) - 1].cpu(), hidden_D)
     assert not runner._hidden_SD[0].any()
+
+
+# A token less than a page: the second row that follows is the first of the next one.
+PROMPT = [2 + 7 * i % 250 for i in range(63)]
+FIRST_PART = 32
+ASKED = {
+    "greedy": GREEDY,
+    "drawn": SamplingParams(temperature=0.8, seed=3),
+    "truncated": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=3),
+    "penalised": SamplingParams(temperature=0.0, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.1),
+    "logprobs": SamplingParams(temperature=0.0, logprobs=5),
+    "biased": SamplingParams(temperature=0.0, logit_bias={7: -3.0, 11: 2.0}),
+    "all at once": SamplingParams(
+        temperature=0.8, top_k=20, top_p=0.9, frequency_penalty=0.2, logit_bias={7: -3.0}, logprobs=5, seed=3
+    ),
+}
+# The middle one is greedy: what is asked for concerns some rows of a batch.
+SLOTS = (0, 1, 2)
+
+
+def chunks(start: int, end: int, slots: tuple[int, ...] = SLOTS) -> tuple[PrefillChunk, ...]:
+    return tuple(
+        PrefillChunk(
+            slot=slot,
+            token_ids=PROMPT[start:end],
+            start=start,
+            store_from=start,
+            page_ids=[8 * slot],
+            sample=end == len(PROMPT),
+        )
+        for slot in slots
+    )
+
+
+def rows(num_before: int, *, drafting: bool, slots: tuple[int, ...] = SLOTS) -> tuple[DecodeRow, ...]:
+    """After so many rows of the same slots; the first brings a page, and with drafts the device alone knows where later ones are."""
+    return tuple(
+        DecodeRow(
+            slot=slot,
+            position=None if drafting and num_before else len(PROMPT) + num_before,
+            new_page_id=None if num_before else 8 * slot + 1,
+        )
+        for slot in slots
+    )
+
+
+def steps_of(kind: str, num_drafts: int) -> tuple[list[StepPlan], list[StepPlan]]:
+    """Steps that bring the slots to where `kind` begins, and one or two of that kind."""
+    drafting = num_drafts > 0
+    whole = StepPlan(chunks=chunks(0, len(PROMPT)))
+    if kind == "a captured prefill":
+        return [], [whole]
+    if kind == "a prefill behind a cached part":
+        return [StepPlan(chunks=chunks(0, FIRST_PART))], [StepPlan(chunks=chunks(FIRST_PART, len(PROMPT)))]
+    if kind == "decode":
+        return [whole], [StepPlan(rows=rows(i, drafting=drafting), num_drafts=num_drafts) for i in range(2)]
+    assert kind == "decode beside a prefill"
+    early, late = SLOTS[:2], SLOTS[2:]
+    before = StepPlan(chunks=(*chunks(0, len(PROMPT), early), *chunks(0, FIRST_PART, late)))
+    beside = StepPlan(
+        chunks=chunks(FIRST_PART, len(PROMPT), late),
+        rows=rows(0, drafting=drafting, slots=early),
+        num_drafts=num_drafts,
+    )
+    joined = (*rows(1, drafting=drafting, slots=early), *rows(0, drafting=drafting, slots=late))
+    return [before], [beside, StepPlan(rows=joined, num_drafts=num_drafts)]
+
+
+def began(runner: Runner, asked: SamplingParams, before: list[StepPlan]) -> None:
+    """The slots are opened and these steps settled."""
+    # A step that raised half way was never settled.
+    runner._num_in_flight = 0
+    for slot in SLOTS:
+        sampling = GREEDY if slot == 1 else asked
+        spec = SlotSpec(sampling=sampling, token_ids=PROMPT, num_prompt_tokens=len(PROMPT), page_ids=[8 * slot])
+        runner.open_slot(slot, spec)
+    for plan in before:
+        runner.settle(runner.launch(plan))
+
+
+@pytest.fixture(scope="module", params=["0", "2"])
+def stepping(request: pytest.FixtureRequest) -> Engine:
+    return engine_on("cuda", "bfloat16", draft_tokens=request.param)
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize(
+    ("kind", "num_replays"),
+    [
+        ("a captured prefill", 1),
+        ("a prefill behind a cached part", 0),
+        ("decode", 2),
+        ("decode beside a prefill", 2),
+    ],
+)
+def test_a_step_waits_for_nothing(
+    stepping: Engine, kind: str, num_replays: int, asked: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = stepping.runner
+    before, steps = steps_of(kind, stepping.draft_tokens)
+    # Kernels are loaded and libraries take their memory at the first call.
+    began(runner, asked, [*before, *steps])
+    replays: list[int] = []
+    run = StepGraphs.run
+
+    def noted(graphs: StepGraphs, size: int, values: list[int]) -> tuple[torch.Tensor, ...]:
+        replays.append(size)
+        return run(graphs, size, values)
+
+    began(runner, asked, before)
+    monkeypatch.setattr(StepGraphs, "run", noted)
+    with no_synchronisation():
+        in_flight = [runner.launch(plan) for plan in steps]
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            runner._last_token_S[0] = 9
+    assert len(replays) == num_replays
+    for step, plan in zip(in_flight, steps, strict=True):
+        tokens = runner.settle(step).tokens
+        assert {token.slot for token in tokens} == {each.slot for each in (*plan.chunks, *plan.rows)}
+        assert all((token.logprobs is not None) == (asked.logprobs is not None and token.slot != 1) for token in tokens)
 
 
 def test_greedy_answers_in_bf16_part_from_the_cpus_only_at_ties(questions: list[list[int]]) -> None:
