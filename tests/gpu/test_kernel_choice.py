@@ -188,6 +188,64 @@ def test_a_model_prefills_with_deep_gemm_as_with_ours(deep_gemm: DeepGemm, tmp_p
     assert off(theirs, factor=1.2) > 1.3 * ours
 
 
+def decode_of(num_rows: int, device: str) -> DecodeBatch:
+    """A sequence a row, of 1 to 128 tokens on two pages."""
+    lens = torch.arange(num_rows, device=device) * 37 % 128 + 1
+    table = torch.arange(2 * num_rows, device=device).view(num_rows, 2).flip(0)
+    positions = lens - 1
+    pages = table.gather(1, positions[:, None] // PAGE_TOKENS)[:, 0]
+    return DecodeBatch(
+        token_ids_B=2 + torch.arange(num_rows, device=device) % 120,
+        positions_B=positions,
+        row_ids_B=pages * PAGE_TOKENS + positions % PAGE_TOKENS,
+        page_table_BP=table,
+        context_lens_B=lens,
+    )
+
+
+@pytest.mark.parametrize("num_rows", [64, 128])
+def test_a_captured_decode_with_deep_gemm_is_eager_and_as_exact_as_ours(
+    deep_gemm: DeepGemm, tmp_path: Path, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[int] = []
+    linear = DeepGemm.linear
+
+    def noted(self: DeepGemm, x: QuantisedRows, w: Fp8Weight) -> Tensor:
+        met.append(len(x.values))
+        return linear(self, x, w)
+
+    monkeypatch.setattr(DeepGemm, "linear", noted)
+    make_checkpoint(tmp_path, 3, storage="fp8", **WIDE)
+    config = ModelConfig.from_folder(tmp_path)
+    shape = 2 * num_rows + 1, config.num_kv_layers, PAGE_TOKENS, config.latent_width
+    pool = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    plain = load_wide(tmp_path, torch.float32, "cpu")
+    exact = plain.logits(plain.decode(decode_of(num_rows, "cpu"), pool.float()))
+
+    def logits(kernels: KernelChoices, factor: float = 1.0) -> Tensor:
+        model = load_weights(tmp_path, config, torch.bfloat16, "cuda", kernels=kernels)
+        out = model.blocks[1].attention.out
+        assert isinstance(out, Fp8Weight)
+        out.scales.mul_(factor)
+        batch, kv_pool = decode_of(num_rows, "cuda"), pool.cuda()
+        eager = model.logits(model.decode(batch, kv_pool))
+        captured = replayed(lambda: model.logits(model.decode(batch, kv_pool)))
+        assert torch.equal(captured, eager)
+        assert not torch.equal(captured, eager.roll(1, dims=0))
+        return captured.cpu().float()
+
+    ours = logits(OURS)
+    assert not met
+    theirs = logits(KernelChoices(linear_fp8=deep_gemm))
+    assert set(met) == {num_rows}
+    off = 1 - cosine(ours, exact)
+    print(f"1 - cosine to fp32: ours {off:.6f}, theirs {1 - cosine(theirs, exact):.6f}")
+    assert 0.8 * off < 1 - cosine(theirs, exact) < 1.2 * off
+    # Two ways of rounding are nearly as far apart as either is from no rounding.
+    assert 1 - cosine(theirs, ours) < 2.5 * off
+    assert 1 - cosine(logits(KernelChoices(linear_fp8=deep_gemm), factor=1.2), exact) > 1.3 * off
+
+
 def test_under_auto_no_request_waits_for_nvcc(
     deep_gemm: DeepGemm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
