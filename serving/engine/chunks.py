@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -22,11 +24,17 @@ from serving.engine.split import split_chunks
 from serving.engine.staging import ids
 from serving.kernels import sampling
 from serving.kernels.packed import PIECES
-from serving.model.batch import PrefillBatch, SeqChunk
+from serving.kernels.rows import packed_context_slots
+from serving.model.batch import PrefillBatch, PrefillContext, SeqChunk
 
 # Larger prefill steps keep the device busy for longer than the host needs to launch their parts one by one.
 _MOST_CAPTURED_TOKENS = 4096
 _MOST_CAPTURED_CHUNKS = 16
+# Cached rows, of all chunks together, that a captured step has room for; it reads and expands as many, whatever is there. Steps with more
+# are launched piece by piece.
+_CAPTURED_CONTEXTS = (4096, 16384)
+# Behind a context steps are captured for fewer numbers of tokens, but for each of those rooms.
+_SIZES_AN_OCTAVE = 2
 
 
 class PrefillModel(Protocol):
@@ -81,10 +89,10 @@ class Chunks:
         self._scratch_slot = page_table_SP.shape[0] - 1
         self._scratch_page = kv_pool.shape[0] - 1
         self._device = kv_pool.device
-        self._graphs: StepGraphs | None = None
+        # By the cached rows that a step may have, in ascending order.
+        self._graphs: dict[int, StepGraphs] = {}
         if self._device.type == "cuda" and model.captures_prefill:
-            sizes = prefill_sizes(_MOST_CAPTURED_TOKENS)
-            self._graphs = StepGraphs(self._captured, sizes=sizes, idle=self._idle, device=self._device)
+            self._make_graphs()
 
     def warm_up(self, max_batched_tokens: int, told: Callable[[str], None], *, packed: bool) -> None:
         """Compile, and capture, what steps of so many tokens run. `packed`: whether weights are (`kernels.packed`). In inference mode."""
@@ -92,8 +100,8 @@ class Chunks:
         self._capture(max_batched_tokens, told)
 
     def release(self) -> None:
-        if self._graphs is not None:
-            self._graphs.release()
+        for graphs in self._graphs.values():
+            graphs.release()
 
     def run(self, chunks: tuple[PrefillChunk, ...], num_micro_batches: int = 1) -> EndedPrompts | None:
         """None: no prompt ends with them. There may be no chunk, where other ranks of the unit have some."""
@@ -118,7 +126,7 @@ class Chunks:
         )
 
     def _compile(self, max_batched_tokens: int, told: Callable[[str], None], *, packed: bool) -> None:
-        """Steps that are not captured: many tokens, or a part of the context cached; and each number of rows that has code of its own."""
+        """Steps that are not captured: many tokens, or much of the context cached; and each number of rows that has code of its own."""
         if self._device.type == "cuda":
             small: tuple[int, ...] = (1, 2, 16, 32, PAGE_TOKENS)
         else:
@@ -127,7 +135,7 @@ class Chunks:
         for num_tokens in sorted({max_batched_tokens, *(size for size in small if size < max_batched_tokens)}):
             told(f"compiling prefill of {num_tokens} tokens")
             self._compile_step(PAGE_TOKENS, num_tokens)
-        if self._graphs is None:
+        if not self._graphs:
             # Where nothing is cached attention has code of its own.
             self._compile_step(0, min(PAGE_TOKENS, max_batched_tokens))
 
@@ -155,14 +163,14 @@ class Chunks:
         sampling.argmax(self._model.logits(last_ND))
 
     def _capture(self, max_batched_tokens: int, told: Callable[[str], None]) -> None:
-        """Every size that a step of so many tokens may take."""
-        if self._graphs is None:
-            return
-        most = self._graphs.size_for(max_batched_tokens) or self._graphs.sizes[-1]
-        for size in reversed(self._graphs.sizes):
-            if size <= most:
-                told(f"capturing a prefill step of {size} tokens")
-                self._graphs.capture(size)
+        """Every size that a step of so many tokens may take; what needs most memory first."""
+        for capacity, graphs in reversed(self._graphs.items()):
+            behind = f" behind a context of {capacity}" if capacity else ""
+            most = graphs.size_for(max_batched_tokens) or graphs.sizes[-1]
+            for size in reversed(graphs.sizes):
+                if size <= most:
+                    told(f"capturing a prefill step of {size} tokens{behind}")
+                    graphs.capture(size)
 
     def _run(self, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor | None]:
         """Hidden states [N, D] of the last token of each chunk, and their logits [N, V] where the step was captured with them."""
@@ -233,21 +241,41 @@ class Chunks:
 
     def _replay(self, packed: _Packed, chunks: tuple[PrefillChunk, ...]) -> tuple[Tensor, Tensor] | None:
         """None: not a step that is captured."""
-        graphs, num_tokens, num_chunks = self._graphs, len(packed.token_ids), len(chunks)
-        if graphs is None or not 0 < num_chunks <= _MOST_CAPTURED_CHUNKS or any(chunk.start for chunk in chunks):
+        context_starts = [0, *accumulate(chunk.start for chunk in chunks)]
+        capacity = next((rows for rows in self._graphs if rows >= context_starts[-1]), None)
+        if capacity is None or not 0 < len(chunks) <= _MOST_CAPTURED_CHUNKS:
             return None
-        size = graphs.captured_for(num_tokens)
+        size = self._graphs[capacity].captured_for(len(packed.token_ids))
         if size is None:
             return None
+        last_ND, logits_NV = self._graphs[capacity].run(size, self._values(size, packed, context_starts))
+        return last_ND[: len(chunks)], logits_NV[: len(chunks)]
+
+    def _values(self, size: int, packed: _Packed, context_starts: list[int]) -> list[int]:
+        """The integers of a captured step."""
+        num_tokens, num_chunks = len(packed.token_ids), len(packed.slots)
         rest, missing = size - num_tokens, _MOST_CAPTURED_CHUNKS - num_chunks
         values = [*packed.token_ids, *[0] * rest, *packed.positions, *[0] * rest]
         values += [*packed.row_ids, *[self._scratch_page * PAGE_TOKENS] * rest]
         # Tokens of nobody are a sequence of their own, the last; chunks that are missing say what the first one says.
         values += [*packed.starts, *[num_tokens] * missing, size]
+        values += [*context_starts, *[context_starts[-1]] * (missing + 1)]
         values += [*packed.starts[:-1], *[0] * missing, *packed.lasts, *[packed.lasts[0]] * missing]
-        values += [*packed.slots, *[packed.slots[0]] * missing]
-        last_ND, logits_NV = graphs.run(size, values)
-        return last_ND[:num_chunks], logits_NV[:num_chunks]
+        return [*values, *packed.slots, *[packed.slots[0]] * missing]
+
+    def _make_graphs(self) -> None:
+        """No text of one page has a context worth a captured step."""
+        behind = _CAPTURED_CONTEXTS if self._page_table_SP.shape[1] > 1 else ()
+        first: StepGraphs | None = None
+        for capacity in (0, *behind):
+            self._graphs[capacity] = StepGraphs(
+                partial(self._captured, capacity),
+                sizes=prefill_sizes(_MOST_CAPTURED_TOKENS, an_octave=_SIZES_AN_OCTAVE if capacity else 8),
+                idle=self._idle,
+                device=self._device,
+                beside=first,
+            )
+            first = first or self._graphs[capacity]
 
     def _idle(self, size: int) -> list[int]:
         """The integers of a captured step in which everything is nobody's."""
@@ -258,23 +286,33 @@ class Chunks:
             *rows,
             0,
             *[size] * (chunks + 1),
+            *[0] * (chunks + 2),
             *[0] * (2 * chunks),
             *[self._scratch_slot] * chunks,
         ]
 
-    def _captured(self, size: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def _captured(self, capacity: int, size: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """`capacity`: room for cached rows, of all chunks together; 0: nothing is cached of any."""
         chunks = _MOST_CAPTURED_CHUNKS
-        parts = inputs.split([size, size, size, chunks + 2, chunks, chunks, chunks])
-        token_ids_T, positions_T, row_ids_T, starts, first_N, last_N, slots_N = parts
+        parts = inputs.split([size, size, size, chunks + 2, chunks + 2, chunks, chunks, chunks])
+        token_ids_T, positions_T, row_ids_T, starts, context_starts, first_N, last_N, slots_N = parts
         batch = PrefillBatch(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
             row_ids_T=row_ids_T,
             starts=starts.to(torch.int32),
             seqs=(),
+            context=self._context(capacity, context_starts.to(torch.int32), slots_N) if capacity else None,
         )
         last_ND = self._prefill(batch, first_N, last_N, slots_N)
         return last_ND, self._model.logits(last_ND)
+
+    def _context(self, capacity: int, starts: Tensor, slots_N: Tensor) -> PrefillContext:
+        """Where the slots' page tables have it."""
+        page_table_NP = self._page_table_SP.index_select(0, slots_N)
+        return PrefillContext(
+            slots_C=packed_context_slots(self._kv_pool, page_table_NP, starts, capacity), starts=starts
+        )
 
     def _prefill(self, batch: PrefillBatch, first_N: Tensor, last_N: Tensor, slots_N: Tensor) -> Tensor:
         """Hidden states [N, D] of the last tokens. int64 [N]: where each chunk begins and ends in the batch, and its slot."""

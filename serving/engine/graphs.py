@@ -27,16 +27,19 @@ def decode_sizes(most: int) -> list[int]:
     return [size for size in sizes if size < most] + [most]
 
 
-def prefill_sizes(most: int) -> list[int]:
-    """Numbers of tokens: multiples of 64, eight between a power of two and the next."""
+def prefill_sizes(most: int, *, an_octave: int = 8) -> list[int]:
+    """Numbers of tokens: multiples of 64, at most `an_octave`, a power of two, between a power of two and the next."""
     sizes = [64]
     while sizes[-1] < most:
-        sizes.append(sizes[-1] + max(64, 1 << max(sizes[-1].bit_length() - 4, 0)))
+        sizes.append(sizes[-1] + max(64, (1 << sizes[-1].bit_length() - 1) // an_octave))
     return [size for size in sizes if size < most] + [most]
 
 
 class StepGraphs:
-    """`body`: (size, int64 [n]) -> tensors, without waiting for anything. `idle(size)`: the n integers of a step of nobody."""
+    """`body`: (size, int64 [n]) -> tensors, without waiting for anything. `idle(size)`: the n integers of a step of nobody.
+
+    `beside`: others, whose outputs nobody wants any more when one of these runs, and the other way round; they share their memory.
+    """
 
     def __init__(
         self,
@@ -45,13 +48,14 @@ class StepGraphs:
         sizes: Sequence[int],
         idle: Callable[[int], Sequence[int]],
         device: torch.device,
+        beside: StepGraphs | None = None,
     ) -> None:
         self.sizes = list(sizes)
         self._body = body
         self._idle = idle
         self._device = device
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]] = {}
-        self._memory: Any = None
+        self._memory: Any = torch.cuda.graph_pool_handle() if beside is None else beside._memory
         most = len(idle(self.sizes[-1]))
         self._blocks = [torch.empty(most, dtype=torch.int64, pin_memory=True) for _ in range(_NUM_BLOCKS)]
         self._next_block = 0
@@ -79,7 +83,6 @@ class StepGraphs:
         # The I/O thread of a worker may use CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             outputs = self._body(size, inputs)
-        self._memory = graph.pool()
         self._graphs[size] = (graph, inputs, outputs)
 
     def release(self) -> None:

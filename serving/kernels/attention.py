@@ -140,7 +140,8 @@ def merge_into(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> No
 
 
 def merge_into_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-    share_b = torch.sigmoid(lse_b - lse_a)[..., None]
+    # Without keys on either side the difference is NaN, and nothing changes.
+    share_b = torch.sigmoid(lse_b - lse_a).masked_fill_(lse_b == -torch.inf, 0)[..., None]
     if out_a.dtype == share_b.dtype:
         out_a.lerp_(out_b, share_b)
     else:

@@ -38,6 +38,20 @@ def context_slots(kv_pool: Tensor, page_ids: Tensor, start: int, end: int) -> Te
     return slots(kv_pool, pages[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS)
 
 
+def packed_context_slots(kv_pool: Tensor, page_table_NP: Tensor, starts: Tensor, size: int) -> Tensor:
+    """Slots `[size]` of what is cached of N sequences, one after the other: of sequence n positions `[0, starts[n + 1] - starts[n])`.
+
+    `starts`: int32 [M + 1], M >= N, the first 0; those past the Nth have nothing. Slots from the last border on are scratch. The host
+    reads nothing back, and the page table is read at pages that a sequence has, and at the last column.
+    """
+    at = torch.arange(size, dtype=starts.dtype, device=starts.device)
+    seq = torch.searchsorted(starts[1:], at, right=True).clamp_(max=page_table_NP.shape[0] - 1)
+    positions = (at - starts[seq]).to(torch.int64)
+    pages = page_table_NP[seq, (positions // PAGE_TOKENS).clamp_(max=page_table_NP.shape[1] - 1)].to(torch.int64)
+    row_ids = pages * PAGE_TOKENS + positions % PAGE_TOKENS
+    return slots(kv_pool, row_ids.masked_fill_(at >= starts[-1], (kv_pool.shape[0] - 1) * PAGE_TOKENS))
+
+
 def fp8_row_bytes(latent: int, rope: int) -> int:
     """Bytes of an FP8 row: C e4m3 latents, an fp32 scale for each 128 of them, R rope values in bf16 (656 as published)."""
     return latent + latent // 128 * 4 + rope * 2

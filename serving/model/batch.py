@@ -26,11 +26,23 @@ class SeqChunk:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class PrefillContext:
+    """What is cached before N chunks, one after the other, where the host does not say how much: no shape depends on it.
+
+    `slots_C`: int64, slots of `serving.kernels.rows`. `starts`: int32 [N + 1], where those of each chunk begin and the last one's
+    end; rows from there on are read, may hold anything, and are not attended.
+    """
+
+    slots_C: Tensor
+    starts: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PrefillBatch:
     """Chunks of several sequences, one after the other. int64 tensors [T].
 
-    `starts`: int32 [N + 1], where each chunk begins and the last one ends; some may be empty. `seqs` is empty, or says of
-    each chunk what is cached before it: nothing, if it is empty.
+    `starts`: int32 [N + 1], where each chunk begins and the last one ends; some may be empty. What is cached before them is said
+    by `seqs`, of each chunk, or by `context`; where `seqs` is empty and `context` None nothing is.
     """
 
     token_ids_T: Tensor
@@ -38,6 +50,7 @@ class PrefillBatch:
     row_ids_T: Tensor
     starts: Tensor
     seqs: tuple[SeqChunk, ...]
+    context: PrefillContext | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,7 +13,7 @@ two micro-batches can take turns (`microbatches`).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -142,7 +142,7 @@ class Attention:
     def prefill(
         self, x_TD: Activations, rope_T: Tensor, slots_T: Tensor, batch: PrefillBatch, kv_pool: Tensor
     ) -> Tensor:
-        """Expanded form; a sequence sees its own chunk and, in pieces, what is cached of it."""
+        """Expanded form; a sequence sees its own chunk and, in pieces, what is cached before it."""
         q_THQ, latent_TW = self._query_and_latent(x_TD, len(slots_T))
         kept_TW = norm_rope_store(
             latent_TW,
@@ -158,21 +158,31 @@ class Attention:
         assert kept_TW is not None
         scale, starts = self.config.softmax_scale, batch.starts
         own_keys = self._expand(kept_TW)
-        if isinstance(self.out, Fp8Weight) and not any(seq.context_len for seq in batch.seqs):
+        has_context = batch.context is not None or any(seq.context_len for seq in batch.seqs)
+        if isinstance(self.out, Fp8Weight) and not has_context:
             rows = attend_varlen_quantised(q_THQ, *own_keys, starts, starts, scale=scale, causal=True)
             return scatter_sum(self.tp, linear(rows, self.out))
         out_THV, lse_TH = attend_varlen(q_THQ, *own_keys, starts, starts, scale=scale, causal=True)
+        for own, found, *ends in self._context_pieces(batch, kv_pool):
+            keys = self._expand(self._cached(kv_pool, found, q_THQ.dtype))
+            before = attend_varlen(q_THQ[own], *keys, *ends, scale=scale, causal=False)
+            merge_into(out_THV[own], lse_TH[own], *before)
+        return scatter_sum(self.tp, linear(out_THV.flatten(1), self.out))
+
+    def _context_pieces(self, batch: PrefillBatch, kv_pool: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """Of what is cached as much as may be expanded at once: the queries that see some of it, its slots, and the borders of both."""
+        most, starts = self._prefix_piece, batch.starts
+        if batch.context is not None:
+            for first in range(0, len(batch.context.slots_C), most):
+                found = batch.context.slots_C[first : first + most]
+                yield slice(None), found, starts, (batch.context.starts - first).clamp_(0, len(found))
         for index, seq in enumerate(batch.seqs):
             own = slice(seq.offset, seq.offset + seq.num_tokens)
-            for start in range(0, seq.context_len, self._prefix_piece):
-                end = min(start + self._prefix_piece, seq.context_len)
-                found = context_slots(kv_pool, seq.page_ids, start, end)
-                keys = self._expand(self._cached(kv_pool, found, q_THQ.dtype))
+            for start in range(0, seq.context_len, most):
+                end = min(start + most, seq.context_len)
                 whole = torch.arange(0, end - start + 1, end - start, dtype=torch.int32, device=starts.device)
-                ends = starts[index : index + 2] - starts[index], whole
-                before = attend_varlen(q_THQ[own], *keys, *ends, scale=scale, causal=False)
-                merge_into(out_THV[own], lse_TH[own], *before)
-        return scatter_sum(self.tp, linear(out_THV.flatten(1), self.out))
+                found = context_slots(kv_pool, seq.page_ids, start, end)
+                yield own, found, starts[index : index + 2] - starts[index], whole
 
     def decode(
         self, x_BD: Activations, rope_B: Tensor, slots_B: Tensor, plan: mla.Plan, kv_pool: Tensor, num_tokens: int = 1
@@ -410,7 +420,7 @@ class DeepseekV3:
 
     @property
     def captures_prefill(self) -> bool:
-        """Whether `prefill` of prompts without a cached part reads nothing back, on a GPU."""
+        """Whether `prefill` of batches without `seqs` reads nothing back, on a GPU."""
         config = self.config
         return self.routing is None and has_kernel(
             config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, self.dtype

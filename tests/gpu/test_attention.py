@@ -90,6 +90,25 @@ def test_rows_of_other_sequences_do_not_leak() -> None:
     assert out[500:].isnan().all()
 
 
+@pytest.mark.parametrize(("dtype", "widths"), [(torch.bfloat16, V3), (torch.bfloat16, SMALL), (torch.float32, SMALL)])
+def test_keys_past_the_last_border_are_nobodys(dtype: torch.dtype, widths: tuple[int, int, int]) -> None:
+    """As in a captured step behind a context: borders within room for more keys, of some sequences none, some without queries."""
+    x = inputs([300, 5, 129, 0, 0, 78], [257, 0, 1024, 1, 0, 0], 8, dtype, widths)
+    want_out, want_lse = attend_varlen_reference(*wide(x), scale=SCALE, causal=False)
+    room = [torch.cat([t, t.new_full((814, *t.shape[1:]), math.nan)]) for t in x[1:4]]
+    out, lse = replayed(lambda: attend_varlen(x[0], *room, *x[4:], scale=SCALE, causal=False))
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(out.double(), want_out, rtol=bound, atol=bound)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    assert (lse[300:305] == -math.inf).all()
+    own = torch.randn_like(out), torch.randn_like(lse)
+    merged = own[0].clone(), own[1].clone()
+    merge_into(*merged, out, lse)
+    for rows in (slice(300, 305), slice(434, 512)):
+        assert torch.equal(merged[0][rows], own[0][rows])
+        assert torch.equal(merged[1][rows], own[1][rows])
+
+
 def test_merged_parts_equal_the_reference() -> None:
     torch.manual_seed(0)
     outs = torch.randn(2, 300, 16, 128, device="cuda", dtype=torch.bfloat16)

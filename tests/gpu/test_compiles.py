@@ -156,6 +156,12 @@ def test_no_request_compiles(engine: Engine, asked: SamplingParams) -> None:
         # A part of the context cached, and odd numbers of tokens behind it.
         for length in (64, 128, 320, 640):
             loop.generate([common[:length] + prompt for prompt in prompts[:10]], each[:10], 2)
+        # The same of steps that have more cached than is captured.
+        chunks = engine.runner._chunks
+        chunks._graphs, captured = {0: chunks._graphs[0]}, chunks._graphs
+        for length in (64, 128, 320, 640):
+            loop.generate([common[:length] + prompt[::-1] for prompt in prompts[2:12]], each[2:12], 2)
+        chunks._graphs = captured
     assert drafting is None or {0, 1, 2} <= set(drafting.numbers)
     assert not seen, "\n".join(seen)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from decode.scheduler import TokenEvent
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.core.request import SamplingParams, Sequence
+from serving.engine import chunks as chunks_module
 from serving.engine.build import Engine, build_engine
 from serving.engine.graphs import StepGraphs
 from serving.engine.plan import DecodeRow, PrefillChunk, SlotSpec, StepPlan
@@ -46,10 +49,12 @@ def engine_on(device: str, dtype: str = "float32", draft_tokens: str = "0") -> E
     return engine
 
 
-def loop_over(engine: Engine, *, max_batched_tokens: int = 256, run_ahead: bool = True) -> Aggregated:
+def loop_over(
+    engine: Engine, *, max_batched_tokens: int = 256, run_ahead: bool = True, prefix_cache: bool = False
+) -> Aggregated:
     return Aggregated(
         engine.runner,
-        KVManager(engine.pool.num_pages, prefix_cache=False, on_free=engine.pool.poison),
+        KVManager(engine.pool.num_pages, prefix_cache=prefix_cache, on_free=engine.pool.poison),
         num_slots=engine.max_num_seqs,
         max_batched_tokens=max_batched_tokens,
         max_model_len=engine.max_model_len,
@@ -103,6 +108,84 @@ def test_greedy_text_in_fp32_is_the_cpus(
 ) -> None:
     loop = loop_over(engine_on("cuda"), max_batched_tokens=max_batched_tokens, run_ahead=run_ahead)
     assert loop.generate(prompts, GREEDY, NEW_TOKENS) == texts
+
+
+CAPACITIES = (512, 2048)
+
+
+def behind_prefixes(engine: Engine, max_batched_tokens: int) -> list[list[int]]:
+    """Texts of prompts whose first tokens are found, of none to nearly all, and of long ones that go in chunks."""
+    rng = random.Random(4)
+    common = [rng.randrange(2, 256) for _ in range(1500)]
+    found = [0, 64, 65, 128, 500, 640, 1100, 1472]
+    tails = [[rng.randrange(2, 256) for _ in range(rng.randrange(1, 150))] for _ in range(60)]
+    loop = loop_over(engine, max_batched_tokens=max_batched_tokens, prefix_cache=True)
+    texts = loop.generate([common], GREEDY, 2)
+    # One after the other and then many at once.
+    for i, tail in enumerate(tails[:8]):
+        texts += loop.generate([common[: found[i]] + tail], GREEDY, NEW_TOKENS)
+    texts += loop.generate([common[: rng.choice(found)] + tail for tail in tails[8:]], GREEDY, NEW_TOKENS)
+    return texts
+
+
+@pytest.fixture(scope="module")
+def texts_behind_prefixes() -> list[list[int]]:
+    return behind_prefixes(engine_on("cpu"), 256)
+
+
+@pytest.fixture
+def few_cached_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than these are within a short test's reach."""
+    monkeypatch.setattr(chunks_module, "_CAPTURED_CONTEXTS", CAPACITIES)
+
+
+@pytest.mark.usefixtures("few_cached_rows")
+@pytest.mark.parametrize("max_batched_tokens", [64, 256])
+def test_captured_steps_behind_a_context_say_what_their_parts_do(
+    monkeypatch: pytest.MonkeyPatch, texts_behind_prefixes: list[list[int]], max_batched_tokens: int
+) -> None:
+    engine = engine_on("cuda")
+    chunks, replayed, launched = engine.runner._chunks, Counter[int](), Counter[bool]()
+    assert list(chunks._graphs) == [0, *CAPACITIES]
+    for capacity, graphs in chunks._graphs.items():
+        assert graphs.captured_for(max_batched_tokens) is not None
+
+        def counted(size: int, values: list[int], capacity: int = capacity, run: Any = graphs.run) -> Any:
+            replayed[capacity] += 1
+            return run(size, values)
+
+        monkeypatch.setattr(graphs, "run", counted)
+    launch = chunks._launch
+
+    def noted(packed: Any, of_step: tuple[PrefillChunk, ...]) -> Any:
+        launched[sum(chunk.start for chunk in of_step) > CAPACITIES[-1] or len(of_step) > 16] += 1
+        return launch(packed, of_step)
+
+    monkeypatch.setattr(chunks, "_launch", noted)
+    assert behind_prefixes(engine, max_batched_tokens) == texts_behind_prefixes
+    assert all(replayed[capacity] for capacity in (0, *CAPACITIES)), replayed
+    assert launched[True], "nothing had more cached than a captured step holds"
+    assert not launched[False], "a step that is captured was launched piece by piece"
+    replayed.clear()
+    engine.pool.poison_all()
+    monkeypatch.setattr(chunks, "_graphs", {0: chunks._graphs[0]})
+    assert behind_prefixes(engine, max_batched_tokens) == texts_behind_prefixes
+    assert set(replayed) == {0}
+
+
+@pytest.mark.usefixtures("few_cached_rows")
+def test_a_wrong_row_of_a_captured_context_shows(
+    monkeypatch: pytest.MonkeyPatch, texts_behind_prefixes: list[list[int]]
+) -> None:
+    right = chunks_module.packed_context_slots
+
+    def wrong(kv_pool: torch.Tensor, page_table_NP: torch.Tensor, starts: torch.Tensor, size: int) -> torch.Tensor:
+        slots_C = right(kv_pool, page_table_NP, starts, size)
+        slots_C[8:56].copy_(slots_C[:1].expand(48))
+        return slots_C
+
+    monkeypatch.setattr(chunks_module, "packed_context_slots", wrong)
+    assert behind_prefixes(engine_on("cuda"), 256) != texts_behind_prefixes
 
 
 def test_a_latent_that_is_off_shows(prompts: list[list[int]], texts: list[list[int]]) -> None:

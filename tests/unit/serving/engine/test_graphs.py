@@ -26,3 +26,8 @@ def test_a_captured_prefill_step_has_few_tokens_of_nobody(most: int) -> None:
     for tokens in range(1, most + 1):
         wasted = next(size for size in sizes if size >= tokens) - tokens
         assert wasted < max(64, 0.126 * tokens + 1)
+
+
+def test_behind_a_context_fewer_sizes_are_captured() -> None:
+    assert prefill_sizes(1024, an_octave=2) == [64, 128, 192, 256, 384, 512, 768, 1024]
+    assert set(prefill_sizes(4096, an_octave=2)) < set(prefill_sizes(4096))

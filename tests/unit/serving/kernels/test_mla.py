@@ -11,7 +11,7 @@ from torch import Tensor
 from serving.kernels import mla
 from serving.kernels.attention import merge_into
 from serving.kernels.kv_store import store_rows
-from serving.kernels.rows import context_slots, layer_rows, slots
+from serving.kernels.rows import context_slots, layer_rows, packed_context_slots, slots
 
 LATENT, ROPE, HEADS, SCALE = 12, 4, 3, 0.3
 
@@ -40,6 +40,20 @@ def test_merged_parts_equal_the_whole() -> None:
     assert not torch.allclose(parts[0][0], want_out, atol=1e-3)
     merge_into(*parts[0], *parts[1])
     torch.testing.assert_close(parts[0], (want_out, want_lse))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_without_keys_merges_to_the_other_and_two_of_them_to_nothing(dtype: torch.dtype) -> None:
+    out, lse = randn(5, HEADS, 8).to(dtype), randn(5, HEADS, seed=1)
+    nothing, never = torch.zeros_like(out), torch.full_like(lse, -math.inf)
+    for part in ((out, lse), (nothing, never)):
+        merged = part[0].clone(), part[1].clone()
+        merge_into(*merged, nothing, never)
+        assert torch.equal(merged[0], part[0])
+        assert torch.equal(merged[1], part[1])
+    merged = nothing.clone(), never.clone()
+    merge_into(*merged, out, lse)
+    torch.testing.assert_close(merged, (out, lse))
 
 
 class Pool:
@@ -149,3 +163,18 @@ def test_the_last_tokens_of_a_sequence_each_see_what_lies_before_them(
             torch.testing.assert_close(lse[i, t], want_lse)
         want_out, _ = wanted(q[i, 0], rows[first:])
         assert not torch.allclose(out[i, 0], want_out, atol=1e-3)
+
+
+def test_packed_context_slots_are_those_of_each_sequence_and_then_scratch() -> None:
+    pool = torch.zeros(8, 3, 64, 4)[:, 1:]
+    table = torch.tensor([[5, 2, 7], [7, 7, 7], [1, 7, 7], [0, 3, 4]], dtype=torch.int32)
+    lens = [130, 0, 64, 7]
+    # Two borders more than sequences, as a captured step has.
+    starts = torch.tensor([0, *lens, 0, 0]).cumsum(0).to(torch.int32)
+    want = [context_slots(pool, pages, 0, n) for pages, n in zip(table, lens, strict=True) if n]
+    for size in (201, 202, 1000):
+        got = packed_context_slots(pool, table, starts, size)
+        scratch = slots(pool, torch.full((size - 201,), 7 * 64))
+        assert torch.equal(got, torch.cat([*want, scratch]))
+    nothing = packed_context_slots(pool, table, torch.zeros_like(starts), 5)
+    assert torch.equal(nothing, slots(pool, torch.full((5,), 7 * 64)))

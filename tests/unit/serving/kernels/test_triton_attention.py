@@ -65,6 +65,21 @@ def test_rows_of_other_sequences_do_not_leak(config: device.Config) -> None:
     assert out[39:].isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("config", [SMALL, TMA])
+def test_keys_past_the_last_border_are_nobodys(config: device.Config) -> None:
+    """Borders of keys that differ from those of queries, with sequences without keys or without queries."""
+    x = inputs([20, 3, 0, 7], [18, 0, 0, 5])
+    want_out, want_lse = attend_varlen_reference(*x, scale=0.3, causal=False)
+    q, k, rope, v, cu_q, cu_k = x
+    k, rope, v = (torch.cat([t, torch.full((41, *t.shape[1:]), math.nan)]) for t in (k, rope, v))
+    out, lse = device.attend_varlen(q, k, rope, v, cu_q, cu_k, scale=0.3, causal=False, config=config)
+    torch.testing.assert_close(out, want_out)
+    torch.testing.assert_close(lse, want_lse)
+    assert not out[20:23].any()
+    assert (lse[20:23] == -math.inf).all()
+
+
 def test_parts_of_one_context_merge_into_the_whole() -> None:
     q, k, rope, v, cu_q, _ = inputs([7], [50])
     parts = []
@@ -80,4 +95,7 @@ def test_parts_of_one_context_merge_into_the_whole() -> None:
     torch.testing.assert_close((out, lse), (parts[0], parts[1]))
     nothing, never = torch.zeros_like(out), torch.full_like(lse, -math.inf)
     torch.testing.assert_close(device.merge(nothing, never, out, lse), (out, lse))
+    unchanged = device.merge(out, lse, nothing, never)
+    assert torch.equal(unchanged[0], out)
+    assert torch.equal(unchanged[1], lse)
     assert torch.equal(device.merge(nothing, never, nothing, never)[0], nothing)

@@ -44,13 +44,14 @@ def stack_experts(model: DeepseekV3) -> None:
 
 
 def said_by(model: DeepseekV3) -> list[Tensor]:
-    """Logits of prefill, of decode steps of two rows and of one, and of a chunk behind a cached context; steps without tokens too."""
+    """Logits of prefill, of decode steps of two rows and of one, of a chunk behind a cached context and of three, one without; steps without tokens too."""
     paged = Paged(model)
     parts = [
         paged.prefill({"a": list(range(2, 10)), "b": [5, 7, 9]}),
         paged.decode({"a": 3, "b": 4}),
         paged.decode({"b": 6}),
         paged.prefill({"a": [8, 9, 10]}),
+        paged.prefill({"c": [3], "a": [11, 2], "b": [4, 6, 8]}, capacity=48),
         paged.prefill({}),
         paged.decode({}),
     ]

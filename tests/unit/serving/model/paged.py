@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from serving.model.batch import DecodeBatch, PrefillBatch, SeqChunk
+from serving.kernels.rows import slots
+from serving.model.batch import DecodeBatch, PrefillBatch, PrefillContext, SeqChunk
 from serving.model.deepseek_v3 import DeepseekV3
 from serving.model.timeline import Timeline
 
@@ -33,9 +35,18 @@ class Paged:
         pages = self.page_ids[name]
         return torch.tensor([pages[p // 64] * 64 + p % 64 for p in range(start, end)])
 
-    def prefill(self, chunks: dict[str, list[int]], *, store_from: int = 0) -> dict[str, Tensor]:
-        """Logits [tokens, V] of the next chunk of each named sequence; positions below `store_from` are not stored."""
-        hidden = self.model.prefill(self._prefill_batch(chunks, store_from), self.pool)
+    def prefill(
+        self, chunks: dict[str, list[int]], *, store_from: int = 0, capacity: int | None = None
+    ) -> dict[str, Tensor]:
+        """Logits [tokens, V] of the next chunk of each named sequence; positions below `store_from` are not stored.
+
+        `capacity`: what is cached before them as one `PrefillContext` of so many rows, the unused ones NaN.
+        """
+        packed = None if capacity is None else self._packed_context(list(chunks), capacity)
+        batch = self._prefill_batch(chunks, store_from)
+        if packed is not None:
+            batch = replace(batch, seqs=(), context=packed)
+        hidden = self.model.prefill(batch, self.pool)
         return self._logits(hidden, {name: len(chunk) for name, chunk in chunks.items()})
 
     def prefill_each(
@@ -45,6 +56,15 @@ class Paged:
         batches = [self._prefill_batch(chunks, 0) for chunks in micro_batches]
         parts = self.model.prefill_each(batches, self.pool, timeline=timeline)
         return self._joined(parts, [{name: len(ids) for name, ids in chunks.items()} for chunks in micro_batches])
+
+    def _packed_context(self, names: list[str], capacity: int) -> PrefillContext:
+        lens = [len(self.tokens.get(name, [])) for name in names]
+        nobodys = torch.full((capacity - sum(lens),), self._free[0] * 64)
+        cached = [self.rows(name, 0, n) for name, n in zip(names, lens, strict=True) if n]
+        return PrefillContext(
+            slots_C=slots(self.pool, torch.cat([*cached, nobodys])),
+            starts=torch.tensor([0, *lens]).cumsum(0).to(torch.int32),
+        )
 
     def _prefill_batch(self, chunks: dict[str, list[int]], store_from: int) -> PrefillBatch:
         ids, positions, rows, seqs = [], [], [torch.empty(0, dtype=torch.int64)], []

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from serving.kernels import mla
 from serving.model import deepseek_v3
+from serving.model.batch import PrefillContext
 from serving.model.config import ModelConfig
 from serving.model.weights import load_weights
 from tests.model_factory import YARN, make_checkpoint
@@ -150,6 +151,58 @@ def test_a_recomputed_token_sees_the_cache_and_leaves_it_alone(tmp_path: Path) -
     assert gap(again, want) < TOLERANCE
     # Only the main model's layers are stored here; the MTP layer stays NaN.
     assert torch.equal(first.pool[first.page_ids["a"]].nan_to_num(7.0), kept.nan_to_num(7.0))
+
+
+def _begun(folder: Path, ids: list[int]) -> Paged:
+    """Of "a" 200 tokens are cached, of "b" 5, of "c" 64."""
+    run = paged(folder)
+    run.prefill({"a": ids[:200], "b": ids[:5], "c": ids[:64]})
+    return run
+
+
+@pytest.mark.parametrize("expanded_bytes", [1, deepseek_v3._EXPANDED_PREFIX_BYTES_CPU])
+@pytest.mark.parametrize("capacity", [269, 512])
+def test_a_context_whose_length_the_host_does_not_say_gives_the_same_hidden_states_and_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capacity: int, expanded_bytes: int
+) -> None:
+    make_checkpoint(tmp_path, seed=4)
+    ids = random_ids(128, 230, 4)
+    chunks = {"a": ids[200:230], "new": ids[:20], "b": ids[5:6], "c": ids[64:140]}
+    monkeypatch.setattr(deepseek_v3, "_EXPANDED_PREFIX_BYTES_CPU", expanded_bytes)
+    by_parts, packed = _begun(tmp_path, ids), _begun(tmp_path, ids)
+    want, got = by_parts.prefill(chunks), packed.prefill(chunks, capacity=capacity)
+    for name in chunks:
+        assert gap(got[name], want[name]) < TOLERANCE, name
+        assert gap(packed.hidden[name][-1], by_parts.hidden[name][-1]) < TOLERANCE, name
+        # The MTP layer's rows, the last, are not the model's to store.
+        ours, theirs = (
+            run.pool[:, :-1].transpose(0, 1).flatten(1, 2)[:, run.rows(name, 0, len(run.tokens[name]))]
+            for run in (packed, by_parts)
+        )
+        assert gap(ours, theirs) < TOLERANCE, name
+
+
+def test_one_wrong_row_of_a_context_shows_in_its_sequence_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path, seed=4)
+    ids = random_ids(128, 230, 4)
+    chunks = {"a": ids[200:230], "new": ids[:20], "b": ids[5:6], "c": ids[64:140]}
+    want = _begun(tmp_path, ids).prefill(chunks, capacity=300)
+    run = _begun(tmp_path, ids)
+    right = run._packed_context
+
+    def wrong(names: list[str], capacity: int) -> PrefillContext:
+        context = right(names, capacity)
+        # The third row of "b" is its second.
+        context.slots_C[202] = context.slots_C[201]
+        return context
+
+    monkeypatch.setattr(run, "_packed_context", wrong)
+    got = run.prefill(chunks, capacity=300)
+    assert gap(got["b"], want["b"]) > TOLERANCE
+    for name in ("a", "new", "c"):
+        assert gap(got[name], want[name]) < TOLERANCE, name
 
 
 def test_bounded_memory_gives_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
