@@ -138,8 +138,9 @@ class Sampler:
         return torch.stack(drawn, dim=1), found
 
     def warm_up(self, logits_BV: Tensor) -> None:
-        """Compiles what draws run on a GPU, whatever of the limits is asked for. Logits as `sample` gets them."""
+        """Compiles what rows run on a GPU of which more than the best token is asked. Logits as `sample` gets them."""
         logits_BV = logits_BV[:, : self.vocab_size].to(torch.float32)
+        ops.argmax(logits_BV)
         rows = range(logits_BV.shape[0])
         for top_k, top_p, min_p in itertools.product((0, 1), (1.0, 0.5), (0.0, 0.5)):
             asked = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)

@@ -148,7 +148,6 @@ def product(
         w.shape[-2],
         num_k,
         silu=silu,
-        num_rows=num_m * _MANY if tiles else num_rows,
         processors=num_processors(values.device),
     )
     group_m = 8 if tiles is None else _grouped_m(x, w)
@@ -194,16 +193,17 @@ def _few(x_SK: Tensor, num_rows_w: int, *, silu: bool, tiles: Tiles | None) -> F
     return FewRows(block_t=block_t, block_n=64, num_splits=num_splits, unroll=2)
 
 
-def many_cut(
-    num_m: int, num_rows_w: int, num_k: int, *, silu: bool, num_rows: int, processors: int
-) -> tuple[bool, int]:
-    """Wide tiles or not, and the parts of K, for the least time by a model: waves of tiles, their steps, the parts' bytes."""
+def many_cut(num_m: int, num_rows_w: int, num_k: int, *, silu: bool, processors: int) -> tuple[bool, int]:
+    """Wide tiles or not, and the parts of K, for the least time by a model: waves of tiles, their steps, the parts' bytes.
+
+    By whole tiles of rows: each cut has code of its own, and the sizes that are warmed up meet all that other numbers of rows do.
+    """
 
     def cost_us(wide: bool, num_splits: int) -> float:
         num_n = -(-num_rows_w // (256 if wide else 128))
         waves = -(-num_m * num_n * num_splits // processors)
         steps_us = waves * -(-num_k // num_splits) * (_WIDE_STEP_US if wide else _NARROW_STEP_US)
-        parts_mb = num_rows * num_rows_w * 4e-6 * num_splits if num_splits > 1 else 0.0
+        parts_mb = num_m * _MANY * num_rows_w * 4e-6 * num_splits if num_splits > 1 else 0.0
         return steps_us + parts_mb * _SPLIT_MB_US
 
     # SiLU needs gate and up in one tile, or the parts of a split.

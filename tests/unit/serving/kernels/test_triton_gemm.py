@@ -10,6 +10,7 @@ from serving.kernels.gemm import linear, linear_fp8_reference, linear_silu_mul_r
 from serving.kernels.quant import Fp8Weight, QuantisedRows, quantise_block_fp8, quantise_rows_fp8_reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from serving.engine.graphs import prefill_sizes
 from serving.kernels.triton.gemm import FewRows, few_rows
 from serving.kernels.triton.product import grouped_tile, many_cut, product
 
@@ -86,7 +87,7 @@ def test_every_number_of_rows_finds_a_cut(rows: int) -> None:
 
 def test_measured_shapes_are_cut_as_measured_best() -> None:
     def cut(rows: int, columns: int, width: int, silu: bool = False) -> tuple[bool, int]:
-        return many_cut(-(-rows // 128), columns, width // 128, silu=silu, num_rows=rows, processors=132)
+        return many_cut(-(-rows // 128), columns, width // 128, silu=silu, processors=132)
 
     for columns, width in [(7168, 2048), (24576, 1536), (4096, 7168)]:
         assert cut(4096, columns, width) == (True, 1)
@@ -97,6 +98,31 @@ def test_measured_shapes_are_cut_as_measured_best() -> None:
     assert cut(512, 2112, 7168) == (False, 1)
     assert cut(256, 4096, 7168, silu=True) == (False, 2), "one expert of a wide unit"
     assert cut(9 * 1024, 4096, 7168, silu=True) == (True, 1), "SiLU in the product"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("most", [512, 4096, 8192, 16384])
+def test_no_number_of_rows_is_cut_as_none_that_is_warmed_up(tp: int, most: int) -> None:
+    """Of V3's matrices: a request would wait for the compiler."""
+    warm = [size for size in prefill_sizes(4096) if size <= most] + [most]
+    heads = 128 // tp
+    shapes = [
+        (2112, 7168),
+        (heads * 192, 1536),
+        (7168, heads * 128),
+        (36864, 7168),
+        (7168, 18432),
+        (4096, 7168),
+        (7168, 2048),
+    ]
+    for columns, width in shapes:
+
+        def cut(rows: int, columns: int = columns, width: int = width) -> tuple[bool, int]:
+            return many_cut(-(-rows // 128), columns, width // 128, silu=False, processors=132)
+
+        met = {cut(rows) for rows in warm if rows > 64}
+        assert {cut(rows) for rows in range(65, most + 1)} == met
+    assert len({cut(rows) for rows in (65, 512)}) == 2, "cuts differ by rows"
 
 
 def test_tiles_grow_with_the_tokens_of_an_expert() -> None:
