@@ -20,14 +20,7 @@ from typing import Any
 from kvcache.layout import PAGE_TOKENS
 from kvcache.manager import Binding, KVManager
 from kvcache.pool import KVPool
-from kvcache.transfer.manifest import (
-    WriteNotice,
-    checked_pages,
-    decode_notice,
-    page_checksums,
-    rows_of_page,
-    warm_up_checksums,
-)
+from kvcache.transfer.manifest import WriteNotice, checked_pages, decode_notice, page_checksums, rows_of_page
 from kvcache.transfer.notices import COPY
 from kvcache.transfer.owners import owner_of
 from kvcache.transfer.ranks import PageRanks
@@ -147,7 +140,6 @@ class Arrivals:
         self._ranks = ranks
         self._manager = manager
         self._pool = pool
-        warm_up_checksums(pool)
         self._metrics = metrics
         self._config = config
         self._identity = identity

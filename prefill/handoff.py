@@ -24,7 +24,6 @@ from kvcache.transfer.manifest import (
     encode_notice,
     page_checksums,
     rows_of_page,
-    warm_up_checksums,
 )
 from kvcache.transfer.owners import Stripe, stripes
 from kvcache.transfer.ranks import PageRanks
@@ -106,7 +105,6 @@ class Handoffs:
         self._ranks = ranks
         self._manager = manager
         self._pool = pool
-        warm_up_checksums(pool)
         self._metrics = metrics
         self._config = config
         self._identity = identity

@@ -19,7 +19,7 @@ from typing import Any
 
 from kvcache.pool import KVPool
 from kvcache.transfer.base import PageSource, PageTarget
-from kvcache.transfer.manifest import page_checksums, warm_up_checksums
+from kvcache.transfer.manifest import page_checksums
 from kvcache.transfer.notices import Notices
 from kvcache.transfer.traffic import Traffic
 from kvcache.transfer.writes import WriteDone, Writes
@@ -58,7 +58,6 @@ class PageFollower:
         self._leader = leader
         self._tp_rank = tp_rank
         self._pool = pool
-        warm_up_checksums(pool)
         self._agent = b"" if target is None else target.agent
         self._failed = failed
         self._writes = Writes(source)

@@ -8,7 +8,7 @@ import torch
 
 from kvcache.layout import PageLayout
 from kvcache.pool import KVPool
-from kvcache.transfer.manifest import page_checksums
+from kvcache.transfer.manifest import page_checksums, weighted_sum
 
 LAYOUT = PageLayout(num_layers=2, num_mtp_layers=1, row_width=6, element_bytes=4)
 
@@ -32,3 +32,20 @@ def test_a_checksum_covers_the_valid_rows_of_every_layer_and_no_other() -> None:
         assert changed[7] == before[7]
         assert changed[8] != before[8]
         before = changed
+
+
+def test_every_changed_byte_and_every_swap_changes_the_sum_that_gpus_take() -> None:
+    bytes_N = torch.randint(0, 256, (5000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+    def summed(values_N: torch.Tensor) -> int:
+        return int(weighted_sum(values_N)) & (1 << 63) - 1
+
+    whole = summed(bytes_N)
+    assert whole == summed(bytes_N.clone())
+    for place in (0, 1, 2047, 4999):
+        for difference in (1, 128, 255):
+            other = bytes_N.clone()
+            other[place] = (int(other[place]) + difference) % 256
+            assert summed(other) != whole
+    assert summed(bytes_N.flip(0)) != whole
+    assert summed(torch.cat([bytes_N[2500:], bytes_N[:2500]])) != whole
