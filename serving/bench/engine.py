@@ -89,7 +89,9 @@ def main(argv: Sequence[str]) -> int:
         report = provenance(["baton", "bench", "engine", *argv]) | {"model": model, "settings": _settings(options)}
         baton, peers = _systems(options, model_dir, stack)
         systems: list[System] = [baton, *peers]
-        report["kernel_choices"] = {system.name: system.kernels for system in [baton, *peers] if isinstance(system, Baton)}
+        report["kernel_choices"] = {
+            system.name: system.kernels for system in [baton, *peers] if isinstance(system, Baton)
+        }
         report["versions"] |= {system.name: system.version for system in peers if not isinstance(system, Baton)}
         vocab_size = ModelConfig.from_folder(model_dir).vocab_size
         if options.points:

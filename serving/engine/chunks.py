@@ -30,9 +30,9 @@ from serving.model.batch import PrefillBatch, PrefillContext, SeqChunk
 # Larger prefill steps keep the device busy for longer than the host needs to launch their parts one by one.
 _MOST_CAPTURED_TOKENS = 4096
 _MOST_CAPTURED_CHUNKS = 16
-# Cached rows, of all chunks together, that a captured step has room for; it reads and expands as many, whatever is there. Steps with more
-# are launched piece by piece.
-_CAPTURED_CONTEXTS = (4096, 16384)
+# Cached rows, of all chunks together, that a captured step has room for, and its most tokens. It expands as many rows, whatever is there,
+# which larger steps would pay for with more than the host's launches. Steps with more are launched piece by piece.
+_CAPTURED_CONTEXTS = {4096: 2048, 16384: 512}
 # Behind a context steps are captured for fewer numbers of tokens, but for each of those rooms.
 _SIZES_AN_OCTAVE = 2
 
@@ -265,12 +265,12 @@ class Chunks:
 
     def _make_graphs(self) -> None:
         """No text of one page has a context worth a captured step."""
-        behind = _CAPTURED_CONTEXTS if self._page_table_SP.shape[1] > 1 else ()
+        behind = _CAPTURED_CONTEXTS if self._page_table_SP.shape[1] > 1 else {}
         first: StepGraphs | None = None
-        for capacity in (0, *behind):
+        for capacity, most in {0: _MOST_CAPTURED_TOKENS, **behind}.items():
             self._graphs[capacity] = StepGraphs(
                 partial(self._captured, capacity),
-                sizes=prefill_sizes(_MOST_CAPTURED_TOKENS, an_octave=_SIZES_AN_OCTAVE if capacity else 8),
+                sizes=prefill_sizes(most, an_octave=_SIZES_AN_OCTAVE if capacity else 8),
                 idle=self._idle,
                 device=self._device,
                 beside=first,

@@ -151,7 +151,7 @@ class Sampler:
             self._draw(logits_BV, [0 for _ in rows], recipe.draws)
 
     def _draw(self, logits_BV: Tensor, positions: Sequence[int] | Tensor, draws: Draws) -> Tensor:
-        positions_B = positions if isinstance(positions, Tensor) else ids(positions, self.device)
+        positions_B = positions.contiguous() if isinstance(positions, Tensor) else ids(positions, self.device)
         return ops.sample(
             logits_BV,
             draws.temperatures_B,

@@ -136,7 +136,7 @@ def texts_behind_prefixes() -> list[list[int]]:
 @pytest.fixture
 def few_cached_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than these are within a short test's reach."""
-    monkeypatch.setattr(chunks_module, "_CAPTURED_CONTEXTS", CAPACITIES)
+    monkeypatch.setattr(chunks_module, "_CAPTURED_CONTEXTS", dict.fromkeys(CAPACITIES, 512))
 
 
 @pytest.mark.usefixtures("few_cached_rows")

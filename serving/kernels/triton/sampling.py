@@ -44,6 +44,9 @@ def sample(
     min_p_B: Tensor | None = None,
 ) -> Tensor:
     assert logits_BV.dtype == torch.float32, "fp32 logits"
+    assert temperatures_B.is_contiguous(), "a number a row"
+    assert seeds_B.is_contiguous(), "a number a row"
+    assert positions_B.is_contiguous(), "a number a row"
     num_rows, vocab = logits_BV.shape
     best_BS = _best(logits_BV)
     num_segments = best_BS.shape[1]
@@ -105,9 +108,9 @@ def _lowest_kept(
     num_rows, vocab = logits_BV.shape
     num_parts = triton.cdiv(vocab, _SEARCH_SEGMENT)
     bins = 1 << _BITS
-    # Two of each: a pass reads what the one before it wrote.
+    # Two of each: a pass reads what the one before it wrote. Both begin on 16 bytes, whatever the batch: kernels are compiled for that.
     parts = torch.empty(2, num_rows, num_parts, bins, dtype=torch.float64, device=logits_BV.device)
-    lows = torch.empty(2, num_rows, dtype=torch.int64, device=logits_BV.device)
+    lows = torch.empty(2, num_rows + num_rows % 2, dtype=torch.int64, device=logits_BV.device)
     masses = torch.empty(2, num_rows, 2, dtype=torch.float64, device=logits_BV.device)
     for step in range(_PASSES + 1):
         last = step == _PASSES
