@@ -25,7 +25,7 @@ from serving.core.errors import ConfigError, ModelFolderError
 from serving.core.messages import PROTOCOL_VERSION
 from serving.core.spec import WorkerSpec
 from serving.engine.balancing import Balancing
-from serving.engine.joining import START_DEADLINE_S, Place, join
+from serving.engine.joining import Place, join
 from serving.engine.runner import Model, Runner
 from serving.engine.unit import Lockstep, MicroBatches
 from serving.kernels.packed import packing
@@ -44,6 +44,8 @@ _AUTO = KernelsTable()
 _COMPUTE_CAPABILITY = 9
 # Long enough for the products to reach their rate; a CPU's step is also what a newcomer waits for.
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 8192}
+# A library's compiler may take minutes on the first start of a machine; a rank whose process has ended is noticed at once.
+_WARM_UP_DEADLINE_S = 1800.0
 # A CPU's memory is everybody's; a GPU is there to be filled, but for what longer contexts than those of the warm-up need.
 _MEMORY_FRACTION = {"cpu": 0.1, "cuda": 0.9}
 
@@ -316,7 +318,7 @@ def _warm_up(
 ) -> None:
     """Of a unit on all ranks at once, since what is compiled and captured has their collectives in it."""
     told = progress.tell if progress is not None else lambda _: None
-    with lockstep.on_device(START_DEADLINE_S) if lockstep is not None else nullcontext():
+    with lockstep.on_device(_WARM_UP_DEADLINE_S) if lockstep is not None else nullcontext():
         runner.warm_up(max_batched_tokens=max_batched_tokens, decodes=decodes, told=told)
 
 

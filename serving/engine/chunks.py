@@ -140,10 +140,10 @@ class Chunks:
             self._compile_step(0, min(PAGE_TOKENS, max_batched_tokens))
 
     def _compile_step(self, start: int, num_tokens: int) -> None:
-        """Of the tokens from `start` on of as many prompts as have so many."""
-        most = self._page_table_SP.shape[1] * PAGE_TOKENS - start
-        if most <= 0:
-            return
+        """Of the tokens from `start` on, from the first on where no text is longer, of as many prompts as have so many."""
+        longest = self._page_table_SP.shape[1] * PAGE_TOKENS
+        start = start if start < longest else 0
+        most = longest - start
         sizes = [min(most, num_tokens - before) for before in range(0, num_tokens, most)]
         chunks = tuple(
             PrefillChunk(

@@ -132,7 +132,9 @@ class Runner:
                 self._compile_decode(told)
             if self.device.type == "cuda":
                 told("compiling the sampler")
-                self.sampler.warm_up(self.model.logits(self._hidden_SD[:1]))
+                # A row alone keeps the stride of the model's vocabulary, several get that of the tokenizer's: other code.
+                for num_rows in (1, 2):
+                    self.sampler.warm_up(self.model.logits(self._hidden_SD[:num_rows]))
         self.model.stop_compiling()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -151,7 +151,11 @@ class Sampler:
             self._draw(logits_BV, [0 for _ in rows], recipe.draws)
 
     def _draw(self, logits_BV: Tensor, positions: Sequence[int] | Tensor, draws: Draws) -> Tensor:
-        positions_B = positions.contiguous() if isinstance(positions, Tensor) else ids(positions, self.device)
+        if isinstance(positions, Tensor):
+            # One of several drafted positions lies where no kernel was compiled for, and those of a batch lie apart.
+            positions_B = positions.clone(memory_format=torch.contiguous_format)
+        else:
+            positions_B = ids(positions, self.device)
         return ops.sample(
             logits_BV,
             draws.temperatures_B,

@@ -20,9 +20,11 @@ from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.core.config import KernelsTable
 from serving.core.request import SamplingParams
-from serving.engine.build import Engine, build_engine
+from serving.engine import build
+from serving.engine.build import Engine
 from serving.engine.drafting import Drafting
 from serving.kernels.quant import Fp8Weight
+from serving.model.config import ModelConfig
 from tests.fp8_model import WIDE
 from tests.model_factory import make_checkpoint
 
@@ -72,18 +74,21 @@ def forget_kernels() -> None:
 
 
 def warm(folder: Path, dtype: str, *, draft_tokens: str = "0", decodes: bool = True) -> Engine:
-    """With our products alone: a library's compiler is none of Triton's."""
+    """With our products alone: a library's compiler is none of Triton's. Its tokenizer is smaller than its head, as V3's, and odd."""
     forget_kernels()
-    kernels = KernelsTable(linear_fp8="baton")
-    engine = build_engine(
-        folder,
-        max_num_seqs=8,
-        num_pages=256,
-        dtype=dtype,
-        device="cuda",
-        draft_tokens=draft_tokens,
-        kernels=kernels,
-    )
+    size = ModelConfig.from_folder(folder).vocab_size - 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "tokenizer_size", lambda _: size)
+        engine = build.build_engine(
+            folder,
+            max_num_seqs=8,
+            num_pages=256,
+            dtype=dtype,
+            device="cuda",
+            draft_tokens=draft_tokens,
+            kernels=KernelsTable(linear_fp8="baton"),
+        )
+    assert engine.runner.sampler.vocab_size == size
     with compilations() as seen:
         engine.runner.warm_up(max_batched_tokens=512, decodes=decodes)
     assert seen, "the hook hears nothing"

@@ -123,6 +123,10 @@ def test_the_largest_step_is_warmed_up_though_no_text_is_so_long(folder: Path, m
     # Texts have up to 512 tokens, of which 64 are cached.
     engine.runner.warm_up(max_batched_tokens=1000, decodes=False)
     assert (1000, 3) in sizes
+    short = create_engine(folder, num_pages=1, max_num_seqs=4)
+    monkeypatch.setattr(short.runner.model, "prefill", noted)
+    short.runner.warm_up(max_batched_tokens=100, decodes=False)
+    assert (100, 2) in sizes
 
 
 def test_nothing_is_compiled_after_the_warm_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
