@@ -308,18 +308,22 @@ def stepping(request: pytest.FixtureRequest) -> Engine:
 
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
 @pytest.mark.parametrize(
-    ("kind", "num_replays"),
+    ("kind", "behind", "num_replays"),
     [
-        ("a captured prefill", 1),
-        ("a prefill behind a cached part", 0),
-        ("decode", 2),
-        ("decode beside a prefill", 2),
+        ("a captured prefill", "captured", 1),
+        ("a prefill behind a cached part", "captured", 1),
+        ("a prefill behind a cached part", "in pieces", 0),
+        ("decode", "captured", 2),
+        ("decode beside a prefill", "captured", 3),
+        ("decode beside a prefill", "in pieces", 2),
     ],
 )
 def test_a_step_waits_for_nothing(
-    stepping: Engine, kind: str, num_replays: int, asked: SamplingParams, monkeypatch: pytest.MonkeyPatch
+    stepping: Engine, kind: str, behind: str, num_replays: int, asked: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = stepping.runner
+    if behind == "in pieces":
+        monkeypatch.setattr(runner._chunks, "_graphs", {0: runner._chunks._graphs[0]})
     before, steps = steps_of(kind, stepping.draft_tokens)
     # Kernels are loaded and libraries take their memory at the first call.
     began(runner, asked, [*before, *steps])

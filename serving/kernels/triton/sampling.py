@@ -277,7 +277,11 @@ def _search_kernel(
             tl.store(parts_ptr + places, tl.sum(mass.to(tl.float64), axis=1))
     else:
         if part == 0:
-            tl.store(lows_ptr + row, tl.full([], 0, tl.int64))
+            low = tl.full([], 0, tl.int64)
+            if floors_ptr is not None:
+                # What the limit before this one leaves.
+                low = tl.load(floors_ptr + row)
+            tl.store(lows_ptr + row, low)
 
 
 @triton.jit

@@ -70,6 +70,22 @@ def test_draws_are_those_of_the_reference(cut: dict[str, float]) -> None:
     assert sample_reference(logits, temperatures, seeds, positions + 1, **limits).tolist() != want.tolist()
 
 
+def test_a_row_keeps_its_own_limits_beside_rows_with_others() -> None:
+    """Each of top-k and top-p is asked for by another row."""
+    logits = logits_of(3)
+    temperatures, seeds = torch.full((3,), 1.5, dtype=torch.float64), torch.arange(3)
+    top_k, top_p = torch.tensor([3, VOCAB, VOCAB]), torch.tensor([1.0, 0.3, 1.0], dtype=torch.float64)
+    drawn: list[list[int]] = []
+    for position in range(40):
+        positions = torch.full((3,), position)
+        drawn.append(device.sample(logits, temperatures, seeds, positions, top_k_B=top_k, top_p_B=top_p).tolist())
+        want = sample_reference(logits, temperatures, seeds, positions, top_k_B=top_k, top_p_B=top_p)
+        assert drawn[-1] == want.tolist()
+    kept, _, every = (set(row) for row in zip(*drawn, strict=True))
+    assert kept == set(logits[0].topk(3).indices.tolist())
+    assert len(every) > 20
+
+
 def test_damaged_logits_draw_an_id_that_exists() -> None:
     logits = logits_of(1)
     logits[0, 77] = math.nan
