@@ -26,6 +26,7 @@ from serving.engine.drafting import Drafting
 from serving.kernels.quant import Fp8Weight
 from serving.model.config import ModelConfig
 from tests.fp8_model import WIDE
+from tests.gpu.asked import ASKED, GREEDY
 from tests.model_factory import make_checkpoint
 
 pytestmark = [
@@ -52,15 +53,6 @@ def compilations() -> Iterator[list[str]]:
         triton.knobs.compilation.listener = before
 
 
-GREEDY = SamplingParams(temperature=0.0)
-ASKED = {
-    "greedy": GREEDY,
-    "drawn": SamplingParams(temperature=0.8, seed=3),
-    "truncated": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=3),
-    "penalised": SamplingParams(temperature=0.0, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.1),
-    "logprobs": SamplingParams(temperature=0.0, logprobs=5),
-    "biased": SamplingParams(temperature=0.0, logit_bias={7: -3.0, 11: 2.0}),
-}
 LENGTHS = [1, 2, 3, 17, 63, 64, 100, 129, 200, 255, 333, 500]
 
 

