@@ -67,7 +67,7 @@ lint: install
 	$(BIN)/lint-imports
 
 bench: install
-	$(BIN)/baton bench engine --peer transformers
+	$(BIN)/baton bench engine --device cpu --peer transformers
 	$(BIN)/baton bench idle
 
 clean:

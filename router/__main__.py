@@ -23,6 +23,7 @@ import uvicorn
 from router.build import build_router
 from router.openai.prepare import Served
 from router.settings import Settings, read_settings
+from serving.core.collector import pass_over_what_is_loaded
 from serving.core.config import ModelTable
 from serving.core.errors import BatonError, StartupError, Unavailable
 from serving.model.config import ModelConfig
@@ -97,6 +98,7 @@ async def serve(settings: Settings, served: Served, listener: socket.socket) -> 
 async def _announce(server: _Server, url: str) -> None:
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.01)
+    pass_over_what_is_loaded()
     print(f"router: listening on {url}", flush=True)
 
 

@@ -17,6 +17,7 @@ from types import TracebackType
 
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
+from serving.core.collector import pass_over_what_is_loaded
 from serving.core.config import Config
 from serving.core.errors import StartupError
 from serving.core.request import SamplingParams
@@ -76,6 +77,7 @@ class EngineAlone:
 
 def _run(pipe: Connection, model_dir: Path, config: Config, num_threads: int) -> None:
     loop = _build(model_dir, config, num_threads)
+    pass_over_what_is_loaded()
     pipe.send(True)
     while True:
         try:

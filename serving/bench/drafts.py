@@ -23,6 +23,7 @@ from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.bench.options import count, counts
 from serving.bench.report import provenance, write_report
+from serving.core.collector import passing_over_what_is_loaded
 from serving.core.config import MOST_DRAFTS
 from serving.core.request import SamplingParams
 from serving.core.request import Sequence as Job
@@ -86,10 +87,11 @@ def main(argv: Sequence[str]) -> int:
     }
     figures: list[Figure] = []
     print(_HEADER, file=sys.stderr)
-    for streams in options.streams:
-        for figure in _measure(plain, drafting, streams, options):
-            figures.append(figure)
-            print(_line(figure), file=sys.stderr, flush=True)
+    with passing_over_what_is_loaded():
+        for streams in options.streams:
+            for figure in _measure(plain, drafting, streams, options):
+                figures.append(figure)
+                print(_line(figure), file=sys.stderr, flush=True)
     chosen = [figure.times for figure in figures if figure.drafts == "chosen"]
     settings = {name: getattr(options, name) for name in ("device", "dtype", "streams", "ask", "repeats", "seed")}
     report |= {"settings": settings, "step_ms": step_ms, "figures": [asdict(figure) for figure in figures]}

@@ -50,6 +50,7 @@ from serving.bench.report import provenance, write_report
 from serving.bench.shapes import SHAPES, random_prompts, write_checkpoint
 from serving.bench.systems import Baton, System, Transformers
 from serving.bench.virtual import report_of, run_units, table
+from serving.core.collector import passing_over_what_is_loaded
 from serving.core.config import load_config
 from serving.core.errors import ConfigError
 from serving.model.config import ModelConfig
@@ -89,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
         report = provenance(["baton", "bench", "engine", *argv]) | {"model": model, "settings": _settings(options)}
         baton, peers = _systems(options, model_dir, stack)
         systems: list[System] = [baton, *peers]
+        stack.enter_context(passing_over_what_is_loaded())
         report["kernel_choices"] = {
             system.name: system.kernels for system in [baton, *peers] if isinstance(system, Baton)
         }

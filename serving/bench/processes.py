@@ -28,6 +28,7 @@ from kvcache.layout import num_pages_for
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
 from serving.bench.timed import Timed, TimedExchanges
+from serving.core.collector import pass_over_what_is_loaded
 from serving.core.config import BalanceTable, Config, DecodeTable, KVTable, ModelTable, PrefillTable
 from serving.core.errors import BatonError, ConfigError
 from serving.core.request import SamplingParams, TokenLogprobs
@@ -348,6 +349,7 @@ def _built(sizes: Sizes, load: Load, rank: int, scratch: Path, seconds: Any) -> 
 def _live(pipe: Connection, sizes: Sizes, rank: int, engine: Engine) -> Trace | None:
     lockstep, on_gpu = engine.lockstep, sizes.device == "cuda"
     traced = _traced(engine.runner.model, rank) if sizes.traced else None
+    pass_over_what_is_loaded()
     if lockstep is not None:
         lockstep.meet()
     pipe.send(None)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serving.cluster.library_pages import unmap_library_pages
+from serving.core.collector import pass_over_what_is_loaded
 from serving.core.errors import BatonError
 from serving.core.messages import PeerAddress
 from serving.core.spec import WorkerSpec
@@ -132,12 +133,14 @@ class Rank:
 
 
 def build_worker(spec: WorkerSpec, progress: LoadProgress | None = None) -> Worker:
-    """Raises BatonError."""
+    """The worker of a process that does nothing else. Raises BatonError."""
     from serving.engine.joining import leads
 
-    worker = worker_class(spec.role, leads=leads(spec))
+    of_role = worker_class(spec.role, leads=leads(spec))
     unmap_library_pages()
-    return worker(spec, progress=progress)
+    worker = of_role(spec, progress=progress)
+    pass_over_what_is_loaded()
+    return worker
 
 
 def worker_class(role: str, *, leads: bool = True) -> Callable[..., Worker]:
