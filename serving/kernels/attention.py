@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.mla import attend, attend_reference
-from serving.kernels.quant import QuantisedRows, quantise_rows_fp8, quantise_rows_fp8_reference
+from serving.kernels.quant import BLOCK, QuantisedRows, quantise_rows_fp8, quantise_rows_fp8_reference
 
 
 def attend_varlen(
@@ -134,9 +134,23 @@ def merge_into(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> No
         return
     from serving.kernels.triton import attention as device
 
-    out, lse = device.merge(out_a, lse_a, out_b, lse_b)
-    out_a.copy_(out)
-    lse_a.copy_(lse)
+    device.merge_into(out_a, lse_a, out_b, lse_b)
+
+
+def merge_quantised(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> QuantisedRows:
+    """Of out [T, H, V] what `merge_into` makes of a, heads side by side: rows [T, H V]. What is left in a is not said."""
+    if out_a.is_cuda and out_a.shape[-1] == BLOCK:
+        from serving.kernels.triton import attention as device
+
+        return device.merge_quantised(out_a, lse_a, out_b, lse_b)
+    merge_into(out_a, lse_a, out_b, lse_b)
+    return quantise_rows_fp8(out_a.flatten(1))
+
+
+def merge_quantised_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> QuantisedRows:
+    """`merge_quantised` in plain operations."""
+    merge_into_reference(out_a, lse_a, out_b, lse_b)
+    return quantise_rows_fp8_reference(out_a.flatten(1))
 
 
 def merge_into_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
