@@ -28,6 +28,7 @@ from serving.engine.balancing import Balancing
 from serving.engine.joining import Place, join
 from serving.engine.runner import Model, Runner
 from serving.engine.unit import Lockstep, MicroBatches
+from serving.engine.watch import WARM_UP_DEADLINE_S
 from serving.kernels.packed import packing
 from serving.model.checkpoint import read_entries
 from serving.model.config import ModelConfig
@@ -44,8 +45,6 @@ _AUTO = KernelsTable()
 _COMPUTE_CAPABILITY = 9
 # Long enough for the products to reach their rate; a CPU's step is also what a newcomer waits for.
 _BATCHED_TOKENS = {"cpu": 256, "cuda": 8192}
-# A library's compiler may take minutes on the first start of a machine; a rank whose process has ended is noticed at once.
-_WARM_UP_DEADLINE_S = 1800.0
 # A CPU's memory is everybody's; a GPU is there to be filled, but for what longer contexts than those of the warm-up need.
 _MEMORY_FRACTION = {"cpu": 0.1, "cuda": 0.9}
 
@@ -148,7 +147,9 @@ def build_engine(
         pool=pool,
         layout=layout,
         model_config=config,
-        identity=identity(folder, layout, dtype=torch_dtype, fp8=keeps_fp8(config, torch_dtype, torch_device)),
+        identity=identity(
+            folder, layout, dtype=torch_dtype, fp8=keeps_fp8(config, torch_dtype, torch_device, parallel.tp.world_size)
+        ),
         max_model_len=longest,
         max_num_seqs=max_num_seqs,
         max_batched_tokens=max_batched_tokens,
@@ -318,7 +319,10 @@ def _warm_up(
 ) -> None:
     """Of a unit on all ranks at once, since what is compiled and captured has their collectives in it."""
     told = progress.tell if progress is not None else lambda _: None
-    with lockstep.on_device(_WARM_UP_DEADLINE_S) if lockstep is not None else nullcontext():
+    if lockstep is not None:
+        # How much later than another a rank has loaded is no matter of the device's deadlines.
+        lockstep.meet()
+    with lockstep.on_device(WARM_UP_DEADLINE_S) if lockstep is not None else nullcontext():
         runner.warm_up(max_batched_tokens=max_batched_tokens, decodes=decodes, told=told)
 
 

@@ -29,7 +29,7 @@ from serving.core.config import Config, DecodeTable, unit_table
 from serving.core.spec import WorkerSpec
 from serving.engine.placing import first_placement
 from serving.engine.unit import Lockstep, MicroBatches
-from serving.engine.watch import DeviceWatch
+from serving.engine.watch import LAST_DEADLINE_S, WARM_UP_DEADLINE_S, DeviceWatch
 from serving.model.config import ModelConfig
 from serving.model.parallel import SINGLE, Hosting, Parallel
 from serving.model.units import UnitShape, groups_of, shape_of
@@ -177,8 +177,7 @@ def through_peer_memory(
         capacity=-(-config.decode.max_num_seqs // shape.groups.tp),
         width=model.hidden_size,
         top_k=model.num_experts_per_token + shape.shared_expert_routed,
-        # The watch gives up long before.
-        deadline_s=START_DEADLINE_S,
+        deadline_s=LAST_DEADLINE_S,
         itemsize=_element_bytes(config),
     )
     try:
@@ -188,7 +187,7 @@ def through_peer_memory(
             raise
         _log.info("decode dispatches over NCCL: %s", error)
         return parallel
-    _ends_with(watch, symmetric.abort, symmetric.close)
+    _ends_with(watch, symmetric.check, symmetric.abort, symmetric.close)
     return replace(parallel, fixed=symmetric.dispatch)
 
 
@@ -197,22 +196,25 @@ def shares_through_peer_memory(
 ) -> Parallel:
     """The same of the small collectives of the TP group, captured or not. `peers`: that group, in host memory."""
     try:
-        shares = open_peer_shares(parallel.tp, peers, device, deadline_s=START_DEADLINE_S, issued=watch.advance)
+        shares = open_peer_shares(parallel.tp, peers, device, deadline_s=LAST_DEADLINE_S, issued=watch.advance)
     except PeersUnreachable as error:
         if config.decode.dispatch == "symmetric":
             raise
         _log.info("a TP group sums over NCCL: %s", error)
         return parallel
-    _ends_with(watch, shares.abort, shares.close_memory)
+    _ends_with(watch, shares.check, shares.abort, shares.close_memory)
     return replace(parallel, tp=shares)
 
 
-def _ends_with(watch: DeviceWatch, abort: Callable[[], None], close: Callable[[], None]) -> None:
+def _ends_with(
+    watch: DeviceWatch, check: Callable[[], None], abort: Callable[[], None], close: Callable[[], None]
+) -> None:
     def release() -> None:
         # Memory that a rank which is gone might still write is left to the end of the process.
         with suppress(RanksMissing):
             close()
 
+    watch.also_checks(check)
     watch.also_aborts(abort)
     watch.also_releases(release)
 
@@ -242,7 +244,7 @@ def nccl_opener(store: Store, rank: int, watch: DeviceWatch) -> GroupOf:
             ranks=ranks,
             rank=list(ranks).index(rank),
             name=name,
-            deadline_s=START_DEADLINE_S,
+            deadline_s=WARM_UP_DEADLINE_S,
             issued=watch.advance,
         )
         watch.also_aborts(group.abort)

@@ -222,10 +222,12 @@ class Lockstep:
 
     def launch(self, runner: UnitRunner, plan: StepPlan, step: StepShape) -> Launched:
         """Raises RanksMissing."""
+        if self.watch is not None:
+            self.watch.launching(self.number)
         with self.on_device():
             launched = runner.launch(plan, step)
         if self.watch is not None:
-            self.watch.advance()
+            self.watch.launched(self.number)
         return launched
 
     def settle(self, runner: UnitRunner, launched: Launched) -> StepResult:

@@ -22,9 +22,17 @@ from serving.parallel.bell import Bell
 from serving.parallel.collectives import Presence, RanksMissing
 
 _LOOK_S = 0.05
+_CALLS = 1 << 20
+"""More than a step gives the device that takes all ranks."""
 _LAST_RESORT_S = 10.0
 """From the abort on; kernels end within microseconds."""
 _ENDED = 70
+
+WARM_UP_DEADLINE_S = 1800.0
+"""Of steps that are compiled and captured: a library's compiler may take minutes on the first start of a machine; a rank whose process has ended
+is noticed at once."""
+LAST_DEADLINE_S = 2 * WARM_UP_DEADLINE_S
+"""Of what waits on the device itself, and of the backends' own watchdogs, which name nobody: nothing is watched for so long."""
 
 _log = logging.getLogger("baton.unit")
 
@@ -38,6 +46,7 @@ class DeviceWatch:
         self._deadline_s = deadline_s
         self._releases: list[Callable[[], None]] = []
         self._aborts: list[Callable[[], None]] = []
+        self._checks: list[Callable[[], None]] = []
         self._missing: RanksMissing | None = None
         self._due_s: float | None = None
         self._is_inside = threading.Event()
@@ -49,9 +58,23 @@ class DeviceWatch:
         """The device has been given one thing more that takes all ranks, in the order in which all of them do it."""
         self._presence.advance()
 
+    def launching(self, number: int) -> None:
+        """Step `number` of the unit, which all ranks count alike. How much each gives its device in it differs: a DP group may replay what another
+        one launches piece by piece. So who is behind is who is in an earlier step, then who has not launched it whole."""
+        self._presence.reach(number * _CALLS)
+
+    def launched(self, number: int) -> None:
+        """The whole of step `number`."""
+        self._presence.reach(number * _CALLS + _CALLS // 2)
+
     def also_aborts(self, abort: Callable[[], None]) -> None:
         """`abort` ends kernels that wait for other ranks; called from any thread."""
         self._aborts.append(abort)
+
+    def also_checks(self, check: Callable[[], None]) -> None:
+        """`check` raises RanksMissing if a kernel has given up waiting for another rank; called whenever the device is not waited for any more,
+        before what it computed is used."""
+        self._checks.append(check)
 
     def also_releases(self, release: Callable[[], None]) -> None:
         """`release` waits for the device and gives back what still names a group; called at the end."""
@@ -74,6 +97,8 @@ class DeviceWatch:
             self._due_s = None
         if self._missing is not None:
             raise self._missing
+        for check in self._checks:
+            check()
 
     def close(self) -> None:
         """No step will be launched any more."""

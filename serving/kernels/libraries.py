@@ -22,6 +22,8 @@ from serving.kernels.quant import (
 if TYPE_CHECKING:
     from serving.kernels.triton.gemm import Tiles
 
+# Of the library's kernels on sm_90, at least.
+_BLOCK_N, _BLOCK_K = 64, 128
 # Of a product rounded to bf16, beside one that is not.
 _MOST_ERROR = 0.01
 
@@ -68,7 +70,8 @@ class DeepGemm:
     """FP8 products, bf16 results. Scales are read as `QuantisedRows` and `Fp8Weight` have them, nothing is converted.
 
     nvcc compiles a kernel, for seconds, when a weight's shape meets a number of rows that is cut in a new way. So a number of
-    rows that no step had before `stop_compiling` is not taken afterwards. `fewest_rows`: nor are fewer.
+    rows that no step had before `stop_compiling` is not taken afterwards. `fewest_rows`: nor are fewer. Nor are weights that are not
+    cut into whole blocks.
     """
 
     ROWS_OF_AN_EXPERT = 128
@@ -97,7 +100,8 @@ class DeepGemm:
 
     def takes(self, num_rows: int, shape: torch.Size) -> bool:
         """Whether it multiplies so many rows by a weight of `shape`."""
-        return num_rows >= self._fewest_rows and (self._compiles or (num_rows, shape) in self._met)
+        whole = shape[-1] % _BLOCK_K == 0 and shape[-2] % _BLOCK_N == 0
+        return whole and num_rows >= self._fewest_rows and (self._compiles or (num_rows, shape) in self._met)
 
     def stop_compiling(self) -> None:
         """Once the steps that are warmed up have run."""

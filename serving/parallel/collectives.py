@@ -120,6 +120,9 @@ class Presence(Protocol):
     def advance(self) -> None:
         """This rank is one step further with what all of them do in one order, beside this group's calls."""
 
+    def reach(self, far: int) -> None:
+        """This rank has come as far as `far`, which means the same on all of them, and counts on from there."""
+
     def check(self) -> None:
         """Raises RanksMissing if a member's process has ended, or somebody was given up."""
 

@@ -24,7 +24,7 @@ MOST_BYTES = 1 << 20
 
 class PeerShares:
     """`Collectives` in front of `group`. It has one call through peer memory in flight at a time. `issued` is called with each of these, as
-    `group` calls its own with its: how many there are of both is alike on all ranks of a unit, whose TP groups have batches of their own."""
+    `group` calls its own with its."""
 
     def __init__(
         self,

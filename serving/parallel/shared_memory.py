@@ -201,6 +201,9 @@ class SharedMemoryCollectives:
     def advance(self) -> None:
         self._words[self._word(1, _PROGRESS) + self.rank] += 1
 
+    def reach(self, far: int) -> None:
+        self._words[self._word(1, _PROGRESS) + self.rank] = far
+
     def check(self) -> None:
         dead = self._given_up() or [index for index in range(self.world_size) if self._is_dead(index)]
         if dead:

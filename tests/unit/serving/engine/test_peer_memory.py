@@ -13,6 +13,7 @@ from torch import Tensor
 from serving.core.config import load_config
 from serving.engine import joining
 from serving.engine.joining import shares_through_peer_memory, through_peer_memory, writes_peers
+from serving.engine.watch import WARM_UP_DEADLINE_S
 from serving.kernels.dispatch import Window
 from serving.model.parallel import Parallel
 from serving.model.published import DEEPSEEK_V3
@@ -31,6 +32,7 @@ class Watch:
     progress: int = 0
     aborts: list[Callable[[], None]] = field(default_factory=list)
     releases: list[Callable[[], None]] = field(default_factory=list)
+    checks: list[Callable[[], None]] = field(default_factory=list)
 
     def advance(self) -> None:
         self.progress += 1
@@ -40,6 +42,9 @@ class Watch:
 
     def also_releases(self, release: Callable[[], None]) -> None:
         self.releases.append(release)
+
+    def also_checks(self, check: Callable[[], None]) -> None:
+        self.checks.append(check)
 
 
 def joined(monkeypatch: pytest.MonkeyPatch, opens: Callable[..., Symmetric], *keys: str) -> tuple[Parallel, Watch]:
@@ -70,10 +75,17 @@ def test_captured_steps_are_made_for_the_units_sizes_and_end_with_it(monkeypatch
     ((exchanged, num_windows),) = opened
     assert (exchanged.slots_per_rank, exchanged.capacity, exchanged.width) == (33, 17, 7168)
     assert (exchanged.top_k, exchanged.itemsize, num_windows) == (9, 2, 2)
+    assert exchanged.deadline_s > WARM_UP_DEADLINE_S
     assert parallel.fixed is not None
     parallel.fixed(17)
     with pytest.raises(AssertionError, match="18 rows where 17 fit"):
         parallel.fixed(18)
+    (check,) = watch.checks
+    check()
+    ends[0].windows[1].given_up[:2] = 1
+    with pytest.raises(RanksMissing, match="peer memory"):
+        check()
+    ends[0].windows[1].given_up.zero_()
     for release in watch.releases:
         release()
     for abort in watch.aborts:
@@ -143,7 +155,13 @@ def test_a_tp_group_sums_through_peer_memory_and_ends_with_its_unit(monkeypatch:
     assert (out == 1).all()
     assert isinstance(parallel.tp, PeerShares)
     assert int(parallel.tp.window.state[0]) == 1
-    (release,), (abort,) = watch.releases, watch.aborts
+    assert parallel.tp._deadline_s > WARM_UP_DEADLINE_S
+    (release,), (abort,), (check,) = watch.releases, watch.aborts, watch.checks
+    check()
+    parallel.tp.window.given_up[:2] = 1
+    with pytest.raises(RanksMissing, match="peer memory"):
+        check()
+    parallel.tp.window.given_up.zero_()
     release()
     assert closed
     assert not parallel.tp.window.given_up[0]

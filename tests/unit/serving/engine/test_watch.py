@@ -116,9 +116,13 @@ class Present:
     """One rank's end of a unit whose rank 3 is found missing when `is_missing`."""
 
     is_missing = False
+    far = 0
 
     def advance(self) -> None:
-        """Nobody asks."""
+        self.far += 1
+
+    def reach(self, far: int) -> None:
+        self.far = far
 
     def check(self) -> None:
         if self.is_missing:
@@ -149,6 +153,45 @@ def test_what_went_wrong_for_want_of_a_rank_is_told_as_that() -> None:
     with pytest.raises(RanksMissing), watch.on_device():
         raise AssertionError("nothing is begun any more")
     watch.close()
+
+
+def test_results_of_a_step_in_which_a_kernel_gave_up_are_nobodys() -> None:
+    late: list[int] = []
+
+    def check() -> None:
+        if late:
+            raise RanksMissing(late, group="tp", reason="deadline, peer memory")
+
+    watch = DeviceWatch(Present(), QuietBell(), deadline_s=20.0)
+    watch.also_checks(check)
+    with watch.on_device():
+        """Everybody has come."""
+    with pytest.raises(RanksMissing) as raised, watch.on_device():
+        late.append(3)
+    assert raised.value.ranks == (3,)
+    watch.close()
+
+
+def test_a_rank_is_as_far_as_its_step_however_much_its_device_has_to_do_in_it() -> None:
+    """Of four ranks, the first is in step 5 still; the second has replayed that step, the third has launched it piece by piece and made three calls
+    between the steps, the fourth has begun the next one."""
+    presences = [Present() for _ in range(4)]
+    watches = [DeviceWatch(presence, QuietBell(), deadline_s=20.0) for presence in presences]
+    num_calls = 40, 0, 90, 90
+    for watch, number in zip(watches, num_calls, strict=True):
+        watch.launching(5)
+        for _ in range(number):
+            watch.advance()
+    for watch in watches[1:]:
+        watch.launched(5)
+    for watch in watches[2:]:
+        for _ in range(3):
+            watch.advance()
+    watches[3].launching(6)
+    far = [presence.far for presence in presences]
+    assert far == sorted(set(far))
+    for watch in watches:
+        watch.close()
 
 
 def test_at_the_end_captured_steps_go_before_the_groups_that_they_name() -> None:

@@ -97,6 +97,8 @@ def test_auto_multiplies_many_dense_rows_by_deep_gemm_and_all_else_by_ours(heads
     assert chosen.linear_fp8 is not None
     assert not chosen.linear_fp8.takes(63, SHAPE)
     assert chosen.linear_fp8.takes(64, SHAPE)
+    for broken in ((SHAPE[0], SHAPE[1] + 16), (SHAPE[0] + 16, SHAPE[1])):
+        assert not chosen.linear_fp8.takes(64, torch.Size(broken))
     named = choose(with_heads(heads), linear_fp8="deepgemm").linear_fp8
     assert named is not None
     assert named.takes(1, SHAPE)

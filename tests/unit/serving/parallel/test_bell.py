@@ -188,3 +188,28 @@ def test_a_rank_that_does_not_join_is_named_and_a_stranger_is_not_admitted() -> 
         knocking.result()
         joining.result().close()
     assert missing.value.ranks == (RANKS[2],)
+
+
+def test_a_stranger_that_says_nothing_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.parallel.bell._HELLO_S", 0.2)
+    room, here = _Room(), threading.Event()
+
+    def stay() -> None:
+        assert room.filled.wait(DEADLINE_S)
+        text = bytes(room.invitation.tolist())[16:].rstrip(b"\0").decode()
+        with socket.create_connection(("127.0.0.1", int(text.split()[0]))) as stranger:
+            here.set()
+            assert stranger.recv(1) == b""
+
+    def come(index: int) -> TcpBell:
+        assert here.wait(DEADLINE_S)
+        return _join(room, index, DEADLINE_S)
+
+    with ThreadPoolExecutor(3) as pool:
+        staying, *coming = pool.submit(stay), *(pool.submit(come, index) for index in (1, 2))
+        begin_s = time.monotonic()
+        bells = [_join(room, 0, DEADLINE_S), *(each.result() for each in coming)]
+        assert time.monotonic() - begin_s < DEADLINE_S / 2
+        staying.result()
+    for each in bells:
+        each.close()

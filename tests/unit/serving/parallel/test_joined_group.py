@@ -73,6 +73,9 @@ class Hears:
     def advance(self) -> None:
         """Nobody asks."""
 
+    def reach(self, far: int) -> None:
+        """Nor how far."""
+
     def check(self) -> None:
         if self.gone:
             raise RanksMissing(self.gone, group="bell", reason="its connection has ended")
