@@ -157,11 +157,13 @@ def test_aborts_at_random_moments_leave_no_page_behind(texts: list[list[int]], t
         clients = units.clients
         submitted = [(clients[i % 2], clients[i % 2].submit(prompt, 40)) for i, prompt in enumerate(prompts())]
         draw.shuffle(submitted)
-        for client, request in submitted:
+        for number, (client, request) in enumerate(submitted):
+            # Half of them before or while pages travel, however slow the machine is; the others around what came then.
+            while number == len(submitted) // 2 and not units.metric("baton_kv_handoff_bytes_total", kind="peer"):
+                client.pump(0.01)
             client.pump(draw.random() * 0.03)
             client.abort(request)
         units.wait_until_quiet()
-        assert units.metric("baton_kv_handoff_bytes_total", kind="peer") > 0, "the aborts came too early"
         assert units.generate(prompts()[:16], NUM_NEW) == texts[:16]
         units.drain()
 
