@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     """`argv` without the command's name. JSON on standard output or in --out, a table on standard error. 1: a case failed."""
     options = _parse(argv)
     device = _device()
-    report = provenance(["baton", "bench", "kernels", *argv])
+    # FlashMLA and DeepGEMM come in vLLM's wheel.
+    report = provenance(["baton", "bench", "kernels", *argv], libraries=("triton", "vllm"))
     stage = Stage(device)
     chosen = choose(cases(stage), options.only)
     print(_HEAD, file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from serving.bench.kernel_cases.ceilings import device_copy
 from serving.bench.kernel_cases.named import cases
 from serving.bench.kernel_cases.stage import Call, Case, Stage, Work
 from serving.bench.kernels import OWN, choose, main, run_case
+from serving.bench.report import provenance
 from serving.cli import main as baton
 from serving.core.errors import ConfigError
 from serving.kernels.norm_rope import rms_norm_reference
@@ -115,6 +116,21 @@ def test_one_failure_stops_nothing_and_ends_with_1(
     table = capsys.readouterr().err
     assert "FAILED RuntimeError: out of shared memory" in table
     assert _run({"norm/a": _norms}, tmp_path / "out.json", monkeypatch) == 0
+
+
+def test_a_report_has_the_versions_of_what_compiles_our_kernels_and_of_the_wheel_of_the_peers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def versions(**installed: str) -> dict[str, str]:
+        monkeypatch.setattr("serving.bench.report.installed_version", installed.get)
+        _run({"norm/a": _norms}, tmp_path / "out.json", monkeypatch)
+        found: dict[str, str] = json.loads((tmp_path / "out.json").read_text())["versions"]
+        return found
+
+    with_both = versions(triton="3.6.0", vllm="0.24.0")
+    assert (with_both["triton"], with_both["vllm"]) == ("3.6.0", "0.24.0")
+    # Parts of a wheel on the path have no metadata; and what other commands report stays as it is.
+    assert set(versions()) == set(with_both) - {"triton", "vllm"} == set(provenance(["baton"])["versions"])
 
 
 def _run(named: dict[str, Case], out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
