@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -78,13 +78,13 @@ def mla_decode(stage: Stage, *, heads: int, batch: int, ctx: int, fp8: bool, num
     peers: dict[str, Call] = {}
     library = peer_library("vllm.third_party.flashmla.flash_mla_interface")
     if library is not None and not fp8:
-        schedule, _ = library.get_mla_metadata()
+        schedule = cache(lambda: library.get_mla_metadata()[0])
 
         def flash_mla(i: int) -> Tensor:
             q_BTHW = queries[i].view(batch, num_tokens, heads, LATENT + ROPE)
-            cache = pool.tensor[:, stage.layer(i)].unsqueeze(2)
+            rows = pool.tensor[:, stage.layer(i)].unsqueeze(2)
             out, _ = library.flash_mla_with_kvcache(
-                q_BTHW, cache, tables[i], lens, LATENT, schedule, softmax_scale=SOFTMAX_SCALE, causal=True
+                q_BTHW, rows, tables[i], lens, LATENT, schedule(), softmax_scale=SOFTMAX_SCALE, causal=True
             )
             latents: Tensor = out.view(*queries[i].shape[:-1], LATENT)
             return latents

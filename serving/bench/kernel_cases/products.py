@@ -128,9 +128,8 @@ def values_by_head(stage: Stage, *, tokens: int, heads: int, quantise: bool = Fa
     latents = [stage.randn(tokens, heads, LATENT) for _ in sets]
     weights = [_by_head(stage, heads)[:, NOPE:] for _ in sets]
 
-    def own(i: int) -> Tensor:
-        out = linear_by_head(latents[i], weights[i], quantise=quantise)
-        return out.scales if isinstance(out, QuantisedRows) else out
+    def own(i: int) -> Tensor | QuantisedRows:
+        return linear_by_head(latents[i], weights[i], quantise=quantise)
 
     def bmm(i: int) -> Tensor | None:
         out_THV = latents[i].new_empty(tokens, heads, VALUE)
