@@ -184,6 +184,8 @@ SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear_bf16": (products.linear_bf16, {"m": 3, "n": 160, "k": 256}),
     "linear_fp32": (products.linear_bf16, {"m": 3, "n": 160, "k": 256, "fp32": True}),
     "gate_up": (products.gate_up, {"m": 3, "n": 96, "k": 64}),
+    "gate_up_fp8": (products.gate_up_fp8, {"m": 3, "n": 512, "k": 256}),
+    "gate_up_fp8_few": (products.gate_up_fp8, {"m": 3, "n": 512, "k": 256, "few": True}),
     "absorb": (products.absorb, {"tokens": 3, "heads": 2}),
     "values_by_head": (products.values_by_head, {"tokens": 3, "heads": 2}),
     "values_quantised": (products.values_by_head, {"tokens": 3, "heads": 2, "quantise": True}),
@@ -215,7 +217,11 @@ SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "draw": (steps.drawn, {"rows": 3, "vocab": 1000}),
 }  # fmt: skip
 
-PEERS_NEED_A_GPU = {"attention", "attention_quantised", "linear_fp8", "linear_fp8_few", "linear_fp32", "gate_product"}
+PEERS_NEED_A_GPU = {
+    "attention", "attention_quantised", "linear_fp8", "linear_fp8_few", "linear_fp32", "gate_up_fp8", "gate_up_fp8_few", "gate_product",
+}  # fmt: skip
+# Only libraries for a GPU do what these do.
+WITHOUT_PEERS_HERE = {"mla_decode", "experts_fp8", "draw"}
 
 
 @pytest.mark.parametrize("name", SMALL)
