@@ -39,11 +39,15 @@ def cases(stage: Stage) -> dict[str, Case]:
     named: dict[str, Case] = {}
     for fp8 in (False, True):
         kind = "fp8" if fp8 else "bf16"
-        decode, store = partial(mla_decode, stage, ctx=4096, fp8=fp8), partial(latent_store, stage, fp8=fp8)
+        decode, store = partial(mla_decode, stage, fp8=fp8), partial(latent_store, stage, fp8=fp8)
         for heads in (16, 32, 64, 128):
             for batch in (32, 64, 128):
-                named[f"mla_decode/{kind}/h{heads}/b{batch}"] = partial(decode, heads=heads, batch=batch)
-        named[f"mla_decode/{kind}/h32/b64/drafts3"] = partial(decode, heads=32, batch=64, num_tokens=4)
+                named[f"mla_decode/{kind}/h{heads}/b{batch}"] = partial(decode, heads=heads, batch=batch, ctx=4096)
+            for batch, ctx in (128, 1024), (32, 16384):
+                named[f"mla_decode/{kind}/h{heads}/b{batch}/ctx{ctx}"] = partial(
+                    decode, heads=heads, batch=batch, ctx=ctx
+                )
+        named[f"mla_decode/{kind}/h32/b64/drafts3"] = partial(decode, heads=32, batch=64, ctx=4096, num_tokens=4)
         for tokens in (64, 4096):
             named[f"norm_rope_store/{kind}/{tokens}"] = partial(store, tokens=tokens, heads=0)
             named[f"norm_rope_store/{kind}/{tokens}/queries"] = partial(store, tokens=tokens, heads=128)
@@ -60,9 +64,10 @@ def cases(stage: Stage) -> dict[str, Case]:
 
 
 def mla_decode(stage: Stage, *, heads: int, batch: int, ctx: int, fp8: bool, num_tokens: int = 1) -> Work:
-    """Pages drawn at random from all of the pool; the plan is made before, as a step makes it once for all layers."""
+    """Pages drawn at random from all of the pool, none twice; the plan is made before, as a step makes it once for all layers."""
     pool = stage.pool(fp8=fp8)
     pages = ctx // PAGE_TOKENS
+    assert batch * pages <= pool.num_pages, "a batch's pages are all different"
     lens = torch.full((batch,), ctx, dtype=torch.int32, device=stage.device)
     tables = [stage.permutation(pool.num_pages)[: batch * pages].view(batch, pages).int() for _ in range(4)]
     shape = (batch, heads, LATENT + ROPE) if num_tokens == 1 else (batch, num_tokens, heads, LATENT + ROPE)

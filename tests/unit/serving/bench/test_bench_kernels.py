@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,18 +159,42 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -
     assert "torch finds no CUDA device here" in capsys.readouterr().err
 
 
+# Of the published tables: batch and context of each column, and heads of each row, of MLA decode; M, N, K of dense products; experts,
+# rows of each, N, K of products by expert.
+MLA_COLUMNS = {"b32", "b64", "b128", "b128/ctx1024", "b32/ctx16384"}
+MLA_HEADS = {16, 32, 64, 128}
+DENSE = {"4096x7168x2048", "4096x24576x1536", "4096x4096x7168", "128x7168x16384", "64x4096x7168", "128x24576x1536"}
+CONTIGUOUS = {"9x1024x4096x7168", "9x1024x7168x2048", "9x4096x4096x7168"}
+MASKED = {"1x256x4096x7168", "1x256x7168x2048", "9x64x4096x7168", "9x64x7168x2048"}
+
+
 def test_every_case_has_a_name_of_its_own_and_the_shapes_that_are_published() -> None:
     names = cases(Stage(CPU))
-    for batch in (32, 64, 128):
-        assert f"mla_decode/bf16/h16/b{batch}" in names
-        assert f"mla_decode/fp8/h128/b{batch}" in names
-    assert "linear_fp8/4096x24576x1536" in names
-    assert "grouped_fp8/9x4096x4096x7168" in names
+    for kind in ("bf16", "fp8"):
+        assert {f"mla_decode/{kind}/h{heads}/{column}" for heads in MLA_HEADS for column in MLA_COLUMNS} < set(names)
+    assert {f"linear_fp8/{shape}" for shape in DENSE} < set(names)
+    assert {f"grouped_fp8/{shape}" for shape in CONTIGUOUS} < set(names)
+    assert {f"grouped_fp8/masked/{shape}" for shape in MASKED} < set(names)
+    assert {f"linear_silu_mul_fp8/{m}x{n}x7168" for m in (64, 4096) for n in (36864, 4096)} < set(names)
     families = {name.partition("/")[0] for name in names}
     products_of_rows = {"linear_bf16", "linear_fp8", "linear_fp32", "linear_silu_mul", "linear_by_head", "per_head"}
     between_ranks = {"route", "dispatch_rows", "sum_parts", "expert_rows"}
     assert families > products_of_rows | between_ranks | {"step_rows", "draft_rows", "sampling", "attention", "gate"}
-    assert len(names) > 120
+    assert len(names) > 150
+
+
+def test_a_name_of_mla_decode_says_heads_batch_and_context() -> None:
+    for name, case in cases(Stage(CPU)).items():
+        family, *parts = name.split("/")
+        if family == "mla_decode":
+            kind, heads, batch, *more = parts
+            assert isinstance(case, partial)
+            sizes = dict(case.keywords)
+            assert sizes.pop("fp8") == (kind == "fp8")
+            assert (heads, batch) == (f"h{sizes.pop('heads')}", f"b{sizes.pop('batch')}")
+            ctx, num_tokens = sizes.pop("ctx"), sizes.pop("num_tokens", 1)
+            assert more == ([f"ctx{ctx}"] if ctx != 4096 else [] if num_tokens == 1 else [f"drafts{num_tokens - 1}"])
+            assert not sizes
 
 
 SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
