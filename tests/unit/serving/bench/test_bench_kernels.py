@@ -201,6 +201,8 @@ SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "mla_decode": (attention.mla_decode, {"heads": 4, "batch": 2, "ctx": 128, "fp8": False}),
     "latent_store": (attention.latent_store, {"tokens": 5, "heads": 2, "fp8": False}),
     "latent_store_fp8": (attention.latent_store, {"tokens": 5, "heads": 2, "fp8": True}),
+    "absorbed_query": (attention.absorbed_query, {"tokens": 5, "heads": 2, "fp8": False}),
+    "absorbed_query_fp8": (attention.absorbed_query, {"tokens": 5, "heads": 2, "fp8": True}),
     "gather": (attention.gather, {"num_pages": 2, "num_layers": 3, "fp8": False}),
     "scatter": (attention.scatter, {"num_pages": 2, "num_layers": 3, "fp8": True}),
     "attention": (attention.prefill_attention, {"batch": 2, "tokens": 9, "heads": 2}),
@@ -233,6 +235,7 @@ SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "experts_fp8": (experts.experts_mlp, {"tokens": 4, "hidden": 128, "inner": 128, "num_experts": 4, "top_k": 2, "fp8": True}),
     "experts": (experts.experts_mlp, {"tokens": 4, "hidden": 64, "inner": 48, "num_experts": 4, "top_k": 2, "fp8": False}),
     "gate": (experts.gate, {"tokens": 7, "num_experts": 16, "num_groups": 4, "kept": 2, "top_k": 4}),
+    "gate_ungrouped": (experts.gate, {"tokens": 7, "num_experts": 16, "num_groups": 1, "kept": 1, "top_k": 4}),
     "norm": (rows.norm, {"tokens": 3, "width": 96}),
     "add_norm": (rows.add_norm, {"tokens": 3, "width": 96}),
     "norm_quantise": (rows.norm_quantise, {"tokens": 3, "width": 96}),
@@ -259,6 +262,7 @@ def test_cases_run_on_their_references(name: str) -> None:
     assert row.rate > 0
     assert row.of_ceiling is not None
     assert not row.peer_errors or name in PEERS_NEED_A_GPU
+    assert bool(row.ratios or row.peer_errors) == (name not in WITHOUT_PEERS_HERE)
 
 
 def test_decode_attends_random_pages_of_a_pool_filled_in_every_layer_in_use() -> None:
