@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     """`argv` without the command's name. JSON on standard output or in --out, a table on standard error. 1: a case failed."""
     options = _parse(argv)
     device = _device()
-    report = provenance(["baton", "bench", "kernels", *argv])
+    # FlashMLA and DeepGEMM come in vLLM's wheel.
+    report = provenance(["baton", "bench", "kernels", *argv], libraries=("triton", "vllm"))
     stage = Stage(device)
     chosen = choose(cases(stage), options.only)
     print(_HEAD, file=sys.stderr, flush=True)
@@ -119,13 +120,13 @@ def run_case(name: str, case: Case, device: torch.device, ceiling: Mapping[Bound
 def _row(name: str, work: Work, device: torch.device, ceiling: Mapping[Bound, float], repeats: int) -> Row:
     launches = {OWN: _Launch(work.own, work.num_sets, device, work.captured)}
     checked = range(min(work.num_sets, _NUM_CHECKED_SETS))
-    if not all(_is_finite(work.own(index)) for index in checked):
+    if not all(_is_finite(work.read(work.own(index))) for index in checked):
         return Row(name=name, bound=work.bound, error="the kernel's output holds values that are not finite")
     differences: dict[str, float] = {}
     errors: dict[str, str] = {}
     for peer, call in work.peers.items():
         try:
-            found = [_difference(work.own(index), call(index)) for index in checked]
+            found = [_difference(work.read(work.own(index)), work.read(call(index))) for index in checked]
             launches[peer] = _Launch(call, work.num_sets, device, work.captured)
         except Exception as error:
             errors[peer] = _text(error)

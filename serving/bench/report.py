@@ -17,8 +17,12 @@ import torch
 from serving.bench.systems import installed_version
 
 
-def provenance(command: Sequence[str]) -> dict[str, Any]:
-    """Plain data for the head of a report. `commit` is None outside a repository."""
+def provenance(command: Sequence[str], *, libraries: Sequence[str] = ()) -> dict[str, Any]:
+    """Plain data for the head of a report. `commit` is None outside a repository.
+
+    `libraries`: whose versions stand there too, by the names of their wheels; one that has no metadata here is left out.
+    """
+    known = {name: installed_version(name) for name in libraries}
     return {
         "command": " ".join(command),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -36,7 +40,8 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": installed_version("transformers"),
             "baton-serving": installed_version("baton-serving"),
-        },
+        }
+        | {name: version for name, version in known.items() if version is not None},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,10 @@ from serving.bench.kernel_cases.stage import (
 from serving.kernels import mla
 from serving.kernels.attention import attend_varlen, attend_varlen_quantised, merge_into, merge_into_reference
 from serving.kernels.kv_store import absorb_and_store, norm_rope_store
-from serving.kernels.norm_rope import inverse_frequencies, rotations
-from serving.kernels.pages import gather_pages, scatter_pages
-from serving.kernels.rows import slots
+from serving.kernels.norm_rope import inverse_frequencies, rope_, rotations
+from serving.kernels.pages import gather_pages, scatter_pages, scatter_pages_reference
+from serving.kernels.quant import QuantisedRows
+from serving.kernels.rows import layer_rows, pack_fp8_rows, slots
 
 
 def cases(stage: Stage) -> dict[str, Case]:
@@ -39,11 +40,15 @@ def cases(stage: Stage) -> dict[str, Case]:
     named: dict[str, Case] = {}
     for fp8 in (False, True):
         kind = "fp8" if fp8 else "bf16"
-        decode, store = partial(mla_decode, stage, ctx=4096, fp8=fp8), partial(latent_store, stage, fp8=fp8)
+        decode, store = partial(mla_decode, stage, fp8=fp8), partial(latent_store, stage, fp8=fp8)
         for heads in (16, 32, 64, 128):
             for batch in (32, 64, 128):
-                named[f"mla_decode/{kind}/h{heads}/b{batch}"] = partial(decode, heads=heads, batch=batch)
-        named[f"mla_decode/{kind}/h32/b64/drafts3"] = partial(decode, heads=32, batch=64, num_tokens=4)
+                named[f"mla_decode/{kind}/h{heads}/b{batch}"] = partial(decode, heads=heads, batch=batch, ctx=4096)
+            for batch, ctx in (128, 1024), (32, 16384):
+                named[f"mla_decode/{kind}/h{heads}/b{batch}/ctx{ctx}"] = partial(
+                    decode, heads=heads, batch=batch, ctx=ctx
+                )
+        named[f"mla_decode/{kind}/h32/b64/drafts3"] = partial(decode, heads=32, batch=64, ctx=4096, num_tokens=4)
         for tokens in (64, 4096):
             named[f"norm_rope_store/{kind}/{tokens}"] = partial(store, tokens=tokens, heads=0)
             named[f"norm_rope_store/{kind}/{tokens}/queries"] = partial(store, tokens=tokens, heads=128)
@@ -60,9 +65,10 @@ def cases(stage: Stage) -> dict[str, Case]:
 
 
 def mla_decode(stage: Stage, *, heads: int, batch: int, ctx: int, fp8: bool, num_tokens: int = 1) -> Work:
-    """Pages drawn at random from all of the pool; the plan is made before, as a step makes it once for all layers."""
+    """Pages drawn at random from all of the pool, none twice; the plan is made before, as a step makes it once for all layers."""
     pool = stage.pool(fp8=fp8)
     pages = ctx // PAGE_TOKENS
+    assert batch * pages <= pool.num_pages, "a batch's pages are all different"
     lens = torch.full((batch,), ctx, dtype=torch.int32, device=stage.device)
     tables = [stage.permutation(pool.num_pages)[: batch * pages].view(batch, pages).int() for _ in range(4)]
     shape = (batch, heads, LATENT + ROPE) if num_tokens == 1 else (batch, num_tokens, heads, LATENT + ROPE)
@@ -78,13 +84,13 @@ def mla_decode(stage: Stage, *, heads: int, batch: int, ctx: int, fp8: bool, num
     peers: dict[str, Call] = {}
     library = peer_library("vllm.third_party.flashmla.flash_mla_interface")
     if library is not None and not fp8:
-        schedule, _ = library.get_mla_metadata()
+        schedule = cache(lambda: library.get_mla_metadata()[0])
 
         def flash_mla(i: int) -> Tensor:
             q_BTHW = queries[i].view(batch, num_tokens, heads, LATENT + ROPE)
-            cache = pool.tensor[:, stage.layer(i)].unsqueeze(2)
+            rows = pool.tensor[:, stage.layer(i)].unsqueeze(2)
             out, _ = library.flash_mla_with_kvcache(
-                q_BTHW, cache, tables[i], lens, LATENT, schedule, softmax_scale=SOFTMAX_SCALE, causal=True
+                q_BTHW, rows, tables[i], lens, LATENT, schedule(), softmax_scale=SOFTMAX_SCALE, causal=True
             )
             latents: Tensor = out.view(*queries[i].shape[:-1], LATENT)
             return latents
@@ -98,7 +104,7 @@ def mla_decode(stage: Stage, *, heads: int, batch: int, ctx: int, fp8: bool, num
 
 
 def latent_store(stage: Stage, *, tokens: int, heads: int, fp8: bool) -> Work:
-    """With `heads` the queries' rope parts are turned too."""
+    """With `heads` the queries' rope parts are turned too: in place, so that neither side finds what the other found, and they are not compared."""
     pool = stage.pool(fp8=fp8)
     num_bytes = tokens * (2 * (LATENT + ROPE) + pool.layout.row_bytes + heads * ROPE * 4)
     sets = range(sets_for(num_bytes))
@@ -112,11 +118,14 @@ def latent_store(stage: Stage, *, tokens: int, heads: int, fp8: bool) -> Work:
         layer = stage.layer(i)
         norm_rope_store(latents[i], weight, EPS, turns, pool.tensor, layer, places[i], q_rope_THR=queries[i])
 
-    return Work(own=own, num_sets=len(sets), amount=num_bytes, bound="copy")
+    def eager(i: int) -> None:
+        _store_eagerly(latents[i], weight, turns, pool.tensor, stage.layer(i), places[i], queries[i])
+
+    return Work(own=own, peers={"torch": eager}, num_sets=len(sets), amount=num_bytes, bound="copy")
 
 
 def absorbed_query(stage: Stage, *, tokens: int, heads: int, fp8: bool) -> Work:
-    """What a decode step of few rows does between the query's product and its attention."""
+    """What a decode step of few rows does between the query's product and its attention; not compared, as `latent_store`."""
     pool = stage.pool(fp8=fp8)
     num_bytes = heads * NOPE * LATENT * 2 + tokens * (
         heads * (NOPE + LATENT + 2 * ROPE) * 2 + 2 * (LATENT + ROPE) + pool.layout.row_bytes
@@ -133,7 +142,30 @@ def absorbed_query(stage: Stage, *, tokens: int, heads: int, fp8: bool) -> Work:
         of_layer = pool.tensor, stage.layer(i), places[i]
         return absorb_and_store(queries[i], weights[i], latents[i], norm, EPS, turns, *of_layer)
 
-    return Work(own=own, num_sets=len(sets), amount=num_bytes, bound="copy")
+    def eager(i: int) -> None:
+        q_nope, q_rope = queries[i].split([NOPE, ROPE], dim=-1)
+        _store_eagerly(latents[i], norm, turns, pool.tensor, stage.layer(i), places[i], q_rope)
+        torch.cat([torch.bmm(q_nope.transpose(0, 1), weights[i]).transpose(0, 1), q_rope], dim=-1)
+
+    return Work(own=own, peers={"torch": eager}, num_sets=len(sets), amount=num_bytes, bound="copy")
+
+
+def _store_eagerly(
+    latent_TW: Tensor,
+    weight_C: Tensor,
+    turns: Tensor,
+    kv_pool: Tensor,
+    layer: int,
+    places: Tensor,
+    q_rope_THR: Tensor | None,
+) -> None:
+    """`norm_rope_store` of torch's own operations."""
+    normed_TC = F.rms_norm(latent_TW[:, :LATENT], (LATENT,), weight_C, EPS)
+    rows_TW = torch.cat([normed_TC, rope_(latent_TW[:, LATENT:], turns)], dim=-1)
+    stored = pack_fp8_rows(rows_TW, LATENT) if kv_pool.dtype == torch.uint8 else rows_TW
+    layer_rows(kv_pool, layer).index_copy_(0, places, stored)
+    if q_rope_THR is not None:
+        rope_(q_rope_THR, turns)
 
 
 def _turns(stage: Stage, tokens: int) -> Tensor:
@@ -145,14 +177,19 @@ def _turns(stage: Stage, tokens: int) -> Tensor:
 
 
 def gather(stage: Stage, *, num_pages: int, num_layers: int, fp8: bool) -> Work:
-    return _moved(stage, gather_pages, num_pages, num_layers, fp8)
+    def by_torch(kv_pool: Tensor, page_ids_N: Tensor, first_layer: int, num_layers: int, out: Tensor) -> None:
+        torch.index_select(kv_pool[:, first_layer : first_layer + num_layers], 0, page_ids_N, out=out)
+
+    return _moved(stage, gather_pages, by_torch, num_pages, num_layers, fp8)
 
 
 def scatter(stage: Stage, *, num_pages: int, num_layers: int, fp8: bool) -> Work:
-    return _moved(stage, scatter_pages, num_pages, num_layers, fp8)
+    return _moved(stage, scatter_pages, scatter_pages_reference, num_pages, num_layers, fp8)
 
 
-def _moved(stage: Stage, move: Callable[..., None], num_pages: int, num_layers: int, fp8: bool) -> Work:
+def _moved(
+    stage: Stage, move: Callable[..., None], by_torch: Callable[..., None], num_pages: int, num_layers: int, fp8: bool
+) -> Work:
     pool = stage.pool(fp8=fp8)
     ids = [stage.permutation(pool.num_pages)[:num_pages] for _ in range(4)]
     buffer = torch.zeros(num_pages, num_layers, *pool.tensor.shape[2:], dtype=pool.tensor.dtype, device=stage.device)
@@ -160,7 +197,11 @@ def _moved(stage: Stage, move: Callable[..., None], num_pages: int, num_layers: 
     def own(i: int) -> None:
         move(pool.tensor, ids[i], 0, num_layers, buffer)
 
-    return Work(own=own, num_sets=len(ids), amount=2 * buffer.numel() * buffer.element_size(), bound="copy")
+    def eager(i: int) -> None:
+        by_torch(pool.tensor, ids[i], 0, num_layers, buffer)
+
+    num_bytes = 2 * buffer.numel() * buffer.element_size()
+    return Work(own=own, peers={"torch": eager}, num_sets=len(ids), amount=num_bytes, bound="copy")
 
 
 def prefill_attention(stage: Stage, *, batch: int, tokens: int, heads: int, quantise: bool = False) -> Work:
@@ -173,11 +214,11 @@ def prefill_attention(stage: Stage, *, batch: int, tokens: int, heads: int, quan
     keys_values = [stage.randn(total, heads, NOPE + VALUE) for _ in sets]
     ropes = [stage.randn(total, ROPE) for _ in sets]
 
-    def own(i: int) -> Tensor:
+    def own(i: int) -> Tensor | QuantisedRows:
         k, v = keys_values[i][:, :, :NOPE], keys_values[i][:, :, NOPE:]
         inputs = queries[i], k, ropes[i], v, ends, ends
         if quantise:
-            return attend_varlen_quantised(*inputs, scale=SOFTMAX_SCALE, causal=True).scales
+            return attend_varlen_quantised(*inputs, scale=SOFTMAX_SCALE, causal=True)
         out, _ = attend_varlen(*inputs, scale=SOFTMAX_SCALE, causal=True)
         return out
 

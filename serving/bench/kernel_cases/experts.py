@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,11 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serving.bench.kernel_cases.stage import HIDDEN, Call, Case, Stage, Work, peer_library, product_work, sets_for
+from serving.bench.kernel_cases.stage import (
+    HIDDEN,
+    Call,
+    Case,
+    Stage,
+    Work,
+    peer_library,
+    product_work,
+    sets_for,
+    vllm_ops,
+)
 from serving.kernels.experts import grouped_mlp
 from serving.kernels.gemm import linear_fp32
-from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows
-from serving.kernels.topk import gate_topk
+from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows, silu_mul_reference
+from serving.kernels.topk import gate_topk, gate_topk_reference
 
 
 def cases(stage: Stage) -> dict[str, Case]:
@@ -131,36 +142,31 @@ def one_expert(stage: Stage, *, tokens: int, hidden: int, inner: int) -> Work:
         assert isinstance(out, Tensor)
         return out
 
-    peers: dict[str, Call] = {}
-    library = peer_library("vllm.third_party.deep_gemm")
-    if library is not None:
-        between = _stacked(stage.rows(tokens, inner), 1)
-        outs = [torch.empty(1, tokens, n, dtype=torch.bfloat16, device=stage.device) for n in (2 * inner, hidden)]
-        masks = torch.tensor([tokens], dtype=torch.int32, device=stage.device)
-        stacked = [_stacked(rows, 1) for rows in x]
-
-        def products(i: int) -> None:
-            for operand, weight, out in ((stacked[i], gate_up[i], outs[0]), (between, down[i], outs[1])):
-                pair = weight.quantised, weight.scales
-                library.m_grouped_fp8_gemm_nt_masked(operand, pair, out, masks, tokens, disable_ue8m0_cast=True)
-
-        peers["DeepGEMM's products"] = products
+    counts = torch.tensor([tokens], dtype=torch.int32, device=stage.device)
+    peers = _products_alone(stage, gate_up, down, [counts for _ in sets])
     return Work(own=own, peers=peers, num_sets=len(sets), amount=num_bytes, bound="copy")
 
 
 def experts_mlp(stage: Stage, *, tokens: int, hidden: int, inner: int, num_experts: int, top_k: int, fp8: bool) -> Work:
-    """The whole routed half of a layer, tokens spread evenly at random. Few tokens: the bytes of the experts they choose."""
+    """The whole routed half of a layer, tokens spread evenly at random. Few tokens: the bytes of the experts they choose.
+
+    Torch multiplies by expert in bf16 alone: beside FP8 stand DeepGEMM's products of as many rows.
+    """
     width = 1 if fp8 else 2
     x = [stage.randn(tokens, hidden) for _ in range(4)]
     chosen = [_chosen(stage, tokens, num_experts, top_k) for _ in x]
     shares = [stage.rand(tokens, top_k) for _ in x]
     gate_up: Fp8Weight | Tensor
     down: Fp8Weight | Tensor
+    peers: dict[str, Call]
     if fp8:
         gate_up, down = stage.weight(num_experts, 2 * inner, hidden), stage.weight(num_experts, hidden, inner)
+        counts = [experts.flatten().bincount(minlength=num_experts).int() for experts in chosen]
+        peers = _products_alone(stage, [gate_up for _ in x], [down for _ in x], counts)
     else:
         gate_up = stage.randn(num_experts, 2 * inner, hidden).mul_(hidden**-0.5)
         down = stage.randn(num_experts, hidden, inner).mul_(inner**-0.5)
+        peers = {"torch": partial(_by_sorting, x, gate_up, down, chosen, shares)}
 
     def own(i: int) -> Tensor:
         return grouped_mlp(x[i], gate_up, down, chosen[i], shares[i])
@@ -169,7 +175,47 @@ def experts_mlp(stage: Stage, *, tokens: int, hidden: int, inner: int, num_exper
     num_bytes = num_used * 3 * hidden * inner * width
     flops = 6.0 * tokens * top_k * hidden * inner
     few = tokens * top_k / num_experts < 128
-    return product_work(own, {}, len(x), flops, num_bytes if few else None, "fp8" if fp8 else "bf16")
+    return product_work(own, peers, len(x), flops, num_bytes if few else None, "fp8" if fp8 else "bf16")
+
+
+def _products_alone(
+    stage: Stage, gate_up: Sequence[Fp8Weight], down: Sequence[Fp8Weight], counts: Sequence[Tensor]
+) -> dict[str, Call]:
+    """DeepGEMM's gate_up and down of other rows, as many of each expert as `counts` of a set says, int32 [E]; nothing between them."""
+    library = peer_library("vllm.third_party.deep_gemm")
+    if library is None:
+        return {}
+    experts, width, hidden = gate_up[0].shape
+    expected = -(-int(counts[0].sum()) // experts)
+    most = -(-max(int(of_set.max()) for of_set in counts) // BLOCK) * BLOCK
+    operands = [_stacked(stage.rows(experts * most, k), experts) for k in (hidden, width // 2)]
+    outs = [torch.empty(experts, most, n, dtype=torch.bfloat16, device=stage.device) for n in (width, hidden)]
+
+    def products(i: int) -> None:
+        for operand, weight, out in zip(operands, (gate_up[i], down[i]), outs, strict=True):
+            pair = weight.quantised, weight.scales
+            library.m_grouped_fp8_gemm_nt_masked(operand, pair, out, counts[i], expected, disable_ue8m0_cast=True)
+
+    return {"DeepGEMM's products": products}
+
+
+def _by_sorting(
+    x: Sequence[Tensor],
+    gate_up_EID: Tensor,
+    down_EDI: Tensor,
+    chosen: Sequence[Tensor],
+    shares: Sequence[Tensor],
+    i: int,
+) -> Tensor:
+    """`grouped_mlp` of torch's own operations: [T, D] of set `i`."""
+    num_experts, top_k = len(gate_up_EID), chosen[i].shape[1]
+    expert_N, by_expert = chosen[i].flatten().sort()
+    ends = torch.searchsorted(expert_N, torch.arange(num_experts, device=expert_N.device), right=True).int()
+    rows_ND = x[i].index_select(0, by_expert // top_k)
+    hidden_NI = silu_mul_reference(torch._grouped_mm(rows_ND, gate_up_EID.transpose(1, 2), offs=ends))
+    y_ND = torch._grouped_mm(hidden_NI, down_EDI.transpose(1, 2), offs=ends)
+    places_TK = by_expert.argsort().view(-1, top_k)
+    return F.embedding_bag(places_TK, y_ND, mode="sum", per_sample_weights=shares[i].to(y_ND.dtype))
 
 
 def send(stage: Stage, *, tokens: int, hidden: int, num_experts: int, top_k: int) -> Work:
@@ -217,16 +263,31 @@ def combine(stage: Stage, *, tokens: int, hidden: int, num_experts: int, top_k: 
 
 
 def gate(stage: Stage, *, tokens: int, num_experts: int, num_groups: int, kept: int, top_k: int) -> Work:
+    """Compared with each token's weights put where their experts are, since the order of its picks is free."""
     num_bytes = tokens * (4 * num_experts + 12 * top_k)
     sets = range(sets_for(num_bytes))
     logits, bias = [stage.randn(tokens, num_experts, dtype=torch.float32) for _ in sets], 0.01 * stage.rand(num_experts)
+    how: dict[str, Any] = {
+        "num_groups": num_groups, "num_groups_kept": kept, "top_k": top_k, "renormalise": True, "scaling": 2.5,
+    }  # fmt: skip
 
-    def own(i: int) -> None:
-        gate_topk(
-            logits[i], bias, num_groups=num_groups, num_groups_kept=kept, top_k=top_k, renormalise=True, scaling=2.5
-        )
+    def by_expert(picks: tuple[Tensor, Tensor]) -> Tensor:
+        experts_TK, weights_TK = picks
+        return weights_TK.new_zeros(tokens, num_experts).scatter_(1, experts_TK.long(), weights_TK)
 
-    return Work(own=own, num_sets=len(sets), amount=num_bytes, bound="copy")
+    peers: dict[str, Call] = {"torch": lambda i: gate_topk_reference(logits[i], bias, **how)}
+    if (ops := vllm_ops("_moe_C")) is not None:
+
+        def grouped_topk(i: int) -> tuple[Tensor, Tensor]:
+            # 1: scores are sigmoids.
+            weights_TK, experts_TK = ops.grouped_topk(logits[i], num_groups, kept, top_k, True, 2.5, bias, 1)
+            return experts_TK, weights_TK
+
+        peers["vLLM"] = grouped_topk
+    return Work(
+        own=lambda i: gate_topk(logits[i], bias, **how),
+        peers=peers, num_sets=len(sets), amount=num_bytes, bound="copy", read=by_expert,
+    )  # fmt: skip
 
 
 def gate_product(

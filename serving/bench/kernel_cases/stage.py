@@ -21,8 +21,8 @@ from serving.kernels.quant import BLOCK, Fp8Weight, QuantisedRows, quantise_bloc
 from serving.kernels.rows import fp8_row_bytes, pack_fp8_rows
 
 Bound = Literal["copy", "bf16", "fp8"]
-Call = Callable[[int], Tensor | None]
-"""Runs with the inputs of one set; returns what peers must agree on, None where they compute something else."""
+Call = Callable[[int], Any]
+"""Runs with the inputs of one set; returns what `Work.read` reads, None where peers compute something else."""
 
 # Of DeepSeek-V3: widths, layers with the MTP layer's.
 LATENT, ROPE, NOPE, VALUE, HIDDEN = 512, 64, 128, 128, 7168
@@ -35,10 +35,16 @@ _FRESH_BYTES = 256 << 20
 _POOL_BYTES = 64_000_000_000
 
 
+def plain(output: Tensor | QuantisedRows | None) -> Tensor | None:
+    """Quantised rows in fp32, all else as it is."""
+    return output.dequantise(torch.float32) if isinstance(output, QuantisedRows) else output
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """A case, prepared. `amount`: what one call moves (bytes, `bound` copy) or computes (flops) at the least. `captured`: as a
-    CUDA graph, so that no launch is counted which the engine does not pay."""
+    CUDA graph, so that no launch is counted which the engine does not pay. `read`: of what a call returned the numbers that peers
+    must agree on; not timed."""
 
     own: Call
     num_sets: int
@@ -46,6 +52,7 @@ class Work:
     bound: Bound
     peers: Mapping[str, Call] = field(default_factory=dict)
     captured: bool = True
+    read: Callable[[Any], Tensor | None] = plain
 
 
 Case = Callable[[], Work]
@@ -127,8 +134,26 @@ def product_work(
 
 
 def peer_library(module: str) -> Any:
-    """The library, None where it is not installed."""
+    """The library, None where it is not installed. What else its import raises, every use of it raises: that peer's own error."""
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except ModuleNotFoundError:
         return None
+    except Exception as error:
+        return _Broken(error)
+
+
+def vllm_ops(namespace: str) -> Any:
+    """`torch.ops._C` or `torch.ops._moe_C` with vLLM's compiled operations, as `peer_library`."""
+    library = peer_library(f"vllm.{namespace}_stable_libtorch")
+    return library if library is None or isinstance(library, _Broken) else getattr(torch.ops, namespace)
+
+
+class _Broken:
+    """In the place of a library whose import raised."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._error

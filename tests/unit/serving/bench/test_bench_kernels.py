@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from serving.bench.kernel_cases.ceilings import device_copy
 from serving.bench.kernel_cases.named import cases
 from serving.bench.kernel_cases.stage import Call, Case, Stage, Work
 from serving.bench.kernels import OWN, choose, main, run_case
+from serving.bench.report import provenance
 from serving.cli import main as baton
 from serving.core.errors import ConfigError
 from serving.kernels.norm_rope import rms_norm_reference
@@ -117,6 +119,21 @@ def test_one_failure_stops_nothing_and_ends_with_1(
     assert _run({"norm/a": _norms}, tmp_path / "out.json", monkeypatch) == 0
 
 
+def test_a_report_has_the_versions_of_what_compiles_our_kernels_and_of_the_wheel_of_the_peers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def versions(**installed: str) -> dict[str, str]:
+        monkeypatch.setattr("serving.bench.report.installed_version", installed.get)
+        _run({"norm/a": _norms}, tmp_path / "out.json", monkeypatch)
+        found: dict[str, str] = json.loads((tmp_path / "out.json").read_text())["versions"]
+        return found
+
+    with_both = versions(triton="3.6.0", vllm="0.24.0")
+    assert (with_both["triton"], with_both["vllm"]) == ("3.6.0", "0.24.0")
+    # Parts of a wheel on the path have no metadata; and what other commands report stays as it is.
+    assert set(versions()) == set(with_both) - {"triton", "vllm"} == set(provenance(["baton"])["versions"])
+
+
 def _run(named: dict[str, Case], out: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """The command with these cases, its ceiling a small copy."""
     limits = {"ceiling/copy": lambda: device_copy(Stage(CPU), 1 << 20)}
@@ -142,24 +159,50 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -
     assert "torch finds no CUDA device here" in capsys.readouterr().err
 
 
+# Of the published tables: batch and context of each column, and heads of each row, of MLA decode; M, N, K of dense products; experts,
+# rows of each, N, K of products by expert.
+MLA_COLUMNS = {"b32", "b64", "b128", "b128/ctx1024", "b32/ctx16384"}
+MLA_HEADS = {16, 32, 64, 128}
+DENSE = {"4096x7168x2048", "4096x24576x1536", "4096x4096x7168", "128x7168x16384", "64x4096x7168", "128x24576x1536"}
+CONTIGUOUS = {"9x1024x4096x7168", "9x1024x7168x2048", "9x4096x4096x7168"}
+MASKED = {"1x256x4096x7168", "1x256x7168x2048", "9x64x4096x7168", "9x64x7168x2048"}
+
+
 def test_every_case_has_a_name_of_its_own_and_the_shapes_that_are_published() -> None:
     names = cases(Stage(CPU))
-    for batch in (32, 64, 128):
-        assert f"mla_decode/bf16/h16/b{batch}" in names
-        assert f"mla_decode/fp8/h128/b{batch}" in names
-    assert "linear_fp8/4096x24576x1536" in names
-    assert "grouped_fp8/9x4096x4096x7168" in names
+    for kind in ("bf16", "fp8"):
+        assert {f"mla_decode/{kind}/h{heads}/{column}" for heads in MLA_HEADS for column in MLA_COLUMNS} < set(names)
+    assert {f"linear_fp8/{shape}" for shape in DENSE} < set(names)
+    assert {f"grouped_fp8/{shape}" for shape in CONTIGUOUS} < set(names)
+    assert {f"grouped_fp8/masked/{shape}" for shape in MASKED} < set(names)
+    assert {f"linear_silu_mul_fp8/{m}x{n}x7168" for m in (64, 4096) for n in (36864, 4096)} < set(names)
     families = {name.partition("/")[0] for name in names}
     products_of_rows = {"linear_bf16", "linear_fp8", "linear_fp32", "linear_silu_mul", "linear_by_head", "per_head"}
     between_ranks = {"route", "dispatch_rows", "sum_parts", "expert_rows"}
     assert families > products_of_rows | between_ranks | {"step_rows", "draft_rows", "sampling", "attention", "gate"}
-    assert len(names) > 120
+    assert len(names) > 150
+
+
+def test_a_name_of_mla_decode_says_heads_batch_and_context() -> None:
+    for name, case in cases(Stage(CPU)).items():
+        family, *parts = name.split("/")
+        if family == "mla_decode":
+            kind, heads, batch, *more = parts
+            assert isinstance(case, partial)
+            sizes = dict(case.keywords)
+            assert sizes.pop("fp8") == (kind == "fp8")
+            assert (heads, batch) == (f"h{sizes.pop('heads')}", f"b{sizes.pop('batch')}")
+            ctx, num_tokens = sizes.pop("ctx"), sizes.pop("num_tokens", 1)
+            assert more == ([f"ctx{ctx}"] if ctx != 4096 else [] if num_tokens == 1 else [f"drafts{num_tokens - 1}"])
+            assert not sizes
 
 
 SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "mla_decode": (attention.mla_decode, {"heads": 4, "batch": 2, "ctx": 128, "fp8": False}),
     "latent_store": (attention.latent_store, {"tokens": 5, "heads": 2, "fp8": False}),
     "latent_store_fp8": (attention.latent_store, {"tokens": 5, "heads": 2, "fp8": True}),
+    "absorbed_query": (attention.absorbed_query, {"tokens": 5, "heads": 2, "fp8": False}),
+    "absorbed_query_fp8": (attention.absorbed_query, {"tokens": 5, "heads": 2, "fp8": True}),
     "gather": (attention.gather, {"num_pages": 2, "num_layers": 3, "fp8": False}),
     "scatter": (attention.scatter, {"num_pages": 2, "num_layers": 3, "fp8": True}),
     "attention": (attention.prefill_attention, {"batch": 2, "tokens": 9, "heads": 2}),
@@ -168,6 +211,8 @@ SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear_bf16": (products.linear_bf16, {"m": 3, "n": 160, "k": 256}),
     "linear_fp32": (products.linear_bf16, {"m": 3, "n": 160, "k": 256, "fp32": True}),
     "gate_up": (products.gate_up, {"m": 3, "n": 96, "k": 64}),
+    "gate_up_fp8": (products.gate_up_fp8, {"m": 3, "n": 512, "k": 256}),
+    "gate_up_fp8_few": (products.gate_up_fp8, {"m": 3, "n": 512, "k": 256, "few": True}),
     "absorb": (products.absorb, {"tokens": 3, "heads": 2}),
     "values_by_head": (products.values_by_head, {"tokens": 3, "heads": 2}),
     "values_quantised": (products.values_by_head, {"tokens": 3, "heads": 2, "quantise": True}),
@@ -190,6 +235,7 @@ SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "experts_fp8": (experts.experts_mlp, {"tokens": 4, "hidden": 128, "inner": 128, "num_experts": 4, "top_k": 2, "fp8": True}),
     "experts": (experts.experts_mlp, {"tokens": 4, "hidden": 64, "inner": 48, "num_experts": 4, "top_k": 2, "fp8": False}),
     "gate": (experts.gate, {"tokens": 7, "num_experts": 16, "num_groups": 4, "kept": 2, "top_k": 4}),
+    "gate_ungrouped": (experts.gate, {"tokens": 7, "num_experts": 16, "num_groups": 1, "kept": 1, "top_k": 4}),
     "norm": (rows.norm, {"tokens": 3, "width": 96}),
     "add_norm": (rows.add_norm, {"tokens": 3, "width": 96}),
     "norm_quantise": (rows.norm_quantise, {"tokens": 3, "width": 96}),
@@ -199,7 +245,11 @@ SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "draw": (steps.drawn, {"rows": 3, "vocab": 1000}),
 }  # fmt: skip
 
-PEERS_NEED_A_GPU = {"attention", "attention_quantised", "linear_fp8", "linear_fp8_few", "linear_fp32", "gate_product"}
+PEERS_NEED_A_GPU = {
+    "attention", "attention_quantised", "linear_fp8", "linear_fp8_few", "linear_fp32", "gate_up_fp8", "gate_up_fp8_few", "gate_product",
+}  # fmt: skip
+# Only libraries for a GPU do what these do.
+WITHOUT_PEERS_HERE = {"mla_decode", "experts_fp8", "draw"}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -212,6 +262,7 @@ def test_cases_run_on_their_references(name: str) -> None:
     assert row.rate > 0
     assert row.of_ceiling is not None
     assert not row.peer_errors or name in PEERS_NEED_A_GPU
+    assert bool(row.ratios or row.peer_errors) == (name not in WITHOUT_PEERS_HERE)
 
 
 def test_decode_attends_random_pages_of_a_pool_filled_in_every_layer_in_use() -> None:
