@@ -138,19 +138,21 @@ def merge_into(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> No
 
 
 def merge_quantised(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> QuantisedRows:
-    """Of out [T, H, V] what `merge_into` makes of a, heads side by side: rows [T, H V]. What is left in a is not said."""
+    """Of out [T, H, V] what `merge_into` makes of a, heads side by side: rows [T, H V]; a stays as it is."""
     if out_a.is_cuda and out_a.shape[-1] == BLOCK:
         from serving.kernels.triton import attention as device
 
         return device.merge_quantised(out_a, lse_a, out_b, lse_b)
-    merge_into(out_a, lse_a, out_b, lse_b)
-    return quantise_rows_fp8(out_a.flatten(1))
+    out, lse = out_a.clone(), lse_a.clone()
+    merge_into(out, lse, out_b, lse_b)
+    return quantise_rows_fp8(out.flatten(1))
 
 
 def merge_quantised_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> QuantisedRows:
     """`merge_quantised` in plain operations."""
-    merge_into_reference(out_a, lse_a, out_b, lse_b)
-    return quantise_rows_fp8_reference(out_a.flatten(1))
+    out, lse = out_a.clone(), lse_a.clone()
+    merge_into_reference(out, lse, out_b, lse_b)
+    return quantise_rows_fp8_reference(out.flatten(1))
 
 
 def merge_into_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
