@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from serving.core.request import SamplingParams
 from serving.engine.plan import DecodeRow, Launched, PrefillChunk, SlotSpec, StepPlan, StepResult, StepShape
 from serving.engine.unit import Follower, Header, Leader, Leaving, Lockstep, MicroBatches, agree
+from serving.engine.watch import DeviceWatch
 from serving.parallel.collectives import Collectives, RanksMissing, SingleRank
 from serving.parallel.groups import Groups
 from serving.parallel.virtual import Fault, VirtualBell, VirtualCollectives, VirtualUnit
@@ -366,3 +368,35 @@ def test_between_steps_every_rank_is_asked_and_its_group_has_one_placement(diffe
         return
     with pytest.raises(AssertionError, match="at once"):
         unit.run(main)
+
+
+def test_a_watch_hears_which_step_is_launched_before_it_is_and_when_all_of_it_was() -> None:
+    heard: list[Any] = []
+
+    class Watch:
+        def launching(self, number: int) -> None:
+            heard.append(("launching", number))
+
+        def launched(self, number: int) -> None:
+            heard.append(("launched", number))
+
+        def on_device(self, deadline_s: float | None = None) -> AbstractContextManager[None]:
+            return nullcontext()
+
+    def main(world: VirtualCollectives) -> None:
+        lockstep = Lockstep(world, SingleRank(), VirtualBell(world), watch=cast("DeviceWatch", Watch()))
+        runner = RecordingRunner(world)
+        runner.log = heard
+        leader = Leader(runner, lockstep)
+        for _ in range(2):
+            leader.settle(leader.launch(_plan(0, 1, 0)))
+
+    VirtualUnit(Groups(tp=1, dp=1, ep=1, ranks_per_node=1)).run(main)
+    assert [entry[:2] if entry[0] != "launch" else "launch" for entry in heard] == [
+        ("launching", 1),
+        "launch",
+        ("launched", 1),
+        ("launching", 2),
+        "launch",
+        ("launched", 2),
+    ]
