@@ -247,17 +247,18 @@ def decode_latent(
 
 
 def decode_latent_reference(
-    q_BTHW: Tensor,
+    q: Tensor,
     kv_pool: Tensor,
     layer: int,
     page_table_BP: Tensor,
     context_lens_B: Tensor,
     *,
-    first: int,
+    first: int = 0,
     latent: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`decode_latent` of T tokens a sequence by plain products in fp32, one sequence at a time."""
+    """`decode_latent` by plain products in fp32, one sequence at a time; from what a plan is made of, so that it shares no plan's mistake."""
+    q_BTHW = q if q.dim() == 4 else q[:, None]
     num_tokens = q_BTHW.shape[1]
     outs, lses = [], []
     for q_THW, pages, length in zip(q_BTHW.float(), page_table_BP.tolist(), context_lens_B.tolist(), strict=True):
@@ -269,7 +270,7 @@ def decode_latent_reference(
         scores_THS = scores_THS.masked_fill(~seen_TS[:, None], float("-inf"))
         outs.append(torch.einsum("ths,sc->thc", scores_THS.softmax(dim=-1).nan_to_num(), rows_SW[:, :latent]))
         lses.append(scores_THS.logsumexp(dim=-1))
-    return torch.stack(outs).to(q_BTHW.dtype), torch.stack(lses)
+    return torch.stack(outs).to(q.dtype).view(*q.shape[:-1], latent), torch.stack(lses).view(q.shape[:-1])
 
 
 def _decode_group(q: Tensor, rows_NW: Tensor, group: DecodeGroup, latent: int, scale: float) -> tuple[Tensor, Tensor]:

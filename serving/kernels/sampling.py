@@ -2,7 +2,7 @@
 
 Every operation works row by row, so a row's token does not depend on its neighbours. Drawn rows are computed in float64:
 rounding inside the sampler is then far below one unit of an fp32 logit. Legend: B rows of a batch, N those among them that
-an operation concerns, V vocabulary. `*_reference` of these functions are in the tests: loops over plain Python floats.
+an operation concerns, V vocabulary. `*_reference` of what has none here are in the tests: loops over plain Python floats.
 """
 
 from __future__ import annotations
@@ -75,10 +75,14 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor) -> Tensor:
 def argmax(logits_BV: Tensor) -> Tensor:
     """int64 [B]: the lowest id of each row's largest logit. fp32 or bf16 logits, rows strided."""
     if not logits_BV.is_cuda:
-        return logits_BV.argmax(dim=-1)
+        return argmax_reference(logits_BV)
     from serving.kernels.triton import sampling as device
 
     return device.argmax(logits_BV)
+
+
+def argmax_reference(logits_BV: Tensor) -> Tensor:
+    return logits_BV.argmax(dim=-1)
 
 
 def sample(
@@ -118,7 +122,7 @@ def sample_reference(
     top_p_B: Tensor | None = None,
     min_p_B: Tensor | None = None,
 ) -> Tensor:
-    tokens_B = logits_BV.argmax(dim=-1)
+    tokens_B = argmax_reference(logits_BV)
     drawn_N = (temperatures_B > 0).nonzero()[:, 0]
     if not len(drawn_N):
         return tokens_B

@@ -109,13 +109,20 @@ def test_keys_past_the_last_border_are_nobodys(dtype: torch.dtype, widths: tuple
         assert torch.equal(merged[1][rows], own[1][rows])
 
 
-def test_merged_parts_equal_the_reference() -> None:
+def test_parts_merged_in_graph_and_eager_equal_the_reference() -> None:
     torch.manual_seed(0)
     outs = torch.randn(2, 300, 16, 128, device="cuda", dtype=torch.bfloat16)
     lses = 3 * torch.randn(2, 300, 16, device="cuda")
     lses[0, 5] = -math.inf
-    got, want = (outs[0].clone(), lses[0].clone()), (outs[0].double(), lses[0].double())
-    merge_into(*got, outs[1], lses[1])
+
+    def merged() -> tuple[Tensor, Tensor]:
+        part = outs[0].clone(), lses[0].clone()
+        merge_into(*part, outs[1], lses[1])
+        return part
+
+    got, again, want = merged(), replayed(merged), (outs[0].double(), lses[0].double())
+    assert torch.equal(again[0], got[0])
+    assert torch.equal(again[1], got[1])
     merge_into_reference(*want, outs[1].double(), lses[1].double())
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.draft_rows import (
+    Placed,
     accepted,
     accepted_reference,
     opened,
@@ -14,6 +15,7 @@ from serving.kernels.draft_rows import (
     placed,
     placed_reference,
 )
+from tests.gpu.graphs import replayed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +29,7 @@ def randint(high: int, *shape: int) -> Tensor:
     return torch.randint(0, high, shape, device="cuda")
 
 
-def test_each_part_of_a_step_equals_the_reference() -> None:
+def test_graph_and_eager_of_each_part_of_a_step_equal_the_reference() -> None:
     torch.manual_seed(0)
     slots = torch.randperm(NUM_SLOTS, device="cuda")[:NUM_ROWS]
     table, positions, last_token = (
@@ -36,26 +38,39 @@ def test_each_part_of_a_step_equals_the_reference() -> None:
         randint(9000, NUM_SLOTS),
     )
     hidden = torch.randn(NUM_SLOTS, WIDTH, device="cuda", dtype=torch.bfloat16)
-    ours, theirs = ([x.clone() for x in (table, positions, last_token, hidden)] for _ in range(2))
+    # Each part leaves in the slots what it leaves when it comes again, as in a graph's first run and its replay.
+    eager, captured, theirs = ([x.clone() for x in (table, positions, last_token, hidden)] for _ in range(3))
     known = torch.where(randint(2, NUM_ROWS) > 0, randint(9000, NUM_ROWS), -1)
     rows = slots, known, randint(NUM_PAGES, NUM_ROWS), randint(9000, NUM_ROWS)
-    got, want = opened(*ours, *rows), opened_reference(*theirs, *rows)
-    for one, other in zip([*ours, *got], [*theirs, *want], strict=True):
-        assert torch.equal(one, other)
-    assert not torch.equal(ours[0], table)
+    got, again = opened(*eager, *rows), replayed(lambda: opened(*captured, *rows))
+    want = opened_reference(*theirs, *rows)
+    for one, other, right in zip([*eager, *got], [*captured, *again], [*theirs, *want], strict=True):
+        assert torch.equal(one, right)
+        assert torch.equal(other, right)
+    assert not torch.equal(eager[0], table)
 
-    tokens = placed(got.page_table_BP, got.positions_B, first=0, num_tokens=NUM_DRAFTS + 1)
-    for one, other in zip(
-        tokens, placed_reference(want.page_table_BP, want.positions_B, first=0, num_tokens=NUM_DRAFTS + 1), strict=True
-    ):
-        assert torch.equal(one, other.to(one.dtype))
+    def tokens(first: int = 0) -> Placed:
+        return placed(got.page_table_BP, got.positions_B, first=first, num_tokens=NUM_DRAFTS + 1)
+
+    places = placed_reference(want.page_table_BP, want.positions_B, first=0, num_tokens=NUM_DRAFTS + 1)
+    for one, other, right in zip(tokens(), replayed(tokens), places, strict=True):
+        assert torch.equal(one, right.to(one.dtype))
+        assert torch.equal(other, one)
+    assert not torch.equal(tokens(1).row_ids_N, places.row_ids_N)
 
     drawn = randint(3, NUM_ROWS, NUM_DRAFTS + 1)
     states = torch.randn(NUM_ROWS, NUM_DRAFTS + 1, WIDTH, device="cuda", dtype=torch.bfloat16)
     step = slots, got.positions_B, states, drawn, randint(3, NUM_ROWS, NUM_DRAFTS)
-    counts = accepted(ours[2], ours[3], ours[1], *step)
+
+    def counted(state: list[Tensor]) -> Tensor:
+        return accepted(state[2], state[3], state[1], *step)
+
+    counts = counted(eager)
     assert torch.equal(counts, accepted_reference(theirs[2], theirs[3], theirs[1], *step))
+    assert torch.equal(replayed(lambda: counted(captured)), counts)
     assert len(counts[:, -1].unique()) > 1
-    for one, other, old in zip(ours[1:], theirs[1:], (positions, last_token, hidden), strict=True):
-        assert torch.equal(one, other)
+    of_slots = zip(eager[1:], captured[1:], theirs[1:], (positions, last_token, hidden), strict=True)
+    for one, other, right, old in of_slots:
+        assert torch.equal(one, right)
+        assert torch.equal(other, right)
         assert not torch.equal(one, old)

@@ -157,15 +157,17 @@ def test_rows_taken_as_soon_as_their_tile_is_done_are_those_of_the_whole_product
 def test_a_graph_follows_the_choice_of_experts() -> None:
     x, gate_up, down = randn(64, 512), randn(16, 512, 512, seed=1) / 20, randn(16, 512, 256, seed=2) / 16
     experts, weights = routing(64, 16, 4)
-    other = (experts + 5) % 16
-    want = grouped_mlp(x, gate_up, down, other, weights)
+    choices = [experts.clone(), (experts + 5) % 16]
+    wants = [grouped_mlp(x, gate_up, down, choice, weights) for choice in choices]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = grouped_mlp(x, gate_up, down, experts, weights)
-    experts.copy_(other)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(out, want)
+    for choice, want in zip(choices, wants, strict=True):
+        experts.copy_(choice)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, want)
+    assert error(wants[0], wants[1]) > 0.5
 
 
 # In large tiles, and in the ring's of 16: placed by one launch, and by more.

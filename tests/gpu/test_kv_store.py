@@ -45,7 +45,15 @@ def test_graph_and_eager_equal_the_reference(heads: int, fp8: bool) -> None:
 
     rows = replayed(call)
     assert rows is not None
-    stored = layer_rows(pool, LAYER)[places]
+    stored, turned = layer_rows(pool, LAYER)[places], target.clone()
+    assert int((pool != 0).any(-1).sum()) == num_tokens
+    pool.zero_()
+    target.zero_()
+    eager = call()
+    assert eager is not None
+    assert torch.equal(eager, rows)
+    assert torch.equal(layer_rows(pool, LAYER)[places], stored)
+    assert torch.equal(target, turned)
     want_query, small = (
         query.clone(),
         torch.zeros(-(-num_tokens // 64), 1, 64, LATENT + ROPE, device="cuda", dtype=torch.bfloat16),
@@ -87,7 +95,14 @@ def test_the_absorbed_query_is_that_of_products_apart(num_tokens: int, heads: in
     w = torch.randn(heads, 2 * NOPE, LATENT, device="cuda", dtype=torch.bfloat16)[:, :NOPE] / NOPE**0.5
     places = slots(pool, torch.randperm(8 * 64, device="cuda")[:num_tokens])
     assert is_one_launch(query, w, latent) == one_launch
-    asked = replayed(lambda: absorb_and_store(query, w, latent, weight, 1e-6, turns, pool, 1, places))
+
+    def call() -> torch.Tensor:
+        return absorb_and_store(query, w, latent, weight, 1e-6, turns, pool, 1, places)
+
+    asked, stored = replayed(call), pool.clone()
+    pool.zero_()
+    assert torch.equal(call(), asked)
+    assert torch.equal(pool, stored)
     small = torch.zeros_like(pool)
     of_layer = latent.clone(), weight, 1e-6, turns, small, 1, places
     wanted = absorb_and_store_reference(query.clone(), w, *of_layer)

@@ -65,11 +65,9 @@ def queries(batch: int, tokens: int, heads: int) -> Tensor:
 
 
 def reference(pool: Pool, q: Tensor, *, layer: int = 1, first: int = 0, latent: int = LATENT) -> tuple[Tensor, Tensor]:
-    q_BTHW = (q if q.dim() == 4 else q[:, None]).float()
-    out, lse = mla.decode_latent_reference(
-        q_BTHW, pool.tensor, layer, pool.table, pool.lens, first=first, latent=latent, scale=SCALE
+    return mla.decode_latent_reference(
+        q.float(), pool.tensor, layer, pool.table, pool.lens, first=first, latent=latent, scale=SCALE
     )
-    return out.view(*q.shape[:-1], latent), lse.view(q.shape[:-1])
 
 
 def error(out: Tensor, want: Tensor) -> float:

@@ -20,10 +20,17 @@ def test_a_range_of_layers_leaves_its_pages_and_comes_back() -> None:
     source = torch.randn(20, 7, 64, 576, device="cuda").to(torch.bfloat16)
     replayed(lambda: scatter_pages(pool, ids, 54, 7, source))
     assert int((pool != 0).any(-1).sum()) == 20 * 7 * 64
-    got, want = torch.empty_like(source), torch.empty_like(source)
+    got, want, eager = (torch.empty_like(source) for _ in range(3))
     replayed(lambda: gather_pages(pool, ids, 54, 7, got))
     gather_pages_reference(pool, ids, 54, 7, want)
+    gather_pages(pool, ids, 54, 7, eager)
     assert torch.equal(got, source)
     assert torch.equal(want, source)
+    assert torch.equal(eager, source)
     gather_pages(pool, ids.flip(0), 54, 7, got)
     assert not torch.equal(got, source)
+    pool.zero_()
+    scatter_pages(pool, ids, 54, 7, source)
+    assert int((pool != 0).any(-1).sum()) == 20 * 7 * 64
+    gather_pages(pool, ids, 54, 7, got)
+    assert torch.equal(got, source)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvcache.manager import KVManager
 from serving.aggregated import Aggregated
+from serving.bench.workers import WorkerProcess
+from serving.core.config import load_config
 from serving.core.request import SamplingParams
 from serving.demo.evaluate import drawn_questions, draws
 from serving.engine.build import Engine, build_engine
 from serving.engine.drafting import Drafting
 from serving.text.template import ChatTemplate
 from serving.text.tokenizer import Tokenizer
+from tests.wire_client import WireClient, create_spec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -157,3 +162,50 @@ def test_drafts_of_answers_are_accepted_and_bad_ones_change_no_answer(
     print(f"{bad_share:.1%} of drafts from a state turned round")
     assert bad_share < 0.5
     assert same_texts == texts
+
+
+SETTINGS = [
+    "model.device=cuda",
+    "model.dtype=float32",
+    "prefill.max_batched_tokens=256",
+    "decode.max_num_seqs=16",
+    "decode.draft_tokens=2",
+    "kv.prefill_pages=512",
+    "kv.decode_pages=512",
+]
+
+
+def counted(exposition: str) -> dict[str, float]:
+    """Of each metric of a worker, all labels together."""
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_answers_with_drafts_behind_a_hand_off_to_another_gpu_are_one_gpus_without(questions: list[list[int]]) -> None:
+    config = load_config(overrides=SETTINGS)
+    with ExitStack() as stack:
+        prefill, decode = (
+            stack.enter_context(WorkerProcess(create_spec(f"{role}-0", role, config, model_dir=DEMO), gpu=gpu))
+            for gpu, role in enumerate(("prefill", "decode"))
+        )
+        # While the workers load.
+        engine = engine_on("cuda", "0")
+        asked = SamplingParams(temperature=0.0, stop_token_ids=list(engine.model_config.eos_token_ids))
+        wanted = loop_over(engine, None).generate(questions, asked, ANSWER_TOKENS)
+        client = WireClient(prefill.address, decode.address)
+        stack.callback(client.close)
+        requests = [client.submit(question, ANSWER_TOKENS, asked) for question in questions]
+        texts = client.finish(requests)
+        assert not any(request.failures for request in requests)
+        assert texts == wanted
+        told = {worker: counted(exposition) for worker, exposition in client.scrape().items()}
+    assert told["prefill-0"]["baton_kv_handoff_bytes_total"] > 0
+    # All but the first token of each answer, which is prefill's.
+    assert told["decode-0"]["baton_tokens_total"] == sum(map(len, wanted)) - len(wanted)
+    num_drafted, num_accepted = (told["decode-0"][f"baton_spec_{kind}_tokens_total"] for kind in ("draft", "accepted"))
+    print(f"{num_accepted:.0f} of {num_drafted:.0f} drafts were accepted")
+    assert 0 < num_accepted <= num_drafted

@@ -72,6 +72,9 @@ def test_each_head_has_a_product_of_its_own(num_rows: int, dtype: torch.dtype) -
     out = torch.zeros(num_rows, 16, 576, dtype=dtype, device="cuda")
     torch.cuda.synchronize()
     per_head(q, w[:, :128], out[:, :, :512])
+    again = torch.zeros_like(out)
+    replayed(lambda: per_head(q, w[:, :128], again[:, :, :512]))
+    assert torch.equal(again, out)
     want = torch.empty(num_rows, 16, 512, dtype=torch.float64, device="cuda")
     per_head_reference(q.double(), w[:, :128].double(), want)
     bound = 4e-3 if dtype == torch.bfloat16 else 1e-5
@@ -80,6 +83,9 @@ def test_each_head_has_a_product_of_its_own(num_rows: int, dtype: torch.dtype) -
     back = torch.empty(num_rows, 16, 128, dtype=dtype, device="cuda")
     latent = out[:, :, :512].contiguous()
     per_head(latent, w[:, 128:].transpose(1, 2), back)
+    back_again = torch.empty_like(back)
+    replayed(lambda: per_head(latent, w[:, 128:].transpose(1, 2), back_again))
+    assert torch.equal(back_again, back)
     want = torch.empty(num_rows, 16, 128, dtype=torch.float64, device="cuda")
     per_head_reference(latent.double(), w[:, 128:].transpose(1, 2).double(), want)
     assert error(back, want) < bound

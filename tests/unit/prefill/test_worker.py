@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +34,7 @@ from serving.core.messages import (
     WorkerState,
 )
 from serving.engine.build import Engine
+from serving.engine.plan import Launched, StepResult
 from tests.engine_factory import create_engine
 from tests.wire_client import WrappedSource, create_config, create_manager, create_spec
 from tests.worker_stage import Stage, job_fields
@@ -118,13 +120,40 @@ def test_every_valid_row_is_written_and_announced_and_the_pages_are_then_cached(
     assert s.worker.pages()["cached"] == 3
 
 
-def test_pages_go_while_later_chunks_are_computed(stage: Make) -> None:
-    s = stage(max_batched_tokens=64)
+@pytest.mark.parametrize(("max_batched_tokens", "num_chunks"), [(64, 13), (1024, 1)])
+def test_pages_go_while_later_chunks_are_computed(
+    stage: Make, monkeypatch: pytest.MonkeyPatch, max_batched_tokens: int, num_chunks: int
+) -> None:
+    s = stage(max_batched_tokens=max_batched_tokens)
+    order: list[str] = []
+    written = threading.Event()
+    settle, write = s.engine.runner.settle, s.source.write
+
+    def settled(launched: Launched) -> StepResult:
+        # Chunks of a model this small are over before the ticket comes.
+        written.wait(0.2)
+        order.append("settled")
+        return settle(launched)
+
+    def noted(*arguments: Any) -> int:
+        order.append("written")
+        written.set()
+        return write(*arguments)
+
+    monkeypatch.setattr(s.engine.runner, "settle", settled)
+    monkeypatch.setattr(s.source, "write", noted)
     s.submit(token_ids=PROMPT * 4, num_prompt_tokens=len(PROMPT) * 4)
     s.decode.hear(KVBind)
     num_pages = 13
     s.grant(page_ids=[0] * num_pages, epochs=[1] * num_pages)
-    assert s.decode.hear(KVReady).num_writes > 3
+    ready = s.decode.hear(KVReady)
+    s.wait(lambda: s.used() == 0)
+    assert order.count("settled") == num_chunks
+    assert order.count("written") == ready.num_writes
+    # The last chunk has settled before its pages can go.
+    assert order[-1] == "written"
+    before_the_last = order[: len(order) - 1 - order[::-1].index("settled")]
+    assert ("written" in before_the_last) == (num_chunks > 1)
 
 
 def test_the_first_token_does_not_wait_for_the_ticket(stage: Make) -> None:
