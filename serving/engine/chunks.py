@@ -135,18 +135,15 @@ class Chunks:
         for num_tokens in sorted({max_batched_tokens, *(size for size in small if size < max_batched_tokens)}):
             told(f"compiling prefill of {num_tokens} tokens")
             self._compile_step(PAGE_TOKENS, num_tokens)
-        if self._device.type == "cuda":
-            # Prompts with cached rows of their own are merged with them one by one, one alone may be merged and quantised at once.
-            self._compile_step(PAGE_TOKENS, min(2, max_batched_tokens), each=1)
         if not self._graphs:
             # Where nothing is cached attention has code of its own.
             self._compile_step(0, min(PAGE_TOKENS, max_batched_tokens))
 
-    def _compile_step(self, start: int, num_tokens: int, *, each: int | None = None) -> None:
-        """Of the tokens from `start` on, from the first on where no text is longer, of as many prompts as have so many, or `each` so many."""
+    def _compile_step(self, start: int, num_tokens: int) -> None:
+        """Of the tokens from `start` on, from the first on where no text is longer, of as many prompts as have so many."""
         longest = self._page_table_SP.shape[1] * PAGE_TOKENS
         start = start if start < longest else 0
-        most = min(longest - start, each or longest)
+        most = longest - start
         sizes = [min(most, num_tokens - before) for before in range(0, num_tokens, most)]
         chunks = tuple(
             PrefillChunk(

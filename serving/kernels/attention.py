@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from serving.kernels.mla import attend, attend_reference
-from serving.kernels.quant import BLOCK, QuantisedRows, quantise_rows_fp8, quantise_rows_fp8_reference
+from serving.kernels.quant import QuantisedRows, quantise_rows_fp8, quantise_rows_fp8_reference
 
 
 def attend_varlen(
@@ -134,25 +134,9 @@ def merge_into(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> No
         return
     from serving.kernels.triton import attention as device
 
-    device.merge_into(out_a, lse_a, out_b, lse_b)
-
-
-def merge_quantised(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> QuantisedRows:
-    """Of out [T, H, V] what `merge_into` makes of a, heads side by side: rows [T, H V]; a stays as it is."""
-    if out_a.is_cuda and out_a.shape[-1] == BLOCK:
-        from serving.kernels.triton import attention as device
-
-        return device.merge_quantised(out_a, lse_a, out_b, lse_b)
-    out, lse = out_a.clone(), lse_a.clone()
-    merge_into(out, lse, out_b, lse_b)
-    return quantise_rows_fp8(out.flatten(1))
-
-
-def merge_quantised_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> QuantisedRows:
-    """`merge_quantised` in plain operations."""
-    out, lse = out_a.clone(), lse_a.clone()
-    merge_into_reference(out, lse, out_b, lse_b)
-    return quantise_rows_fp8_reference(out.flatten(1))
+    out, lse = device.merge(out_a, lse_a, out_b, lse_b)
+    out_a.copy_(out)
+    lse_a.copy_(lse)
 
 
 def merge_into_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:

@@ -22,13 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serving.kernels import mla
-from serving.kernels.attention import (
-    attend_varlen,
-    attend_varlen_quantised,
-    has_kernel,
-    merge_into,
-    merge_quantised,
-)
+from serving.kernels.attention import attend_varlen, attend_varlen_quantised, has_kernel, merge_into
 from serving.kernels.gemm import linear, linear_by_head
 from serving.kernels.kv_store import absorb_and_store, norm_rope_store
 from serving.kernels.norm_rope import (
@@ -165,18 +159,13 @@ class Attention:
         scale, starts = self.config.softmax_scale, batch.starts
         own_keys = self._expand(kept_TW)
         has_context = batch.context is not None or any(seq.context_len for seq in batch.seqs)
-        quantises = isinstance(self.out, Fp8Weight)
-        if quantises and not has_context:
+        if isinstance(self.out, Fp8Weight) and not has_context:
             rows = attend_varlen_quantised(q_THQ, *own_keys, starts, starts, scale=scale, causal=True)
             return scatter_sum(self.tp, linear(rows, self.out))
         out_THV, lse_TH = attend_varlen(q_THQ, *own_keys, starts, starts, scale=scale, causal=True)
-        pieces = list(self._context_pieces(batch, kv_pool))
-        for index, (own, found, *ends) in enumerate(pieces, 1):
+        for own, found, *ends in self._context_pieces(batch, kv_pool):
             keys = self._expand(self._cached(kv_pool, found, q_THQ.dtype))
             before = attend_varlen(q_THQ[own], *keys, *ends, scale=scale, causal=False)
-            if quantises and index == len(pieces) and len(before[0]) == len(out_THV):
-                rows = merge_quantised(out_THV, lse_TH, *before)
-                return scatter_sum(self.tp, linear(rows, self.out))
             merge_into(out_THV[own], lse_TH[own], *before)
         return scatter_sum(self.tp, linear(out_THV.flatten(1), self.out))
 

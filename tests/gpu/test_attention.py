@@ -14,7 +14,6 @@ from serving.kernels.attention import (
     attend_varlen_reference,
     merge_into,
     merge_into_reference,
-    merge_quantised,
 )
 from serving.kernels.quant import quantise_rows_fp8
 from tests.gpu.graphs import replayed
@@ -129,27 +128,3 @@ def test_parts_merged_in_graph_and_eager_equal_the_reference() -> None:
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-5)
     assert torch.equal(got[0][5], outs[1][5])
     assert not torch.allclose(got[0], outs[0], rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("heads", [3, 128])
-def test_parts_merged_and_quantised_in_one_launch_are_those_of_two(heads: int) -> None:
-    """Bit by bit, in graph and eager; nothing is written where a part was."""
-    torch.manual_seed(0)
-    outs = torch.randn(2, 301, heads, 128, device="cuda", dtype=torch.bfloat16)
-    lses = 3 * torch.randn(2, 301, heads, device="cuda")
-    lses[0, 5], lses[1, 7] = -math.inf, -math.inf
-    before = outs.clone(), lses.clone()
-    parts = outs[0], lses[0], outs[1], lses[1]
-    got = merge_quantised(*parts)
-    values, scales = replayed(
-        lambda: (lambda rows: (rows.values.view(torch.uint8), rows.scales))(merge_quantised(*parts))
-    )
-    out, lse = outs[0].clone(), lses[0].clone()
-    merge_into(out, lse, outs[1], lses[1])
-    want = quantise_rows_fp8(out.flatten(1))
-    for found in (values, got.values.view(torch.uint8)):
-        assert torch.equal(found, want.values.view(torch.uint8))
-    for found in (scales, got.scales):
-        assert torch.equal(found, want.scales)
-    assert all(map(torch.equal, (outs, lses), before))
-    assert not torch.equal(merge_quantised(outs[0], lses[0] + 1, outs[1], lses[1]).scales, want.scales)

@@ -27,14 +27,7 @@ from serving.bench.kernel_cases.stage import (
     sets_for,
 )
 from serving.kernels import mla
-from serving.kernels.attention import (
-    attend_varlen,
-    attend_varlen_quantised,
-    merge_into,
-    merge_into_reference,
-    merge_quantised,
-    merge_quantised_reference,
-)
+from serving.kernels.attention import attend_varlen, attend_varlen_quantised, merge_into, merge_into_reference
 from serving.kernels.kv_store import absorb_and_store, norm_rope_store
 from serving.kernels.norm_rope import inverse_frequencies, rope_, rotations
 from serving.kernels.pages import gather_pages, scatter_pages, scatter_pages_reference
@@ -68,7 +61,6 @@ def cases(stage: Stage) -> dict[str, Case]:
     whole = partial(prefill_attention, stage, batch=4, tokens=4096, heads=128, quantise=True)
     named["attention/4x4096/h128/quantise"] = whole
     named["attention/merge/4096/h128"] = partial(merge, stage, tokens=4096, heads=128)
-    named["attention/merge/4096/h128/quantise"] = partial(merge_and_quantise, stage, tokens=4096, heads=128)
     return named
 
 
@@ -262,19 +254,3 @@ def merge(stage: Stage, *, tokens: int, heads: int) -> Work:
         merge_into_reference(outs[i][0], lses[i][0], outs[i][1], lses[i][1])
 
     return Work(own=own, peers={"torch": eager}, num_sets=len(outs), amount=num_bytes, bound="copy")
-
-
-def merge_and_quantise(stage: Stage, *, tokens: int, heads: int) -> Work:
-    """As `merge`, but rows come out and both parts stay: they are compared."""
-    num_bytes = tokens * heads * (2 * (2 * VALUE + 4) + VALUE + 4)
-    sets = range(sets_for(num_bytes))
-    outs = [[stage.randn(tokens, heads, VALUE) for _ in range(2)] for _ in sets]
-    lses = [[stage.randn(tokens, heads, dtype=torch.float32) for _ in range(2)] for _ in sets]
-
-    def own(i: int) -> QuantisedRows:
-        return merge_quantised(outs[i][0], lses[i][0], outs[i][1], lses[i][1])
-
-    def eager(i: int) -> QuantisedRows:
-        return merge_quantised_reference(outs[i][0], lses[i][0], outs[i][1], lses[i][1])
-
-    return Work(own=own, peers={"torch": eager}, num_sets=len(sets), amount=num_bytes, bound="copy")

@@ -15,9 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from serving.kernels.quant import QuantisedRows, empty_rows
-from serving.kernels.triton.quant import quantise
-
 _LOG2_E = 1.4426950408889634
 
 
@@ -115,60 +112,31 @@ def _rows(x_SHW: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x_SHW, [size, span], [x_SHW.stride(0), 1], [rows, width])
 
 
-def merge_into(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-    """`serving.kernels.attention.merge_into` of contiguous tensors. Bound: the bytes."""
-    _merge(out_a, lse_a, out_b, lse_b, out_a, lse_a)
-
-
-def merge_quantised(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> QuantisedRows:
-    """`serving.kernels.attention.merge_quantised` of contiguous tensors, V = 128. Bound: the bytes."""
-    num_tokens, num_heads, width = out_a.shape
-    rows = empty_rows(num_tokens, num_heads * width, out_a.device)
-    _merge(out_a, lse_a, out_b, lse_b, rows.values, rows.scales)
-    return rows
-
-
-def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, beside: Tensor) -> None:
-    """`beside` the merged outputs: their lse, or the scales of those that are e4m3."""
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of `serving.kernels.attention.merge_into`, as new tensors; contiguous inputs. Bound: the bytes."""
+    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
     num_rows, width = lse_a.numel(), out_a.shape[-1]
     rows = max(1, 2048 // triton.next_power_of_2(width))
-    quantise = out.dtype == torch.float8_e4m3fn
     if num_rows:
         _merge_kernel[(triton.cdiv(num_rows, rows),)](
-            out_a,
-            lse_a,
-            out_b,
-            lse_b,
-            out,
-            beside,
-            num_rows,
-            width,
-            lse_a.shape[-1],
-            beside.stride(1) if quantise else 0,
-            ROWS=rows,
-            WIDTH=triton.next_power_of_2(width),
-            QUANTISE=quantise,
-            num_warps=4,
-        )
+            out_a, lse_a, out_b, lse_b, out, lse, num_rows, width, ROWS=rows, WIDTH=triton.next_power_of_2(width), num_warps=4
+        )  # fmt: skip
+    return out, lse
 
 
-@triton.jit(do_not_specialize=["num_rows", "scale_stride"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _merge_kernel(
     out_a_ptr,
     lse_a_ptr,
     out_b_ptr,
     lse_b_ptr,
     out_ptr,
-    beside_ptr,
+    lse_ptr,
     num_rows,
     width,
-    heads,
-    scale_stride,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    QUANTISE: tl.constexpr,
 ):
-    """Reads all of its rows before it writes them, so what comes out may lie where a was. A row is one head of a token."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < num_rows)[:, None] & (column < width)[None, :]
@@ -181,17 +149,11 @@ def _merge_kernel(
     part_a, part_b = tl.exp(a - pivot), tl.exp(b - pivot)
     total = part_a + part_b
     divisor = tl.where(total > 0, total, 1.0)
+    tl.store(lse_ptr + row, largest + tl.log(divisor), mask=row < num_rows)
     weight = 1.0 / divisor
     out = tl.load(out_a_ptr + places, mask=inside, other=0.0).to(tl.float32) * (part_a * weight)[:, None]
     out += tl.load(out_b_ptr + places, mask=inside, other=0.0).to(tl.float32) * (part_b * weight)[:, None]
-    if QUANTISE:
-        # As it would come out otherwise, so that the rows are those of two launches.
-        values, scales = quantise(out.to(out_a_ptr.dtype.element_ty).to(tl.float32))
-        tl.store(out_ptr + places, values, mask=inside)
-        tl.store(beside_ptr + row % heads * scale_stride + row // heads, scales, mask=row < num_rows)
-    else:
-        tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(beside_ptr + row, largest + tl.log(divisor), mask=row < num_rows)
+    tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

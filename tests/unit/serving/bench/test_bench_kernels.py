@@ -208,7 +208,6 @@ SMALL: dict[str, tuple[Any, dict[str, Any]]] = {
     "attention": (attention.prefill_attention, {"batch": 2, "tokens": 9, "heads": 2}),
     "attention_quantised": (attention.prefill_attention, {"batch": 2, "tokens": 9, "heads": 2, "quantise": True}),
     "merge": (attention.merge, {"tokens": 5, "heads": 2}),
-    "merge_quantised": (attention.merge_and_quantise, {"tokens": 5, "heads": 2}),
     "linear_bf16": (products.linear_bf16, {"m": 3, "n": 160, "k": 256}),
     "linear_fp32": (products.linear_bf16, {"m": 3, "n": 160, "k": 256, "fp32": True}),
     "gate_up": (products.gate_up, {"m": 3, "n": 96, "k": 64}),

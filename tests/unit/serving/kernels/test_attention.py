@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serving.kernels.attention import (
-    attend_varlen_quantised,
-    attend_varlen_quantised_reference,
-    merge_quantised,
-    merge_quantised_reference,
-)
+from serving.kernels.attention import attend_varlen_quantised, attend_varlen_quantised_reference
 
 HEADS, NOPE, ROPE, V_WIDTH = 6, 32, 16, 40
 
@@ -33,15 +28,3 @@ def test_rows_are_the_outputs_to_a_rounding_step() -> None:
     torch.testing.assert_close(got.dequantise(torch.float32), want.dequantise(torch.float32), rtol=2**-3, atol=1e-3)
     other = attend_varlen_quantised(*x, scale=0.5, causal=True)
     assert not torch.allclose(other.dequantise(torch.float32), want.dequantise(torch.float32), rtol=2**-3, atol=1e-3)
-
-
-def test_merged_rows_are_the_merged_outputs_to_a_rounding_step() -> None:
-    """Heads of 40 columns, so that a block of 128 has more than one."""
-    some = torch.Generator().manual_seed(4)
-    parts = [torch.randn(9, HEADS, *width, generator=some) for width in ((V_WIDTH,), ()) * 2]
-    got, want, other = (
-        op(*(part.clone() * factor for part in parts)).dequantise(torch.float32)
-        for op, factor in ((merge_quantised, 1), (merge_quantised_reference, 1), (merge_quantised_reference, 2))
-    )
-    torch.testing.assert_close(got, want, rtol=2**-3, atol=1e-3)
-    assert not torch.allclose(other, want, rtol=2**-3, atol=1e-3)

@@ -12,7 +12,6 @@ from serving.kernels.attention import attend_varlen_reference, merge_into_refere
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from serving.kernels.triton import attention as device
-from serving.kernels.triton.quant import quantise_rows_fp8
 
 HEADS, NOPE, ROPE, V_WIDTH = 2, 32, 16, 16
 
@@ -88,41 +87,15 @@ def test_parts_of_one_context_merge_into_the_whole() -> None:
         size = starts([keys.stop - keys.start])
         parts += attend_varlen_reference(q, k[keys], rope[keys], v[keys], cu_q, size, scale=0.3, causal=False)
     whole_out, whole_lse = attend_varlen_reference(q, k, rope, v, cu_q, starts([50]), scale=0.3, causal=False)
-    out, lse = merged(*parts)
+    out, lse = device.merge(*parts)
     torch.testing.assert_close(out, whole_out)
     torch.testing.assert_close(lse, whole_lse)
     assert not torch.allclose(parts[0], whole_out, atol=1e-3)
     merge_into_reference(*parts)
     torch.testing.assert_close((out, lse), (parts[0], parts[1]))
     nothing, never = torch.zeros_like(out), torch.full_like(lse, -math.inf)
-    torch.testing.assert_close(merged(nothing, never, out, lse), (out, lse))
-    unchanged = merged(out, lse, nothing, never)
+    torch.testing.assert_close(device.merge(nothing, never, out, lse), (out, lse))
+    unchanged = device.merge(out, lse, nothing, never)
     assert torch.equal(unchanged[0], out)
     assert torch.equal(unchanged[1], lse)
-    assert torch.equal(merged(nothing, never, nothing, never)[0], nothing)
-
-
-@pytest.mark.parametrize("num_tokens", [1, 23])
-@pytest.mark.parametrize("heads", [1, 3])
-def test_merged_outputs_are_quantised_as_by_a_launch_of_their_own(num_tokens: int, heads: int) -> None:
-    """Bit by bit, heads without keys on one side or on both among them."""
-    shape = num_tokens, heads, 128
-    out_a, out_b = (randn(*shape, seed=seed).to(torch.bfloat16) for seed in (3, 4))
-    lse_a, lse_b = (randn(*shape[:2], seed=seed) for seed in (5, 6))
-    for out, lse in ((out_a, lse_a), (out_b, lse_b)):
-        out[-1, -1], lse[-1, -1] = 0, -math.inf
-    lse_b[0, 0] = -math.inf
-    rows = device.merge_quantised(out_a, lse_a, out_b, lse_b)
-    want = quantise_rows_fp8(merged(out_a, lse_a, out_b, lse_b)[0].flatten(1))
-    assert torch.equal(rows.values.view(torch.uint8), want.values.view(torch.uint8))
-    assert torch.equal(rows.scales, want.scales)
-    assert rows.scales.stride() == want.scales.stride()
-    other = device.merge_quantised(out_a, lse_a + 1, out_b, lse_b)
-    assert num_tokens * heads == 1 or not torch.equal(other.scales, want.scales)
-
-
-def merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of copies: what comes out lies where a was."""
-    out, lse = out_a.clone(), lse_a.clone()
-    device.merge_into(out, lse, out_b, lse_b)
-    return out, lse
+    assert torch.equal(device.merge(nothing, never, nothing, never)[0], nothing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serving.kernels.attention import merge_into, merge_quantised
-from serving.kernels.quant import Fp8Weight, QuantisedRows, quantise_rows_fp8
+from serving.kernels.quant import Fp8Weight
 from serving.model import deepseek_v3
 from serving.model.config import ModelConfig
 from serving.model.deepseek_v3 import DeepseekV3
@@ -24,7 +22,6 @@ from serving.parallel.placement import Placement
 from serving.parallel.virtual import VirtualCollectives, VirtualUnit
 from tests.fp8_model import WIDE, cosine, load_wide, logits_of
 from tests.model_factory import make_checkpoint
-from tests.unit.serving.model.paged import Paged
 
 
 def test_kept_weights_say_what_their_dequantised_copies_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,49 +39,6 @@ def test_kept_weights_say_what_their_dequantised_copies_say(tmp_path: Path, monk
     assert isinstance(out, Fp8Weight)
     out.scales.mul_(2)
     assert cosine(logits_of(kept), want) < 0.99
-
-
-def test_outputs_behind_cached_rows_are_quantised_by_the_last_merge_where_it_is_of_all_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One sequence in pieces, and what lies before a step in one tensor; of two sequences with pieces of their own the last is of one alone."""
-    monkeypatch.setattr(deepseek_v3, "keeps_fp8", lambda *_: True)
-    model = load_wide(tmp_path, torch.bfloat16, "cpu")
-    # Pieces of 64 tokens, the least.
-    monkeypatch.setattr(deepseek_v3, "_EXPANDED_PREFIX_BYTES_CPU", 1)
-    merged: list[int] = []
-    draw = torch.Generator().manual_seed(2)
-
-    def merge(*parts: Tensor) -> QuantisedRows:
-        merged.append(len(parts[0]))
-        return merge_quantised(*parts)
-
-    def apart(*parts: Tensor) -> QuantisedRows:
-        out, lse = parts[0].clone(), parts[1].clone()
-        merge_into(out, lse, *parts[2:])
-        return quantise_rows_fp8(out.flatten(1))
-
-    def said(merging: Callable[..., QuantisedRows]) -> list[Tensor]:
-        monkeypatch.setattr(deepseek_v3, "merge_quantised", merging)
-        draw.manual_seed(2)
-        paged = Paged(model)
-        first, second, third, one, two = (
-            torch.randint(2, model.config.vocab_size, (number,), generator=draw).tolist()
-            for number in (150, 3, 5, 2, 4)
-        )
-        paged.prefill({"a": first})
-        steps = [{"a": second}, {"a": third}, {"a": one, "b": two}, {"b": one, "a": two}]
-        parts = [
-            paged.prefill(step, capacity=capacity) for step, capacity in zip(steps, (None, 200, 200, None), strict=True)
-        ]
-        return [logits for part in parts for logits in part.values()]
-
-    got, num_layers = said(merge), len(model.blocks)
-    assert merged == [3] * num_layers + [5] * num_layers + [6] * num_layers
-    for ours, theirs in zip(got, said(apart), strict=True):
-        assert torch.equal(ours, theirs)
-    without = said(lambda *parts: quantise_rows_fp8(parts[0].flatten(1)))
-    assert not any(torch.equal(ours, theirs) for ours, theirs in zip(got[:3], without[:3], strict=True))
 
 
 def test_ranks_keep_their_parts_of_fp8_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
