@@ -22,8 +22,8 @@ from serving.parallel.bell import Bell
 from serving.parallel.collectives import Presence, RanksMissing
 
 _LOOK_S = 0.05
-_CALLS = 1 << 20
-"""More than a step gives the device that takes all ranks."""
+_STEP = 1 << 20
+"""Of the count that ranks compare. Half is for what a step gives the device that takes all ranks, half for what follows until the next."""
 _LAST_RESORT_S = 10.0
 """From the abort on; kernels end within microseconds."""
 _ENDED = 70
@@ -32,7 +32,7 @@ WARM_UP_DEADLINE_S = 1800.0
 """Of steps that are compiled and captured: a library's compiler may take minutes on the first start of a machine; a rank whose process has ended
 is noticed at once."""
 LAST_DEADLINE_S = 2 * WARM_UP_DEADLINE_S
-"""Of what waits on the device itself, and of the backends' own watchdogs, which name nobody: nothing is watched for so long."""
+"""Of what waits on the device itself and names nobody: nothing is watched for so long."""
 
 _log = logging.getLogger("baton.unit")
 
@@ -61,11 +61,11 @@ class DeviceWatch:
     def launching(self, number: int) -> None:
         """Step `number` of the unit, which all ranks count alike. How much each gives its device in it differs: a DP group may replay what another
         one launches piece by piece. So who is behind is who is in an earlier step, then who has not launched it whole."""
-        self._presence.reach(number * _CALLS)
+        self._presence.reach(number * _STEP)
 
     def launched(self, number: int) -> None:
         """The whole of step `number`."""
-        self._presence.reach(number * _CALLS + _CALLS // 2)
+        self._presence.reach(number * _STEP + _STEP // 2)
 
     def also_aborts(self, abort: Callable[[], None]) -> None:
         """`abort` ends kernels that wait for other ranks; called from any thread."""
